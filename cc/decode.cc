@@ -1,0 +1,233 @@
+#include "decode.h"
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+namespace jax_nsa {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr size_t kFixedArgs = 5;  // query, key, value, block_table, lengths
+constexpr size_t kFixedRets = 2;  // attention, topk_indices
+constexpr size_t kDenseTokenArgs = 2, kRaggedTokenArgs = 3;
+
+std::string ShapeString(ffi::Span<const int64_t> shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    text += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  return text + "]";
+}
+
+// The first disagreement found, as an error; later checks keep it.
+class Checks {
+ public:
+  // Expects an array's shape.
+  void Shape(const char* name, ffi::AnyBuffer buffer, std::initializer_list<int64_t> expected) {
+    const ffi::Span<const int64_t> shape = buffer.dimensions();
+    bool same = shape.size() == expected.size();
+    size_t axis = 0;
+    for (int64_t size : expected) same = same && shape[axis++] == size;
+    if (same) return;
+    Fail(std::string(name) + " must have shape " +
+         ShapeString({expected.begin(), expected.size()}) + ", got " + ShapeString(shape));
+  }
+
+  void Type(const char* name, ffi::AnyBuffer buffer, ffi::DataType expected) {
+    if (buffer.element_type() != expected) {
+      Fail(std::string(name) + " has an unexpected element type");
+    }
+  }
+
+  void That(bool holds, const std::string& otherwise) {
+    if (!holds) Fail(otherwise);
+  }
+
+  bool ok() const { return !message_.has_value(); }
+  ffi::Error error() const {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "nsa_compress_attention: " + message_.value_or(""));
+  }
+
+ private:
+  void Fail(const std::string& message) {
+    if (ok()) message_ = message;
+  }
+
+  std::optional<std::string> message_;
+};
+
+std::optional<DataType> FromFfi(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::BF16:
+      return DataType::kBFloat16;
+    case ffi::DataType::F16:
+      return DataType::kFloat16;
+    case ffi::DataType::F32:
+      return DataType::kFloat32;
+    default:
+      return std::nullopt;
+  }
+}
+
+}  // namespace
+
+ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          const Attributes& attributes, size_t extra_results) {
+  Checks checks;
+  const auto fail = [&]() { return ffi::Unexpected(checks.error()); };
+  const auto arg = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
+  const auto ret = [&](size_t i) { return **rets.get<ffi::AnyBuffer>(i); };
+
+  const size_t token_args = args.size() < kFixedArgs ? 0 : args.size() - kFixedArgs;
+  checks.That(args.size() >= kFixedArgs && (token_args == 0 || token_args == kDenseTokenArgs ||
+                                            token_args == kRaggedTokenArgs),
+              "takes 5, 7 or 8 operands, got " + std::to_string(args.size()));
+  const size_t own_results = rets.size() < extra_results ? 0 : rets.size() - extra_results;
+  checks.That(own_results >= kFixedRets && own_results <= kFixedRets + 2,
+              "gives 2 to 4 results, got " + std::to_string(own_results));
+  if (!checks.ok()) return fail();
+
+  const ffi::AnyBuffer query = arg(0), key = arg(1), value = arg(2), table = arg(3),
+                       lengths = arg(4);
+  const ffi::AnyBuffer attention = ret(0), indices = ret(1);
+  const bool ragged = token_args == kRaggedTokenArgs;
+  const size_t query_rank = ragged ? 3 : 4;
+  const std::optional<DataType> dtype = FromFfi(query.element_type());
+  checks.That(dtype.has_value(), "query must be bfloat16, float16 or float32");
+  checks.That(query.dimensions().size() == query_rank,
+              "query must have rank " + std::to_string(query_rank));
+  checks.That(key.dimensions().size() == 3, "key must have rank 3");
+  checks.That(value.dimensions().size() == 3, "value must have rank 3");
+  checks.That(table.dimensions().size() == 2, "block_table must have rank 2");
+  checks.That(indices.dimensions().size() == query_rank, "topk_indices has the wrong rank");
+  checks.That(attributes.key_value_heads > 0, "key_value_heads must be positive");
+  checks.That(attributes.compress_stride > 0 &&
+                  attributes.compress_block_size >= attributes.compress_stride &&
+                  attributes.select_block_size >= attributes.compress_block_size &&
+                  attributes.select_block_size % attributes.compress_stride == 0,
+              "the window's sizes do not fit each other");
+  if (!checks.ok()) return fail();
+
+  Call call = {};
+  Problem& problem = call.problem;
+  const ffi::Span<const int64_t> query_shape = query.dimensions();
+  problem.dtype = *dtype;
+  problem.sequences = table.dimensions()[0];
+  problem.pages_per_sequence = table.dimensions()[1];
+  problem.tokens = ragged ? 0 : query_shape[1];
+  problem.rows = ragged ? query_shape[0] : query_shape[0] * query_shape[1];
+  problem.heads = query_shape[query_rank - 2];
+  problem.head_size = query_shape[query_rank - 1];
+  problem.key_value_heads = attributes.key_value_heads;
+  problem.num_pages = key.dimensions()[0];
+  problem.page_size = key.dimensions()[1];
+  problem.value_size = value.dimensions()[2] / attributes.key_value_heads;
+  problem.select_count = indices.dimensions()[query_rank - 1];
+  problem.scale = attributes.scale;
+  problem.window = {attributes.compress_block_size, attributes.compress_stride,
+                    attributes.select_block_size};
+
+  checks.That(problem.heads % problem.key_value_heads == 0,
+              "query's heads must be a multiple of key_value_heads");
+  checks.Type("key", key, query.element_type());
+  checks.Type("value", value, query.element_type());
+  checks.Type("attention", attention, query.element_type());
+  checks.Type("block_table", table, ffi::DataType::S32);
+  checks.Type("lengths", lengths, ffi::DataType::S32);
+  checks.Type("topk_indices", indices, ffi::DataType::S32);
+  checks.Shape("key", key,
+               {problem.num_pages, problem.page_size, problem.key_value_heads * problem.head_size});
+  checks.Shape(
+      "value", value,
+      {problem.num_pages, problem.page_size, problem.key_value_heads * problem.value_size});
+  checks.Shape("lengths", lengths, {problem.sequences});
+  if (ragged) {
+    checks.Shape("attention", attention, {problem.rows, problem.heads, problem.value_size});
+    checks.Shape("topk_indices", indices,
+                 {problem.rows, problem.key_value_heads, problem.select_count});
+  } else {
+    checks.That(query_shape[0] == problem.sequences,
+                "query and block_table must have as many sequences");
+    checks.Shape("attention", attention,
+                 {problem.sequences, problem.tokens, problem.heads, problem.value_size});
+    checks.Shape(
+        "topk_indices", indices,
+        {problem.sequences, problem.tokens, problem.key_value_heads, problem.select_count});
+  }
+  for (size_t i = 0; i < token_args; ++i) {
+    checks.Type("a token operand", arg(kFixedArgs + i), ffi::DataType::S32);
+    checks.Shape("a token operand", arg(kFixedArgs + i), {problem.sequences});
+  }
+  const auto optional_result = [&](const char* name, size_t i, int64_t row_size) -> float* {
+    if (i >= own_results) return nullptr;
+    checks.Type(name, ret(i), ffi::DataType::F32);
+    checks.That(static_cast<int64_t>(ret(i).element_count()) == problem.rows * row_size,
+                std::string(name) + " has the wrong size");
+    return checks.ok() ? ret(i).typed_data<float>() : nullptr;
+  };
+  float* lse = optional_result("lse", kFixedRets, problem.heads);
+  float* block_scores =
+      optional_result("block_scores", kFixedRets + 1, problem.heads * problem.max_blocks());
+  if (!checks.ok()) return fail();
+
+  const auto integers = [&](size_t i) {
+    return token_args > i ? arg(kFixedArgs + i).typed_data<int32_t>() : nullptr;
+  };
+  call.arrays = {
+      query.untyped_data(),
+      key.untyped_data(),
+      value.untyped_data(),
+      table.typed_data<int32_t>(),
+      lengths.typed_data<int32_t>(),
+      integers(0),
+      integers(1),
+      integers(2),
+      attention.untyped_data(),
+      indices.typed_data<int32_t>(),
+      lse,
+      block_scores,
+  };
+  return call;
+}
+
+ffi::Error FaultError(const Call& call, Fault fault, int64_t sequence, int64_t page) {
+  const Problem& problem = call.problem;
+  const Arrays& arrays = call.arrays;
+  const std::string b = std::to_string(sequence);
+  const auto error = [](const std::string& message) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
+  };
+  switch (fault) {
+    case Fault::kNone:
+      return ffi::Error::Success();
+    case Fault::kLength:
+      return error("actual_cmp_seq_kvlen[" + b + "] must be in [0, " +
+                   std::to_string(problem.capacity()) + "] (" +
+                   std::to_string(problem.pages_per_sequence) + " pages of " +
+                   std::to_string(problem.page_size) + " rows), got " +
+                   std::to_string(arrays.lengths[sequence]));
+    case Fault::kTokenCount:
+      return error("actual_seq_qlen[" + b + "] = " + std::to_string(arrays.token_counts[sequence]) +
+                   " must not be negative nor exceed query's rows (" +
+                   std::to_string(problem.tokens ? problem.tokens : problem.rows) +
+                   (problem.tokens ? " for each sequence)" : " in all)"));
+    case Fault::kEarlyCount:
+      return error("actual_sel_seq_kvlen[" + b + "] must satisfy actual_cmp_seq_kvlen[" + b +
+                   "] == (actual_sel_seq_kvlen[" + b + "] - " +
+                   std::to_string(problem.window.compress_block_size) + ") // " +
+                   std::to_string(problem.window.compress_stride) +
+                   " + 1, with actual_cmp_seq_kvlen[" + b +
+                   "] = " + std::to_string(arrays.lengths[sequence]));
+    case Fault::kPageId:
+      return error(
+          "block_table[" + b + ", " + std::to_string(page) + "] must be in [0, " +
+          std::to_string(problem.num_pages) + "), got " +
+          std::to_string(arrays.block_table[sequence * problem.pages_per_sequence + page]));
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, "unknown fault");
+}
+
+}  // namespace jax_nsa

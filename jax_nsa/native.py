@@ -1,0 +1,96 @@
+"""Finds the compiled library, checks that this JAX can load it, and speaks its convention."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pathlib
+import re
+from types import ModuleType
+from typing import Any
+
+import jax
+import jaxlib.version
+import numpy as np
+
+from jax_nsa.problem import Problem
+
+_MODULE = "jax_nsa._native"
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """Returns the compiled module, or None and the reason."""
+    try:
+        module = importlib.import_module(_MODULE)
+    except ImportError as error:
+        return None, (
+            f"the compiled library {_MODULE} cannot be loaded ({error}); "
+            "install jax_nsa with `pip install .` from its source"
+        )
+    built, running = module.ffi_api_version(), _runtime_ffi_api_version()
+    # XLA accepts a handler of its own major version and of no newer minor one; registering
+    # another takes down the whole platform.
+    if built[0] != running[0] or built[1] > running[1]:
+        return None, (
+            "jax_nsa was built for XLA FFI API {}.{} and jaxlib {} offers {}.{}; upgrade jaxlib, "
+            "or reinstall jax_nsa from source against this jaxlib with "
+            "`pip install --no-build-isolation .`".format(
+                *built, jaxlib.version.__version__, *running
+            )
+        )
+    return module, None
+
+
+def _runtime_ffi_api_version() -> tuple[int, int]:
+    """The FFI API version of the installed jaxlib, from the header that it ships."""
+    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    major, minor = (
+        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # type: ignore[index]
+        for part in ("MAJOR", "MINOR")
+    )
+    return major, minor
+
+
+def module() -> ModuleType:
+    """The compiled module; ImportError with the reason if it cannot be used."""
+    loaded, reason = _load()
+    if loaded is None:
+        raise ImportError(reason)
+    return loaded
+
+
+def _targets(backend: str) -> dict[str, tuple[str, Any]]:
+    """Custom-call targets of one backend: name to (XLA platform, handler capsule)."""
+    loaded, _ = _load()
+    return {} if loaded is None else loaded.registrations().get(backend, {})
+
+
+def register(backend: str) -> None:
+    """Registers the custom-call targets that were compiled for `backend`."""
+    for name, (platform, handler) in _targets(backend).items():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+def unavailable(backend: str, target: str) -> str | None:
+    """Why `target` was not registered for `backend`; None if it was."""
+    _, reason = _load()
+    if reason is None and target not in _targets(backend):
+        reason = f"the installed library was compiled without its {backend} kernel"
+    return reason
+
+
+def ffi_lowering(target: str, problem: Problem, **attributes: Any) -> Any:
+    """The lowering rule of a custom call with the attributes that every kernel takes."""
+    window = problem.window
+    return functools.partial(
+        jax.ffi.ffi_lowering(target),
+        problem={
+            "scale": np.float32(problem.scale),
+            "key_value_heads": np.int64(problem.key_value_heads),
+            "compress_block_size": np.int64(window.compress_block_size),
+            "compress_stride": np.int64(window.compress_stride),
+            "select_block_size": np.int64(window.select_block_size),
+        },
+        **attributes,
+    )
