@@ -202,7 +202,7 @@ def nsa_compress_attention_infer(
     # Under a trace, lengths given as host values are constants of the program, which a kernel may
     # use; eagerly, they would make each step's program a new one.
     traced = isinstance(query, jax.core.Tracer)
-    results = primitive.compress_attention_p.bind(
+    results = primitive.bind(
         query, jnp.asarray(key), jnp.asarray(value), table.array(), lengths.array(), *tokens,
         problem=problem, implementation=names,
         host_lengths=tuple(lengths.host.tolist()) if traced and lengths.host is not None else None,

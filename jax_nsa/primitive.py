@@ -32,16 +32,40 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jax.interpreters import ad, mlir, xla
+from jax.interpreters import ad, batching, mlir, xla
 
-from jax_nsa import backends
+from jax_nsa import _compat, backends, partition, reference
 from jax_nsa.problem import Problem
 
 compress_attention_p = core.Primitive("nsa_compress_attention")
 compress_attention_p.multiple_results = True
 compress_attention_p.def_impl(functools.partial(xla.apply_primitive, compress_attention_p))
+_compat.tell_devices(compress_attention_p)
+
+
+def bind(
+    *operands: jax.Array,
+    problem: Problem,
+    implementation: Sequence[str] | None = None,
+    host_lengths: tuple[int, ...] | None = None,
+) -> list[jax.Array]:
+    """Applies the primitive.
+
+    Args:
+        *operands: as the module's head describes them.
+        problem: the static problem.
+        implementation: names to choose from, the preferred first; None for the platform's default.
+        host_lengths: the values of `lengths` where they are constants of the program.
+    """
+    return compress_attention_p.bind(
+        *_compat.vary_alike(*operands),
+        problem=problem,
+        implementation=implementation,
+        host_lengths=host_lengths,
+    )
 
 
 @compress_attention_p.def_abstract_eval
@@ -49,27 +73,25 @@ def _abstract_eval(
     query: Any, key: Any, value: Any, block_table: Any, lengths: Any, *tokens: Any,
     problem: Problem, implementation: Any, host_lengths: Any,
 ) -> list[Any]:  # fmt: skip
-    del lengths, tokens, implementation, host_lengths
+    del implementation, host_lengths
     *leading, heads, _ = query.shape
-    value_size = value.shape[2] // problem.key_value_heads
-    indices = (*leading, problem.key_value_heads, problem.select_block_count)
-    # `update` keeps the sharding and the varying axes that a fresh ShapedArray would lose.
-    results = [
-        query.update(shape=(*leading, heads, value_size), weak_type=False),
-        query.update(shape=indices, dtype=jnp.dtype("int32"), weak_type=False),
+    kv_heads, value_size = problem.key_value_heads, value.shape[2] // problem.key_value_heads
+    results: list[tuple[tuple[Any, ...], Any]] = [
+        ((heads, value_size), query.dtype),
+        ((kv_heads, problem.select_block_count), jnp.dtype("int32")),
     ]
     if problem.return_lse:
-        results.append(
-            query.update(shape=(*leading, heads), dtype=jnp.dtype("float32"), weak_type=False)
-        )
+        results.append(((heads,), jnp.dtype("float32")))
     if problem.return_block_scores:
         blocks = problem.window.num_blocks(block_table.shape[1] * key.shape[1])
-        results.append(
-            query.update(
-                shape=(*leading, heads, blocks), dtype=jnp.dtype("float32"), weak_type=False
-            )
-        )
-    return results
+        results.append(((heads, blocks), jnp.dtype("float32")))
+    operands = (query, key, value, block_table, lengths, *tokens)
+    shardings = partition.result_shardings(operands, len(results))
+    # `update` keeps the varying axes of shard_map, which a fresh ShapedArray would lose.
+    return [
+        query.update(shape=(*leading, *shape), dtype=dtype, weak_type=False, sharding=sharding)
+        for (shape, dtype), sharding in zip(results, shardings, strict=True)
+    ]
 
 
 def _lower_for(platform: str | None) -> mlir.LoweringRule:
@@ -81,7 +103,12 @@ def _lower_for(platform: str | None) -> mlir.LoweringRule:
     ) -> Sequence[Any]:  # fmt: skip
         target = platform or _single_platform(ctx)
         call = backends.Call(problem, tuple(ctx.avals_in), host_lengths)
-        return backends.choose(target, implementation, call).lower(ctx, *operands, call=call)
+        backend = backends.choose(target, implementation, call)
+        if _compat.is_automatically_partitioned(ctx):
+            each = functools.partial(bind, implementation=implementation)
+            split = partition.partitioned(each, ctx.avals_in, problem)
+            return mlir.lower_fun(split, multiple_results=True)(ctx, *operands)
+        return backend.lower(ctx, *operands, call=call)
 
     return rule
 
@@ -98,11 +125,62 @@ for _platform in ("cpu", "cuda"):
     mlir.register_lowering(compress_attention_p, _lower_for(_platform), platform=_platform)
 
 
-def _refuse_differentiation(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError(
-        "nsa_compress_attention_infer is an inference operator: its kernels have no derivative. "
-        'Call it with implementation="reference" to differentiate its attention output.'
-    )
+def _jvp(primals: Any, tangents: Any, *, problem: Problem, implementation: Any, **_: Any) -> Any:
+    """Differentiates the reference; the kernels have no derivative."""
+    if implementation != (backends.reference.NAME,):
+        raise NotImplementedError(
+            "nsa_compress_attention_infer is an inference operator: its kernels have no "
+            'derivative. Call it with implementation="reference" to differentiate its attention '
+            "output."
+        )
+    *floats, table, lengths = primals[:5]
+    fixed = (table, lengths, *primals[5:])
+
+    def compute(*arrays: jax.Array) -> list[jax.Array]:
+        return reference.compress_attention(*arrays, *fixed, problem=problem)
+
+    instantiated = [ad.instantiate_zeros(t) for t in tangents[:3]]
+    results, result_tangents = jax.jvp(compute, floats, instantiated)
+    # The selected blocks carry no derivative.
+    result_tangents[1] = ad.Zero(jax.typeof(results[1]).to_tangent_aval())
+    return results, result_tangents
 
 
-ad.primitive_jvps[compress_attention_p] = _refuse_differentiation
+ad.primitive_jvps[compress_attention_p] = _jvp
+
+
+def _batch(operands: Any, dims: Any, *, problem: Problem, **params: Any) -> Any:
+    """vmap: mapped operands fold into the sequences, mapped pages into one pool; one call."""
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+
+    def fold(array: jax.Array, dim: int | None) -> jax.Array:
+        """Merges the mapped axis, made up where there is none, into the first axis."""
+        front = batching.bdim_at_front(array, dim, size)
+        return front.reshape(-1, *front.shape[2:])
+
+    def offset(array: jax.Array, each: int) -> jax.Array:
+        """Adds `each` for every step along the folded axis."""
+        step = jnp.arange(array.shape[0], dtype=array.dtype) // (array.shape[0] // size)
+        return array + each * step.reshape(-1, *[1] * (array.ndim - 1))
+
+    query, key, value, block_table, lengths, *tokens = operands
+    query_dim, key_dim, value_dim, table_dim, lengths_dim, *token_dims = dims
+    query, table = fold(query, query_dim), fold(block_table, table_dim)
+    if key_dim is not None or value_dim is not None:
+        key, value = fold(key, key_dim), fold(value, value_dim)
+        num_pages = key.shape[0] // size
+        # An id outside its own pool must not become one of a neighbour's.
+        legal = (table >= 0) & (table < num_pages)
+        table = jnp.where(legal, offset(table, num_pages), jnp.minimum(table, -1))
+    tokens = [fold(x, d) for x, d in zip(tokens, token_dims, strict=True)]
+    if len(tokens) == 3:
+        tokens[2] = offset(tokens[2], query.shape[0] // size)
+    host_lengths = params.pop("host_lengths")
+    results = bind(
+        query, key, value, table, fold(lengths, lengths_dim), *tokens,
+        problem=problem, host_lengths=host_lengths and host_lengths * size, **params,
+    )  # fmt: skip
+    return [r.reshape(size, -1, *r.shape[1:]) for r in results], [0] * len(results)
+
+
+batching.primitive_batchers[compress_attention_p] = _batch
