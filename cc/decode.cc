@@ -1,8 +1,11 @@
 #include "decode.h"
 
+#include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 namespace jax_nsa {
 namespace {
@@ -24,15 +27,28 @@ std::string ShapeString(ffi::Span<const int64_t> shape) {
 // The first disagreement found, as an error; later checks keep it.
 class Checks {
  public:
-  // Expects an array's shape.
-  void Shape(const char* name, ffi::AnyBuffer buffer, std::initializer_list<int64_t> expected) {
+  // Expects an array of shape [*leading, *trailing].
+  void Shape(const char* name, ffi::AnyBuffer buffer, std::initializer_list<int64_t> trailing,
+             ffi::Span<const int64_t> leading = {}) {
     const ffi::Span<const int64_t> shape = buffer.dimensions();
-    bool same = shape.size() == expected.size();
-    size_t axis = 0;
-    for (int64_t size : expected) same = same && shape[axis++] == size;
-    if (same) return;
-    Fail(std::string(name) + " must have shape " +
-         ShapeString({expected.begin(), expected.size()}) + ", got " + ShapeString(shape));
+    if (shape.size() == leading.size() + trailing.size() &&
+        std::equal(leading.begin(), leading.end(), shape.begin()) &&
+        std::equal(trailing.begin(), trailing.end(), shape.begin() + leading.size())) {
+      return;
+    }
+    std::vector<int64_t> expected(leading.begin(), leading.end());
+    expected.insert(expected.end(), trailing);
+    Fail(std::string(name) + " must have shape " + ShapeString(expected) + ", got " +
+         ShapeString(shape));
+  }
+
+  void NotEmpty(const char* name, ffi::AnyBuffer buffer) {
+    for (int64_t size : buffer.dimensions()) {
+      if (size < 1) {
+        Fail(std::string(name) + " must not be empty, got shape " +
+             ShapeString(buffer.dimensions()));
+      }
+    }
   }
 
   void Type(const char* name, ffi::AnyBuffer buffer, ffi::DataType expected) {
@@ -103,12 +119,24 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   checks.That(value.dimensions().size() == 3, "value must have rank 3");
   checks.That(table.dimensions().size() == 2, "block_table must have rank 2");
   checks.That(indices.dimensions().size() == query_rank, "topk_indices has the wrong rank");
-  checks.That(attributes.key_value_heads > 0, "key_value_heads must be positive");
-  checks.That(attributes.compress_stride > 0 &&
-                  attributes.compress_block_size >= attributes.compress_stride &&
-                  attributes.select_block_size >= attributes.compress_block_size &&
-                  attributes.select_block_size % attributes.compress_stride == 0,
-              "the window's sizes do not fit each other");
+  if (!checks.ok()) return fail();
+
+  // From here on products of an array's sizes cannot overflow: the array exists.
+  checks.NotEmpty("query", query);
+  checks.NotEmpty("key", key);
+  checks.NotEmpty("value", value);
+  checks.NotEmpty("block_table", table);
+  checks.NotEmpty("topk_indices", indices);
+  const int64_t heads = query.dimensions()[query_rank - 2];
+  checks.That(attributes.key_value_heads > 0 && heads % attributes.key_value_heads == 0,
+              "query's heads must be a multiple of key_value_heads, got " + std::to_string(heads) +
+                  " and " + std::to_string(attributes.key_value_heads));
+  const Window window = {attributes.compress_block_size, attributes.compress_stride,
+                         attributes.select_block_size};
+  checks.That(window.IsLegal(), "the window's sizes do not fit each other");
+  if (!checks.ok()) return fail();
+  checks.That(table.dimensions()[1] <= std::numeric_limits<int32_t>::max() / key.dimensions()[1],
+              "block_table names more positions than lengths can count");
   if (!checks.ok()) return fail();
 
   Call call = {};
@@ -119,7 +147,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   problem.pages_per_sequence = table.dimensions()[1];
   problem.tokens = ragged ? 0 : query_shape[1];
   problem.rows = ragged ? query_shape[0] : query_shape[0] * query_shape[1];
-  problem.heads = query_shape[query_rank - 2];
+  problem.heads = heads;
   problem.head_size = query_shape[query_rank - 1];
   problem.key_value_heads = attributes.key_value_heads;
   problem.num_pages = key.dimensions()[0];
@@ -127,11 +155,8 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   problem.value_size = value.dimensions()[2] / attributes.key_value_heads;
   problem.select_count = indices.dimensions()[query_rank - 1];
   problem.scale = attributes.scale;
-  problem.window = {attributes.compress_block_size, attributes.compress_stride,
-                    attributes.select_block_size};
+  problem.window = window;
 
-  checks.That(problem.heads % problem.key_value_heads == 0,
-              "query's heads must be a multiple of key_value_heads");
   checks.Type("key", key, query.element_type());
   checks.Type("value", value, query.element_type());
   checks.Type("attention", attention, query.element_type());
@@ -144,33 +169,25 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
       "value", value,
       {problem.num_pages, problem.page_size, problem.key_value_heads * problem.value_size});
   checks.Shape("lengths", lengths, {problem.sequences});
-  if (ragged) {
-    checks.Shape("attention", attention, {problem.rows, problem.heads, problem.value_size});
-    checks.Shape("topk_indices", indices,
-                 {problem.rows, problem.key_value_heads, problem.select_count});
-  } else {
-    checks.That(query_shape[0] == problem.sequences,
-                "query and block_table must have as many sequences");
-    checks.Shape("attention", attention,
-                 {problem.sequences, problem.tokens, problem.heads, problem.value_size});
-    checks.Shape(
-        "topk_indices", indices,
-        {problem.sequences, problem.tokens, problem.key_value_heads, problem.select_count});
-  }
+  checks.That(ragged || query_shape[0] == problem.sequences,
+              "query and block_table must have as many sequences");
+  const ffi::Span<const int64_t> leading = query_shape.first(query_rank - 2);
+  checks.Shape("attention", attention, {problem.heads, problem.value_size}, leading);
+  checks.Shape("topk_indices", indices, {problem.key_value_heads, problem.select_count}, leading);
   for (size_t i = 0; i < token_args; ++i) {
     checks.Type("a token operand", arg(kFixedArgs + i), ffi::DataType::S32);
     checks.Shape("a token operand", arg(kFixedArgs + i), {problem.sequences});
   }
-  const auto optional_result = [&](const char* name, size_t i, int64_t row_size) -> float* {
+  const auto optional_result = [&](const char* name, size_t i,
+                                   std::initializer_list<int64_t> trailing) -> float* {
     if (i >= own_results) return nullptr;
     checks.Type(name, ret(i), ffi::DataType::F32);
-    checks.That(static_cast<int64_t>(ret(i).element_count()) == problem.rows * row_size,
-                std::string(name) + " has the wrong size");
+    checks.Shape(name, ret(i), trailing, leading);
     return checks.ok() ? ret(i).typed_data<float>() : nullptr;
   };
-  float* lse = optional_result("lse", kFixedRets, problem.heads);
+  float* lse = optional_result("lse", kFixedRets, {problem.heads});
   float* block_scores =
-      optional_result("block_scores", kFixedRets + 1, problem.heads * problem.max_blocks());
+      optional_result("block_scores", kFixedRets + 1, {problem.heads, problem.max_blocks()});
   if (!checks.ok()) return fail();
 
   const auto integers = [&](size_t i) {

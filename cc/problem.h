@@ -62,7 +62,7 @@ struct SequenceRows {
 
   // How many of `length` positions the sequence's token t sees.
   JAX_NSA_HOST_DEVICE constexpr int64_t Visible(int64_t t, int64_t length) const {
-    return length - (t < early ? 1 : 0);
+    return length - (t < early && length > 0 ? 1 : 0);
   }
 };
 
@@ -87,10 +87,8 @@ JAX_NSA_HOST_DEVICE inline Fault FindRows(const Problem& problem, const Arrays& 
     const int64_t next = b + 1 < problem.sequences ? clamp(arrays.first_rows[b + 1]) : problem.rows;
     rows->owned = next > rows->first ? next - rows->first : 0;
   }
-  const bool fits =
-      count >= 0 && (arrays.first_rows != nullptr ? arrays.first_rows[b] + count <= problem.rows
-                                                  : count <= rows->owned);
-  rows->count = count < 0 ? 0 : (count < rows->owned ? count : rows->owned);
+  const bool fits = count >= 0 && count <= rows->owned;
+  rows->count = fits ? count : 0;
   if (arrays.lengths[b] < 0 || arrays.lengths[b] > problem.capacity()) return Fault::kLength;
   if (!fits) return Fault::kTokenCount;
   if (rows->early < 0) return Fault::kEarlyCount;

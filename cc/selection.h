@@ -17,6 +17,9 @@
 
 namespace jax_nsa {
 
+constexpr int64_t kMinStride = 16, kMaxWindow = 128;
+constexpr int64_t kMaxTaps = 2 * (kMaxWindow / kMinStride) - 1;  // of any legal window
+
 // Block geometry. The compressed position i adds to score[j] with weight
 // Weight(M * (j + 1) - i), where Weight(o) counts the pairs (m < M, n < L) with m + n = o: a
 // trapezoid over o in [0, M + L - 1). As L <= M, a position adds to at most two blocks.
@@ -36,6 +39,12 @@ struct Window {
   // M + L - 1, how many positions add to one block.
   JAX_NSA_HOST_DEVICE constexpr int64_t num_taps() const {
     return strides_per_select_block() + strides_per_compress_block() - 1;
+  }
+  // Whether the sizes fit each other; jax_nsa/problem.py has the same rule in the user's terms.
+  JAX_NSA_HOST_DEVICE constexpr bool IsLegal() const {
+    return compress_stride >= kMinStride && compress_block_size >= compress_stride &&
+           select_block_size >= compress_block_size && select_block_size <= kMaxWindow &&
+           select_block_size % compress_stride == 0;
   }
   // The weight of position M * (j + 1) - offset in score[j], for offset in [0, num_taps()).
   JAX_NSA_HOST_DEVICE constexpr int64_t Weight(int64_t offset) const {

@@ -1,0 +1,138 @@
+// Block geometry and order against their definitions, for every legal window.
+//
+// Bazel runs it; by hand: g++ -std=c++17 -Icc tests/cc/selection_test.cc -o /tmp/t && /tmp/t
+
+#include "selection.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <vector>
+
+#include "expect.h"
+
+namespace jax_nsa {
+
+std::ostream& operator<<(std::ostream& out, const Window& window) {
+  return out << "l=" << window.compress_block_size << " d=" << window.compress_stride
+             << " l'=" << window.select_block_size;
+}
+
+namespace {
+
+std::vector<Window> LegalWindows() {
+  std::vector<Window> windows;
+  for (int64_t d : {16, 32, 48, 64}) {
+    for (int64_t l = 16; l <= 128; l += 16) {
+      for (int64_t select = 16; select <= 128; select += 16) {
+        if (l >= d && select >= l && select % d == 0) windows.push_back({l, d, select});
+      }
+    }
+  }
+  return windows;
+}
+
+// {position: how often the double sum over m < M, n < L takes it into score[j]}.
+std::map<int64_t, int64_t> Taken(const Window& window, int64_t j) {
+  const int64_t m_count = window.select_block_size / window.compress_stride;
+  const int64_t n_count = window.compress_block_size / window.compress_stride;
+  std::map<int64_t, int64_t> taken;
+  for (int64_t m = 0; m < m_count; ++m) {
+    for (int64_t n = 0; n < n_count; ++n) ++taken[m_count * (j + 1) - m - n];
+  }
+  return taken;
+}
+
+void TestWeightsAndPositions(const Window& window) {
+  std::map<int64_t, int> blocks_of_position;
+  for (int64_t j = 0; j < 12; ++j) {
+    const std::map<int64_t, int64_t> taken = Taken(window, j);
+    EXPECT(window.FirstPosition(j) == taken.begin()->first) << window << " j=" << j;
+    EXPECT(window.LastPosition(j) == taken.rbegin()->first) << window << " j=" << j;
+    EXPECT(window.num_taps() == static_cast<int64_t>(taken.size())) << window;
+    for (const auto& [position, times] : taken) {
+      const int64_t offset = window.LastPosition(j) - position;
+      EXPECT(window.Weight(offset) == times) << window << " offset=" << offset;
+      ++blocks_of_position[position];
+    }
+  }
+  for (const auto& [position, blocks] : blocks_of_position) {
+    EXPECT(blocks <= 2) << window << " position=" << position << " is in " << blocks;
+  }
+  EXPECT(window.num_taps() <= kMaxTaps) << window;
+}
+
+// A block exists for each select_block_size original tokens begun.
+void TestNumBlocks(const Window& window) {
+  EXPECT(window.NumBlocks(0) == 0) << window;
+  EXPECT(window.NumBlocks(-1) == 0) << window;
+  int64_t blocks = 0;
+  for (int64_t length = 1; length <= 2000; ++length) {
+    const int64_t tokens = (length - 1) * window.compress_stride + window.compress_block_size;
+    while (blocks * window.select_block_size < tokens) ++blocks;
+    EXPECT(window.NumBlocks(length) == blocks) << window << " length=" << length;
+  }
+  const int64_t longest = std::numeric_limits<int32_t>::max();
+  EXPECT(window.NumBlocks(longest) <= longest + 1) << window;
+}
+
+void TestIllegalWindows() {
+  const int64_t huge = std::numeric_limits<int64_t>::max();
+  const int64_t least = std::numeric_limits<int64_t>::min();
+  for (const Window& window :
+       {Window{32, 0, 64}, Window{32, -16, 64}, Window{16, 32, 64}, Window{64, 16, 32},
+        Window{32, 16, 72}, Window{32, 16, 144}, Window{1, 1, 128}, Window{huge, 16, huge},
+        Window{32, 16, huge}, Window{least, least, least}, Window{0, 0, 0}}) {
+    EXPECT(!window.IsLegal()) << window;
+  }
+}
+
+void TestAlwaysChosen() {
+  for (int64_t num_blocks = 1; num_blocks < 8; ++num_blocks) {
+    for (int64_t j = 0; j < num_blocks; ++j) {
+      const bool initial = j < 1, local = num_blocks - j <= 2;
+      EXPECT(AlwaysChosen(j, num_blocks) == (initial || local)) << j << " of " << num_blocks;
+    }
+  }
+}
+
+// Sorting by GoesBefore is a stable sort by descending importance, whatever order it starts from.
+void TestOrder() {
+  const float inf = std::numeric_limits<float>::infinity();
+  const std::vector<float> importance = {0.5f, inf,  -1.0f, 0.0f, 0.5f,  -0.0f, inf,
+                                         -inf, 2.0f, 0.5f,  0.0f, -1.0f, inf,   1e-45f};
+  const auto goes_before = [&](int32_t a, int32_t b) {
+    return GoesBefore(importance[a], a, importance[b], b);
+  };
+  std::vector<int32_t> expected(importance.size());
+  std::iota(expected.begin(), expected.end(), 0);
+  std::vector<int32_t> sorted(expected.rbegin(), expected.rend());
+  std::stable_sort(expected.begin(), expected.end(),
+                   [&](int32_t a, int32_t b) { return importance[a] > importance[b]; });
+  std::sort(sorted.begin(), sorted.end(), goes_before);
+  EXPECT(sorted == expected) << "the order is not the stable one";
+  for (int32_t a : expected) {
+    for (int32_t b : expected) {
+      EXPECT(goes_before(a, b) + goes_before(b, a) == (a != b)) << a << " and " << b;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jax_nsa
+
+int main() {
+  const std::vector<jax_nsa::Window> windows = jax_nsa::LegalWindows();
+  EXPECT(!windows.empty());
+  for (const jax_nsa::Window& window : windows) {
+    EXPECT(window.IsLegal()) << window;
+    jax_nsa::TestWeightsAndPositions(window);
+    jax_nsa::TestNumBlocks(window);
+  }
+  jax_nsa::TestIllegalWindows();
+  jax_nsa::TestAlwaysChosen();
+  jax_nsa::TestOrder();
+  return jax_nsa::testing::ExitStatus();
+}
