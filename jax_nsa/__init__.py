@@ -1,6 +1,11 @@
 """Native Sparse Attention's compressed attention for decoding, as a JAX primitive."""
 
-from jax_nsa.compress_attention import nsa_compress_attention_infer
+import pkgutil
+
+# In a source tree, which has no compiled library, Python finds the installed package's.
+__path__ = pkgutil.extend_path(__path__, __name__)
+
+from jax_nsa.compress_attention import nsa_compress_attention_infer  # noqa: E402
 
 __all__ = ["nsa_compress_attention_infer"]
 __version__ = "0.1.0"

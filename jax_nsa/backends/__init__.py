@@ -89,20 +89,23 @@ def why_not(backend: Backend, platform: str, call: Call | None = None) -> str | 
     return backend.unavailable(platform) or (call and backend.refuses(call, platform)) or None
 
 
+def defaults(platform: str) -> tuple[str, ...]:
+    """The implementations that `platform` gets unasked, best first."""
+    return tuple(
+        name
+        for name, backend in ALL.items()
+        if backend.DEFAULT_PLATFORMS is None or platform in backend.DEFAULT_PLATFORMS
+    )
+
+
 def choose(platform: str, names: Sequence[str] | None, call: Call) -> Backend:
     """Returns the first of `names` (of the platform's defaults if None) that can serve `call`.
 
     Raises:
         NotImplementedError: none can; the message gives each one's reason.
     """
-    if names is None:
-        names = [
-            name
-            for name, backend in ALL.items()
-            if backend.DEFAULT_PLATFORMS is None or platform in backend.DEFAULT_PLATFORMS
-        ]
     reasons = []
-    for name in names:
+    for name in names or defaults(platform):
         reason = why_not(ALL[name], platform, call)
         if reason is None:
             return ALL[name]
