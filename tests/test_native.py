@@ -1,0 +1,255 @@
+"""The compiled library: how it is found and refused, and what it answers to lying callers."""
+
+import importlib
+import itertools
+import pathlib
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+import pytest
+
+from jax_nsa import backends, native
+from jax_nsa.backends import cpu
+
+RUNTIME = (0, 3)  # (major, minor) of the XLA FFI API that the tests of versions pretend to run on
+
+
+@pytest.fixture
+def reload():
+    """Returns a function that makes `native` find `module` (None: nothing) on a jaxlib."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def reload(module, runtime=RUNTIME):
+            patch.setitem(sys.modules, "jax_nsa._native", module)
+            patch.setattr(native, "_runtime_ffi_api_version", lambda: runtime)
+            native._load.cache_clear()
+
+        yield reload
+    native._load.cache_clear()
+
+
+def library(version, **registrations):
+    """A stand-in for the compiled module."""
+    return types.SimpleNamespace(
+        ffi_api_version=lambda: version, registrations=lambda: registrations
+    )
+
+
+@pytest.mark.parametrize("version", [(0, 3), (0, 2), (0, 0)])
+def test_library_for_this_or_an_older_api_is_taken(reload, version):
+    built = library(version, cpu={"target": ("cpu", object())})
+    reload(built)
+    assert native.module() is built
+    assert native.unavailable("cpu", "target") is None
+
+
+@pytest.mark.parametrize("version", [(0, 4), (1, 0), (1, 3)])
+def test_library_for_another_api_is_refused_with_the_remedy(reload, monkeypatch, version):
+    registered = []
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: registered.append(a))
+    reload(library(version, cpu={"target": ("cpu", object())}))
+    native.register("cpu")
+    assert registered == []
+    reason = native.unavailable("cpu", "target")
+    for part in (
+        "built for XLA FFI API {}.{}".format(*version),
+        f"jaxlib {jaxlib.version.__version__} offers 0.3",
+        "upgrade jaxlib",
+        "pip install --no-build-isolation .",
+    ):
+        assert part in reason
+    with pytest.raises(ImportError, match="XLA FFI API"):
+        native.module()
+
+
+def test_missing_library_says_what_to_install(reload):
+    reload(None)  # what makes an import fail
+    native.register("cpu")
+    assert "jax_nsa._native cannot be loaded" in native.unavailable("cpu", "target")
+    assert "pip install ." in native.unavailable("cpu", "target")
+
+
+def test_missing_kernel_is_told_from_a_missing_library(reload):
+    reload(library(RUNTIME, cpu={"target": ("cpu", object())}))
+    assert native.unavailable("cuda", "other") == (
+        "the installed library was compiled without its cuda kernel"
+    )
+
+
+def test_register_hands_each_target_to_jax_with_its_platform(reload, monkeypatch):
+    registered = []
+    monkeypatch.setattr(
+        jax.ffi,
+        "register_ffi_target",
+        lambda name, handler, platform: registered.append((name, handler, platform)),
+    )
+    reload(library(RUNTIME, cpu={"a": ("cpu", 1), "b": ("cpu", 2)}, cuda={"c": ("CUDA", 3)}))
+    native.register("cpu")
+    assert registered == [("a", 1, "cpu"), ("b", 2, "cpu")]
+
+
+def test_call_that_no_kernel_serves_repeats_the_reason(reload):
+    reload(None)
+    with pytest.raises(NotImplementedError, match=r'"cpu": the compiled library .*pip install'):
+        backends.choose("cpu", ("cpu",), call=None)
+
+
+def test_runtime_version_is_that_of_the_installed_header():
+    names = ("XLA_FFI_API_MAJOR", "XLA_FFI_API_MINOR")
+    header = pathlib.Path(jax.ffi.include_dir(), "xla/ffi/api/c_api.h").read_text().split()
+    defined = tuple(int(header[header.index(name) + 1]) for name in names)
+    assert native._runtime_ffi_api_version() == defined
+
+
+def test_installed_library_loads_and_has_the_cpu_kernel():
+    module = importlib.import_module("jax_nsa._native")
+    assert native.module() is module
+    built, running = module.ffi_api_version(), native._runtime_ffi_api_version()
+    assert built[0] == running[0]
+    assert built[1] <= running[1]
+    assert module.registrations()["cpu"][cpu.TARGET][0] == "cpu"
+
+
+def legal_windows():
+    sizes = range(16, 129, 16)
+    for block, stride, select in itertools.product(sizes, (16, 32, 48, 64), sizes):
+        if stride <= block <= select and select % stride == 0:
+            yield block, stride, select
+
+
+def test_num_blocks_counts_select_blocks_begun():
+    num_blocks = native.module().num_blocks
+    for block, stride, select in legal_windows():
+        for length in [0, *range(1, 70), 1023, 1024, 8192, 2**31 - 1]:
+            tokens = (length - 1) * stride + block if length else 0
+            whole, rest = divmod(tokens, select)
+            assert num_blocks(block, stride, select, length) == whole + bool(rest)
+
+
+# The kernels trust what cc/decode.cc let through, so it is called here without the front door.
+
+ARRAYS = {
+    "query": np.zeros((2, 3, 4, 8), np.float32),
+    "key": np.zeros((5, 16, 2 * 8), np.float32),
+    "value": np.zeros((5, 16, 2 * 6), np.float32),
+    "block_table": np.zeros((2, 2), np.int32),
+    "lengths": np.zeros(2, np.int32),
+}
+RESULTS = {
+    "attention": jax.ShapeDtypeStruct((2, 3, 4, 6), np.float32),
+    "topk_indices": jax.ShapeDtypeStruct((2, 3, 2, 1), np.int32),
+    "lse": jax.ShapeDtypeStruct((2, 3, 4), np.float32),
+    "block_scores": jax.ShapeDtypeStruct((2, 3, 4, 9), np.float32),
+}
+ATTRIBUTES = {
+    "scale": np.float32(1.0),
+    "key_value_heads": np.int64(2),
+    "compress_block_size": np.int64(32),
+    "compress_stride": np.int64(16),
+    "select_block_size": np.int64(64),
+}
+TOKENS = {"token_counts": np.full(2, 3, np.int32), "early_counts": np.zeros(2, np.int32)}
+
+
+def call_kernel(**changes):
+    """Calls the CPU kernel with some operands, results and attributes other than the good ones."""
+    operands, results, attributes = (
+        [changes.get(name, value) for name, value in part.items()]
+        for part in (ARRAYS, RESULTS, ATTRIBUTES)
+    )
+    tokens = changes.get("tokens", TOKENS.values())
+    call = jax.ffi.ffi_call(cpu.TARGET, results)
+    outputs = call(
+        *map(jnp.asarray, [*operands, *tokens]),
+        problem=dict(zip(ATTRIBUTES, map(np.int64, attributes), strict=True))
+        | {"scale": attributes[0]},
+    )
+    return jax.block_until_ready(outputs)
+
+
+def f32(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def i32(*shape):
+    return np.zeros(shape, np.int32)
+
+
+def result(*shape, dtype=np.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+HUGE = 2**63 - 1
+LIES = {
+    "query_rank": ({"query": f32(6, 4, 8)}, "query must have rank 4"),
+    "query_dtype": ({"query": i32(2, 3, 4, 8)}, "query must be bfloat16"),
+    "query_without_heads": ({"query": f32(2, 3, 0, 8)}, "query must not be empty"),
+    "query_without_rows": ({"query": f32(2, 0, 4, 8)}, "query must not be empty"),
+    "query_of_other_sequences": ({"query": f32(4, 3, 4, 8)}, "as many sequences"),
+    "key_heads": ({"key": f32(5, 16, 3 * 8)}, "key must have shape [5, 16, 16], got [5, 16, 24]"),
+    "key_dtype": ({"key": np.zeros((5, 16, 16), np.float16)}, "key has an unexpected element"),
+    "key_without_rows": ({"key": f32(5, 0, 16), "value": f32(5, 0, 12)}, "key must not be empty"),
+    "key_without_pages": ({"key": f32(0, 16, 16), "value": f32(0, 16, 12)}, "key must not be"),
+    "value_pages": ({"value": f32(4, 16, 12)}, "value must have shape [5, 16, 12]"),
+    "value_page": ({"value": f32(5, 32, 12)}, "value must have shape [5, 16, 12]"),
+    "value_heads": ({"value": f32(5, 16, 13)}, "value must have shape"),
+    "value_less_than_heads": ({"value": f32(5, 16, 1)}, "value must have shape"),
+    "table_without_pages": ({"block_table": i32(2, 0)}, "block_table must not be empty"),
+    "table_dtype": ({"block_table": f32(2, 2)}, "block_table has an unexpected element"),
+    "table_past_int32": (
+        {
+            "block_table": i32(2, 2**15),
+            "key": f32(1, 2**16, 2 * 8),
+            "value": f32(1, 2**16, 2 * 6),
+        },
+        "block_table names more positions",
+    ),
+    "lengths_shape": ({"lengths": i32(3)}, "lengths must have shape [2]"),
+    "one_token_operand": ({"tokens": [i32(2)]}, "takes 5, 7 or 8 operands, got 6"),
+    "nine_operands": ({"tokens": [i32(2)] * 4}, "takes 5, 7 or 8 operands, got 9"),
+    "token_counts_shape": ({"tokens": [i32(3), i32(2)]}, "must have shape [2], got [3]"),
+    "early_counts_dtype": ({"tokens": [i32(2), f32(2)]}, "unexpected element type"),
+    "attention_shape": ({"attention": result(2, 3, 4, 7)}, "attention must have shape [2, 3, 4, 6"),
+    "attention_dtype": (
+        {"attention": result(2, 3, 4, 6, dtype=np.float16)},
+        "attention has an unexpected element type",
+    ),
+    "indices_heads": (
+        {"topk_indices": result(2, 3, 4, 1, dtype=np.int32)},
+        "topk_indices must have shape [2, 3, 2, 1], got [2, 3, 4, 1]",
+    ),
+    "indices_of_no_block": (
+        {"topk_indices": result(2, 3, 2, 0, dtype=np.int32)},
+        "topk_indices must not be empty",
+    ),
+    "lse_shape": ({"lse": result(2, 4, 3)}, "lse must have shape [2, 3, 4], got [2, 4, 3]"),
+    "lse_dtype": ({"lse": result(2, 3, 4, dtype=np.int32)}, "lse has an unexpected element type"),
+    "block_scores_shape": (
+        {"block_scores": result(2, 3, 4, 8)},
+        "block_scores must have shape [2, 3, 4, 9], got [2, 3, 4, 8]",
+    ),
+    "no_heads": ({"key_value_heads": 0}, "multiple of key_value_heads, got 4 and 0"),
+    "negative_heads": ({"key_value_heads": -2}, "multiple of key_value_heads, got 4 and -2"),
+    "too_many_heads": ({"key_value_heads": HUGE}, "multiple of key_value_heads"),
+    "stride_0": ({"compress_stride": 0}, "sizes do not fit"),
+    "stride_negative": ({"compress_stride": -16}, "sizes do not fit"),
+    "window_huge": ({"compress_block_size": HUGE, "select_block_size": HUGE}, "sizes do not fit"),
+    "select_less_than_compress": ({"select_block_size": 16}, "sizes do not fit"),
+    "select_not_of_strides": ({"select_block_size": 72}, "sizes do not fit"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), LIES.values(), ids=LIES)
+def test_kernel_refuses_operands_that_do_not_fit(changes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        call_kernel(**changes)
+    assert "INVALID_ARGUMENT" in str(caught.value)
+    assert message in str(caught.value)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-p", "no:cacheprovider"]))
