@@ -274,7 +274,8 @@ def _token_operands(
     )
     first_rows = None
     if ragged:
-        placed = jnp.maximum(token_counts, 0)
+        # A count that does not fit anyway is cut so that it can't make the sum overflow.
+        placed = jnp.clip(token_counts, 0, tokens_axis + 1)
         first_rows = jnp.cumsum(placed, dtype=jnp.int32) - placed
         # After a negative count no later row has a known owner.
         lost = jnp.cumsum(token_counts < 0, dtype=jnp.int32) > 0

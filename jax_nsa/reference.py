@@ -36,7 +36,7 @@ def compress_attention(
         row = jnp.arange(query.shape[0], dtype=jnp.int32)
         sequence = jnp.searchsorted(first_rows, row, side="right") - 1
         token = (row - first_rows[sequence])[:, None]
-        bad_tokens = ((counts < 0) | (first_rows + counts > query.shape[0]))[sequence]
+        bad_tokens = ((counts < 0) | (counts > query.shape[0] - first_rows))[sequence]
         block_table, lengths = block_table[sequence], lengths[sequence]
         counts, early = counts[sequence], early[sequence]
 

@@ -1,0 +1,58 @@
+"""What all tests share: Hypothesis profiles, the dtypes of an implementation, missing hardware."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import hypothesis
+import jax
+import pytest
+
+pytest.register_assert_rewrite("agreement", "contract")
+
+# The contract's tests are inherited by one class for each implementation.
+_COMMON = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [
+        hypothesis.HealthCheck.differing_executors,
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.data_too_large,
+    ],
+}
+hypothesis.settings.register_profile("ci", max_examples=30, **_COMMON)
+hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
+# HYPOTHESIS_PROFILE=thorough draws many more examples.
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a contract test that takes a `dtype` with each one that the implementation has."""
+    if metafunc.cls is not None and "dtype" in metafunc.fixturenames:
+        metafunc.parametrize("dtype", metafunc.cls.domain.dtypes)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests whose hardware this machine lacks."""
+    missing = {}
+    if not _has_nvidia_gpu():
+        missing["cuda"] = (
+            "JAX sees no NVIDIA GPU; run on a machine with one, after `pip install 'jax[cuda12]'`"
+        )
+    if shutil.which("npu-smi") is None:
+        missing["ascend_hw"] = (
+            "no Ascend NPU (npu-smi is not there); run on a machine with one, with CANN's "
+            "set_env.sh sourced"
+        )
+    for item in items:
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _has_nvidia_gpu() -> bool:
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False

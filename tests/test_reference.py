@@ -1,0 +1,7 @@
+"""The jnp reference under the contract."""
+
+from contract import CompressAttentionContract
+
+
+class TestReference(CompressAttentionContract):
+    implementation = "reference"
