@@ -143,6 +143,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   Problem& problem = call.problem;
   const ffi::Span<const int64_t> query_shape = query.dimensions();
   problem.dtype = *dtype;
+  problem.attention_dtype = own_results > kFixedRets + 1 ? DataType::kFloat32 : *dtype;
   problem.sequences = table.dimensions()[0];
   problem.pages_per_sequence = table.dimensions()[1];
   problem.tokens = ragged ? 0 : query_shape[1];
@@ -159,7 +160,9 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
 
   checks.Type("key", key, query.element_type());
   checks.Type("value", value, query.element_type());
-  checks.Type("attention", attention, query.element_type());
+  // Parts of sequences are merged in float32.
+  checks.Type("attention", attention,
+              own_results > kFixedRets + 1 ? ffi::DataType::F32 : query.element_type());
   checks.Type("block_table", table, ffi::DataType::S32);
   checks.Type("lengths", lengths, ffi::DataType::S32);
   checks.Type("topk_indices", indices, ffi::DataType::S32);

@@ -14,7 +14,8 @@ enum class DataType { kBFloat16, kFloat16, kFloat32 };
 
 // Sizes and attributes. Names and axes are those of jax_nsa/primitive.py.
 struct Problem {
-  DataType dtype;              // of query, key, value and attention
+  DataType dtype;              // of query, key and value
+  DataType attention_dtype;    // of attention: dtype, or float32 beside block_scores
   int64_t sequences;           // B
   int64_t rows;                // rows of query, one for each token, in all sequences together
   int64_t tokens;              // rows that each sequence owns; 0 when ragged

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import backends, primitive
+from jax_nsa import backends, distributed, primitive
 from jax_nsa import problem as problem_rules
 from jax_nsa.problem import Problem, Window
 
@@ -39,6 +39,7 @@ def nsa_compress_attention_infer(
     layout: str = "TND",
     return_lse: bool = False,
     implementation: str | Sequence[str] | None = None,
+    context_axis: Hashable | None = None,
 ) -> tuple[jax.Array, ...]:
     """Attends over a paged compressed cache and picks the blocks the next branch will attend to.
 
@@ -88,6 +89,9 @@ def nsa_compress_attention_infer(
         implementation: None takes the best available for the platform that the program is
             compiled for; a name or a sequence of names ("reference", "cpu", "cuda", "ascend")
             forces one or orders them.
+        context_axis: inside `jax.shard_map`, the mesh axis over whose devices the positions of
+            each sequence are split; see `jax_nsa.distributed`. `key`, `value` and `block_table`
+            are then this device's, the lengths and `query` the whole sequences'.
 
     Returns:
         A tuple `(attention, topk_indices)`, or `(attention, topk_indices, lse)` with
@@ -142,7 +146,8 @@ def nsa_compress_attention_infer(
         layout=layout, head_num=head_num, page_block_size=page_block_size,
     )  # fmt: skip
     sequences = table.shape[0]
-    capacity = table.shape[1] * page_block_size
+    devices = 1 if context_axis is None else _axis_size(context_axis)
+    capacity = table.shape[1] * page_block_size * devices
 
     def per_sequence(name: str, values: Any) -> _Integers:
         integers = _Integers(name, values, rank=1)
@@ -170,7 +175,7 @@ def nsa_compress_attention_infer(
             "query must have one row for each row of block_table unless actual_seq_qlen is given, "
             f"got shapes {tuple(query.shape)} and {table.shape}"
         )
-    if table.host is not None and lengths.host is not None:
+    if table.host is not None and lengths.host is not None and context_axis is None:
         needed = lengths.host
         if counts is not None:
             needed = needed * (counts.host > 0) if counts.host is not None else needed * 0
@@ -199,15 +204,32 @@ def nsa_compress_attention_infer(
             window, sequences=sequences, ragged=query.ndim == 3,
         )  # fmt: skip
 
+    operands = (
+        query, jnp.asarray(key), jnp.asarray(value), table.array(), lengths.array(), *tokens,
+    )  # fmt: skip
     # Under a trace, lengths given as host values are constants of the program, which a kernel may
     # use; eagerly, they would make each step's program a new one.
     traced = isinstance(query, jax.core.Tracer)
-    results = primitive.bind(
-        query, jnp.asarray(key), jnp.asarray(value), table.array(), lengths.array(), *tokens,
-        problem=problem, implementation=names,
-        host_lengths=tuple(lengths.host.tolist()) if traced and lengths.host is not None else None,
-    )  # fmt: skip
+    host_lengths = tuple(lengths.host.tolist()) if traced and lengths.host is not None else None
+    if context_axis is None:
+        results = primitive.bind(
+            *operands, problem=problem, implementation=names, host_lengths=host_lengths
+        )
+    else:
+        results = distributed.merge_parts(
+            *operands, problem=problem, implementation=names, axis_name=context_axis
+        )
     return tuple(r[:, 0] for r in results) if one_token_each else tuple(results)
+
+
+def _axis_size(context_axis: Hashable) -> int:
+    """Devices along `context_axis`, which must be manual here."""
+    try:
+        return jax.lax.axis_size(context_axis)
+    except NameError:
+        raise ValueError(
+            f"context_axis must be a mesh axis of the enclosing jax.shard_map, got {context_axis!r}"
+        ) from None
 
 
 def _check_array(name: str, array: Any, *, like: tuple[str, Any]) -> None:

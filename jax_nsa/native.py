@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.export
 import jaxlib.version
 import numpy as np
 
@@ -64,6 +65,17 @@ def _targets(backend: str) -> dict[str, tuple[str, Any]]:
     """Custom-call targets of one backend: name to (XLA platform, handler capsule)."""
     loaded, _ = _load()
     return {} if loaded is None else loaded.registrations().get(backend, {})
+
+
+def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What `jax.export.export(..., disabled_checks=...)` needs to export calls of this package.
+
+    `jax.export` guarantees the stability only of custom calls that it knows. Those of jax_nsa are
+    named here; a process that runs the exported program must import jax_nsa first.
+    """
+    loaded, _ = _load()
+    names = [] if loaded is None else [n for t in loaded.registrations().values() for n in t]
+    return [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
 
 
 def register(backend: str) -> None:

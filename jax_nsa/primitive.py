@@ -19,7 +19,7 @@ and, unless every sequence has exactly `tokens` tokens that see all of it,
 
 Results, with query's leading axes:
 
-    attention     dtype[..., heads, value_size]
+    attention     dtype[..., heads, value_size]; float32 beside block_scores
     topk_indices  int32[..., kv_heads, k]
     lse           float32[..., heads], where the problem asks for it
     block_scores  float32[..., heads, blocks], where the problem asks for it too: each head's own
@@ -77,19 +77,21 @@ def _abstract_eval(
     *leading, heads, _ = query.shape
     kv_heads, value_size = problem.key_value_heads, value.shape[2] // problem.key_value_heads
     results: list[tuple[tuple[Any, ...], Any]] = [
-        ((heads, value_size), query.dtype),
-        ((kv_heads, problem.select_block_count), jnp.dtype("int32")),
+        ((heads, value_size), jnp.float32 if problem.return_block_scores else query.dtype),
+        ((kv_heads, problem.select_block_count), jnp.int32),
     ]
     if problem.return_lse:
-        results.append(((heads,), jnp.dtype("float32")))
+        results.append(((heads,), jnp.float32))
     if problem.return_block_scores:
         blocks = problem.window.num_blocks(block_table.shape[1] * key.shape[1])
-        results.append(((heads, blocks), jnp.dtype("float32")))
+        results.append(((heads, blocks), jnp.float32))
     operands = (query, key, value, block_table, lengths, *tokens)
     shardings = partition.result_shardings(operands, len(results))
     # `update` keeps the varying axes of shard_map, which a fresh ShapedArray would lose.
     return [
-        query.update(shape=(*leading, *shape), dtype=dtype, weak_type=False, sharding=sharding)
+        query.update(
+            shape=(*leading, *shape), dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding
+        )
         for (shape, dtype), sharding in zip(results, shardings, strict=True)
     ]
 

@@ -102,7 +102,8 @@ class Problem:
         select_block_count: `k`.
         return_lse: whether the log-sum-exp is a result.
         return_block_scores: whether each head's block scores are a result, after the log-sum-exp,
-            which they need. What merging sequences split over devices builds on.
+            which they need, and attention is float32: what merging sequences that are split over
+            devices builds on.
     """
 
     window: Window

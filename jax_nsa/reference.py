@@ -33,9 +33,8 @@ def compress_attention(
         # of one token.
         counts, early, first_rows = tokens
         rows = query[:, None]
-        row = jnp.arange(query.shape[0], dtype=jnp.int32)
-        sequence = jnp.searchsorted(first_rows, row, side="right") - 1
-        token = (row - first_rows[sequence])[:, None]
+        sequence = sequence_of_rows(first_rows, query.shape[0])
+        token = (jnp.arange(query.shape[0], dtype=jnp.int32) - first_rows[sequence])[:, None]
         bad_tokens = ((counts < 0) | (counts > query.shape[0] - first_rows))[sequence]
         block_table, lengths = block_table[sequence], lengths[sequence]
         counts, early = counts[sequence], early[sequence]
@@ -82,23 +81,13 @@ def compress_attention(
         "bthgi,bihd->bthgd", probabilities, value_rows, precision=lax.Precision.HIGHEST
     )
 
-    # 5.-7. Importance of each select block, summed over the heads of the group.
+    # 5. and 7. Importance of each select block, summed over the heads of the group; 6. and 8. the
+    # choice.
     scores_of_blocks = block_scores(probabilities, problem.window)
     importance = jnp.sum(scores_of_blocks, axis=3)
-    num_blocks = problem.window.num_blocks(lengths)[:, None, None, None]
-    block = jnp.arange(importance.shape[-1], dtype=jnp.int32)
-    always = (block == 0) | (block == num_blocks - 2) | (block == num_blocks - 1)
-    # NaN comes only of non-finite inputs; ranking it last keeps the choice well-defined.
-    importance = jnp.where(jnp.isnan(importance), -1.0, importance)
-    importance = jnp.where(always, jnp.inf, importance)
-    importance = jnp.where(block < num_blocks, importance, -jnp.inf)
-
-    # 8. The k most important, descending; of equals the lower index.
-    order = jnp.argsort(importance, axis=-1, descending=True, stable=True).astype(jnp.int32)
-    k = problem.select_block_count
-    order = jnp.pad(order, [(0, 0)] * 3 + [(0, max(0, k - order.shape[-1]))])[..., :k]
-    chosen = jnp.arange(k, dtype=jnp.int32) < num_blocks
-    indices = jnp.where(chosen & ~(bad[:, None] | absent)[..., None, None], order, -1)
+    num_blocks = problem.window.num_blocks(lengths)[:, None]
+    num_blocks = jnp.where(bad[:, None] | absent, 0, num_blocks)
+    indices = select(importance, num_blocks[:, :, None], problem.select_block_count)
 
     def rule(computed: jax.Array, when_absent: float) -> jax.Array:
         """Rows of bad sequences become NaN, rows without a token `when_absent`."""
@@ -107,9 +96,10 @@ def compress_attention(
         return jnp.where(bad[(..., None, *extra)], jnp.nan, filled)
 
     attention = attention.reshape(*rows.shape[:3], -1)
+    attention_dtype = jnp.float32 if problem.return_block_scores else query.dtype
     leading = query.shape[:-2]
     results = [
-        rule(attention, 0.0).astype(query.dtype).reshape(*leading, *attention.shape[2:]),
+        rule(attention, 0.0).astype(attention_dtype).reshape(*leading, *attention.shape[2:]),
         indices.reshape(*leading, *indices.shape[2:]),
     ]
     if problem.return_lse:
@@ -119,6 +109,37 @@ def compress_attention(
         per_head = scores_of_blocks.reshape(*rows.shape[:3], -1)
         results.append(rule(per_head, 0.0).reshape(*leading, *per_head.shape[2:]))
     return results
+
+
+def sequence_of_rows(first_rows: jax.Array, rows: int) -> jax.Array:
+    """The sequence that owns each of the ragged rows: int32[rows]."""
+    row = jnp.arange(rows, dtype=jnp.int32)
+    return jnp.searchsorted(first_rows, row, side="right") - 1
+
+
+def select(importance: jax.Array, num_blocks: jax.Array, count: int) -> jax.Array:
+    """Picks the most important blocks: the initial and the two last always, then by importance.
+
+    Args:
+        importance: float32[..., blocks], the scores summed over the heads of a group.
+        num_blocks: int32[...], how many blocks the sequence has.
+        count: blocks to pick.
+
+    Returns:
+        int32[..., count], by descending importance, of equals the lower index first; -1 where the
+        sequence has fewer blocks.
+    """
+    num_blocks = num_blocks[..., None]
+    block = jnp.arange(importance.shape[-1], dtype=jnp.int32)
+    always = (block == 0) | (block == num_blocks - 2) | (block == num_blocks - 1)
+    # NaN comes only of non-finite inputs; ranking it last keeps the choice well-defined.
+    importance = jnp.where(jnp.isnan(importance), -1.0, importance)
+    importance = jnp.where(always, jnp.inf, importance)
+    importance = jnp.where(block < num_blocks, importance, -jnp.inf)
+    order = jnp.argsort(importance, axis=-1, descending=True, stable=True).astype(jnp.int32)
+    missing = max(0, count - order.shape[-1])
+    order = jnp.pad(order, [(0, 0)] * (order.ndim - 1) + [(0, missing)])[..., :count]
+    return jnp.where(jnp.arange(count, dtype=jnp.int32) < num_blocks, order, -1)
 
 
 def block_scores(probabilities: jax.Array, window: Window) -> jax.Array:
