@@ -7,6 +7,7 @@ import shutil
 
 import hypothesis
 import jax
+import jaxlib.version
 import pytest
 
 pytest.register_assert_rewrite("agreement", "contract")
@@ -25,6 +26,11 @@ hypothesis.settings.register_profile("ci", max_examples=30, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
 # HYPOTHESIS_PROFILE=thorough draws many more examples.
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_report_header() -> str:
+    """Tells which JAX was tested."""
+    return f"JAX {jax.__version__}, jaxlib {jaxlib.version.__version__}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
