@@ -12,6 +12,9 @@ import pytest
 
 pytest.register_assert_rewrite("agreement", "contract")
 
+# Tests of sharding need several devices.
+jax.config.update("jax_num_cpu_devices", 4)
+
 # The contract's tests are inherited by one class for each implementation.
 _COMMON = {
     "deadline": None,
