@@ -120,9 +120,11 @@ def nsa_compress_attention_infer(
     """
     if topk_mask is not None:
         raise NotImplementedError("topk_mask is not supported; pass None")
-    if layout not in problem_rules.LAYOUTS:
+    if not isinstance(layout, str) or layout not in problem_rules.LAYOUTS:
         raise ValueError(f"layout must be one of {problem_rules.LAYOUTS}, got {layout!r}")
-    head_num = problem_rules.check_integer("head_num", head_num)
+    if not isinstance(return_lse, (bool, np.bool_)):
+        raise TypeError(f"return_lse must be a bool, got {return_lse!r}")
+    head_num = problem_rules.check_count("head_num", head_num)
     page_block_size = problem_rules.check_integer("page_block_size", page_block_size)
     window = Window(
         problem_rules.check_integer("compress_block_size", compress_block_size),
@@ -132,8 +134,8 @@ def nsa_compress_attention_infer(
     problem = Problem(
         window=window,
         scale=problem_rules.check_scale(scale_value),
-        key_value_heads=problem_rules.check_integer("key_value_head_num", key_value_head_num),
-        select_block_count=problem_rules.check_integer("select_block_count", select_block_count),
+        key_value_heads=problem_rules.check_count("key_value_head_num", key_value_head_num),
+        select_block_count=problem_rules.check_count("select_block_count", select_block_count),
         return_lse=bool(return_lse),
     )
     for name, array in (("query", query), ("key", key), ("value", value)):
@@ -234,11 +236,11 @@ def _axis_size(context_axis: Hashable) -> int:
 
 def _check_array(name: str, array: Any, *, like: tuple[str, Any]) -> None:
     """Refuses what is not an array of a floating dtype that the operator has."""
-    if not isinstance(array, (jax.Array, np.ndarray)):
+    if not isinstance(array, (jax.Array, np.ndarray)) or isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}")
-    if array.dtype.name not in problem_rules.DTYPES:
+    if array.dtype.name not in problem_rules.DTYPES or not array.dtype.isnative:
         raise TypeError(
-            f"{name} must have dtype {', '.join(problem_rules.DTYPES)}, got {array.dtype.name}"
+            f"{name} must have dtype {', '.join(problem_rules.DTYPES)}, got {array.dtype}"
         )
     if array.dtype != like[1].dtype:
         raise TypeError(
@@ -256,6 +258,8 @@ class _Integers:
         if isinstance(values, jax.Array):
             array: Any = values
         else:
+            if isinstance(values, np.ma.MaskedArray):
+                raise TypeError(f"{name} must not be a masked array")
             try:
                 array = np.asarray(values)
             except (ValueError, jax.errors.JAXTypeError) as error:
@@ -266,7 +270,8 @@ class _Integers:
             self.host = array
         if len(array.shape) != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {tuple(array.shape)}")
-        if not jnp.issubdtype(array.dtype, jnp.integer):
+        empty = self.host is not None and array.size == 0  # an empty list's dtype is no choice
+        if not empty and not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} must hold integers, got dtype {array.dtype.name}: {values!r}")
         self.shape: tuple[Any, ...] = tuple(array.shape)
         self.dtype = array.dtype
@@ -274,9 +279,10 @@ class _Integers:
 
     def array(self) -> jax.Array:
         """The values as int32; those beyond it stay beyond every legal range."""
-        values, limits = self._values, jnp.iinfo(jnp.int32)
-        if not jnp.can_cast(values.dtype, jnp.int32):
-            values = (np if self.host is not None else jnp).clip(values, limits.min, limits.max)
+        values, own, limits = self._values, jnp.iinfo(self.dtype), jnp.iinfo(jnp.int32)
+        if not jnp.can_cast(self.dtype, jnp.int32):
+            least, most = max(own.min, limits.min), min(own.max, limits.max)
+            values = (np if self.host is not None else jnp).clip(values, least, most)
         return jnp.asarray(values, dtype=jnp.int32)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ HEAD_SIZE_MAX = 192
 VALUE_SIZE_MAX = 128
 DTYPES = ("bfloat16", "float16", "float32")
 LAYOUTS = ("TND", "BSND")
+INT32_MAX = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,33 +125,45 @@ class Shaped(Protocol):
     def dtype(self) -> Any: ...
 
 
-def check_integer(name: str, value: Any, *, least: int = 1) -> int:
-    """Returns `value` as an int; refuses bools, floats and values below `least`."""
+def check_integer(name: str, value: Any) -> int:
+    """Returns `value` as an int; refuses bools, floats and what is not known yet."""
     try:
         if isinstance(value, bool) or type(value).__name__ == "bool":
             raise TypeError
-        integer = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise TypeError(
             f"{name} must be a Python integer, got {value!r} of type {type(value).__name__}"
         ) from None
-    if integer < least:
-        raise ValueError(f"{name} must be at least {least}, got {integer}")
+
+
+def check_count(name: str, value: Any) -> int:
+    """Returns `value` as an int of at least 1 that int32 can hold."""
+    integer = check_integer(name, value)
+    if not 1 <= integer <= INT32_MAX:
+        raise ValueError(f"{name} must be in [1, {INT32_MAX}], got {integer}")
     return integer
 
 
 def check_scale(value: Any) -> float:
     """Returns `value` as a float that float32 can hold; refuses NaN and infinities."""
-    if isinstance(value, (str, bytes, bool)) or getattr(value, "shape", ()) != ():
-        raise TypeError(f"scale_value must be a Python number, got {value!r}")
-    if not isinstance(value, (int, float)) and not hasattr(value, "item"):
+    if hasattr(value, "dtype"):  # a NumPy or JAX scalar
+        kinds = ("float", "bfloat", "int", "uint")
+        real = value.shape == () and value.dtype.name.startswith(kinds)
+    else:
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real:
         raise TypeError(
-            f"scale_value must be a Python number, got {value!r} of type {type(value).__name__}"
+            f"scale_value must be a real number, got {value!r} of type {type(value).__name__}"
         )
     try:
         scale = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"scale_value must be a Python number, got {value!r}: {error}") from None
+    except OverflowError:
+        scale = math.inf
+    except TypeError as error:
+        raise TypeError(
+            f"scale_value must be known when the call is traced, got {value!r}: {error}"
+        ) from None
     if not abs(scale) <= 3.4028234663852886e38:
         raise ValueError(f"scale_value must be finite in float32, got {scale}")
     return scale
@@ -229,7 +243,7 @@ def check_shapes(
             f"value's head size must be at most {VALUE_SIZE_MAX} and at most query's "
             f"({head_size}), got {value_size}"
         )
-    if page_block_size % PAGE_GRANULE or page_block_size > PAGE_MAX:
+    if page_block_size % PAGE_GRANULE or not 0 < page_block_size <= PAGE_MAX:
         raise ValueError(
             f"page_block_size must be a multiple of {PAGE_GRANULE} up to {PAGE_MAX}, "
             f"got {page_block_size}"

@@ -72,9 +72,11 @@ def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
         if not variable:
             return None
         source, implementation = IMPLEMENTATION_VARIABLE, variable.replace(" ", "").split(",")
+    if not isinstance(implementation, Sequence):
+        raise TypeError(f"{source} must be a name or a sequence of names, got {implementation!r}")
     names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     for name in names:
-        if name not in ALL:
+        if not isinstance(name, str) or name not in ALL:
             raise ValueError(f"{source} must name some of {sorted(ALL)}, got {name!r}")
     if not names:
         raise ValueError(f"{source} must name some of {sorted(ALL)}, got none")
