@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -38,27 +39,24 @@ class Checks {
     }
     std::vector<int64_t> expected(leading.begin(), leading.end());
     expected.insert(expected.end(), trailing);
-    Fail(std::string(name) + " must have shape " + ShapeString(expected) + ", got " +
-         ShapeString(shape));
+    Fail(name, " must have shape ", ShapeString(expected), ", got ", ShapeString(shape));
   }
 
   void NotEmpty(const char* name, ffi::AnyBuffer buffer) {
     for (int64_t size : buffer.dimensions()) {
       if (size < 1) {
-        Fail(std::string(name) + " must not be empty, got shape " +
-             ShapeString(buffer.dimensions()));
+        Fail(name, " must not be empty, got shape ", ShapeString(buffer.dimensions()));
       }
     }
   }
 
   void Type(const char* name, ffi::AnyBuffer buffer, ffi::DataType expected) {
-    if (buffer.element_type() != expected) {
-      Fail(std::string(name) + " has an unexpected element type");
-    }
+    That(buffer.element_type() == expected, name, " has an unexpected element type");
   }
 
-  void That(bool holds, const std::string& otherwise) {
-    if (!holds) Fail(otherwise);
+  template <typename... Parts>
+  void That(bool holds, const Parts&... otherwise) {
+    if (!holds) Fail(otherwise...);
   }
 
   bool ok() const { return !message_.has_value(); }
@@ -68,8 +66,12 @@ class Checks {
   }
 
  private:
-  void Fail(const std::string& message) {
-    if (ok()) message_ = message;
+  template <typename... Parts>
+  void Fail(const Parts&... parts) {
+    if (!ok()) return;
+    std::ostringstream message;
+    (message << ... << parts);
+    message_ = message.str();
   }
 
   std::optional<std::string> message_;
@@ -100,10 +102,10 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   const size_t token_args = args.size() < kFixedArgs ? 0 : args.size() - kFixedArgs;
   checks.That(args.size() >= kFixedArgs && (token_args == 0 || token_args == kDenseTokenArgs ||
                                             token_args == kRaggedTokenArgs),
-              "takes 5, 7 or 8 operands, got " + std::to_string(args.size()));
+              "takes 5, 7 or 8 operands, got ", args.size());
   const size_t own_results = rets.size() < extra_results ? 0 : rets.size() - extra_results;
   checks.That(own_results >= kFixedRets && own_results <= kFixedRets + 2,
-              "gives 2 to 4 results, got " + std::to_string(own_results));
+              "gives 2 to 4 results, got ", own_results);
   if (!checks.ok()) return fail();
 
   const ffi::AnyBuffer query = arg(0), key = arg(1), value = arg(2), table = arg(3),
@@ -113,15 +115,14 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   const size_t query_rank = ragged ? 3 : 4;
   const std::optional<DataType> dtype = FromFfi(query.element_type());
   checks.That(dtype.has_value(), "query must be bfloat16, float16 or float32");
-  checks.That(query.dimensions().size() == query_rank,
-              "query must have rank " + std::to_string(query_rank));
+  checks.That(query.dimensions().size() == query_rank, "query must have rank ", query_rank);
   checks.That(key.dimensions().size() == 3, "key must have rank 3");
   checks.That(value.dimensions().size() == 3, "value must have rank 3");
   checks.That(table.dimensions().size() == 2, "block_table must have rank 2");
   checks.That(indices.dimensions().size() == query_rank, "topk_indices has the wrong rank");
   if (!checks.ok()) return fail();
 
-  // From here on products of an array's sizes cannot overflow: the array exists.
+  // The sizes of an array that exists, none of them 0, have a product that cannot overflow.
   checks.NotEmpty("query", query);
   checks.NotEmpty("key", key);
   checks.NotEmpty("value", value);
@@ -129,8 +130,8 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   checks.NotEmpty("topk_indices", indices);
   const int64_t heads = query.dimensions()[query_rank - 2];
   checks.That(attributes.key_value_heads > 0 && heads % attributes.key_value_heads == 0,
-              "query's heads must be a multiple of key_value_heads, got " + std::to_string(heads) +
-                  " and " + std::to_string(attributes.key_value_heads));
+              "query's heads must be a multiple of key_value_heads, got ", heads, " and ",
+              attributes.key_value_heads);
   const Window window = {attributes.compress_block_size, attributes.compress_stride,
                          attributes.select_block_size};
   checks.That(window.IsLegal(), "the window's sizes do not fit each other");
@@ -158,6 +159,14 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   problem.scale = attributes.scale;
   problem.window = window;
 
+  const auto at_most = [&](const char* name, int64_t size, int64_t limit) {
+    checks.That(size <= limit, name, " must be at most ", limit, ", got ", size);
+  };
+  at_most("query's heads for each of key's", problem.group(), kMaxGroup);
+  at_most("query's head size", problem.head_size, kMaxHeadSize);
+  at_most("value's head size", problem.value_size, kMaxValueSize);
+  checks.That(problem.page_size % kPageGranule == 0, "page size must be a multiple of ",
+              kPageGranule, ", got ", problem.page_size);
   checks.Type("key", key, query.element_type());
   checks.Type("value", value, query.element_type());
   // Parts of sequences are merged in float32.

@@ -192,6 +192,22 @@ LIES = {
     "query_of_other_sequences": ({"query": f32(4, 3, 4, 8)}, "as many sequences"),
     "key_heads": ({"key": f32(5, 16, 3 * 8)}, "key must have shape [5, 16, 16], got [5, 16, 24]"),
     "key_dtype": ({"key": np.zeros((5, 16, 16), np.float16)}, "key has an unexpected element"),
+    "page_of_8_rows": (
+        {"key": f32(5, 8, 16), "value": f32(5, 8, 12)},
+        "page size must be a multiple of 16, got 8",
+    ),
+    "large_heads": (
+        {"query": f32(2, 3, 4, 193), "key": f32(5, 16, 2 * 193)},
+        "query's head size must be at most 192, got 193",
+    ),
+    "large_values": (
+        {"value": f32(5, 16, 2 * 129), "attention": result(2, 3, 4, 129)},
+        "value's head size must be at most 128, got 129",
+    ),
+    "large_group": (
+        {"query": f32(2, 3, 258, 8), "attention": result(2, 3, 258, 6)},
+        "heads for each of key's must be at most 128, got 129",
+    ),
     "key_without_rows": ({"key": f32(5, 0, 16), "value": f32(5, 0, 12)}, "key must not be empty"),
     "key_without_pages": ({"key": f32(0, 16, 16), "value": f32(0, 16, 12)}, "key must not be"),
     "value_pages": ({"value": f32(4, 16, 12)}, "value must have shape [5, 16, 12]"),
