@@ -23,6 +23,9 @@ from jax import lax
 from jax_nsa import _compat, primitive, reference
 from jax_nsa.problem import Problem
 
+# What a device can know of a row, in ascending order of consequence.
+_ABSENT, _PRESENT, _NAN, _FAULTY = range(4)
+
 
 def merge_parts(
     *operands: jax.Array,
@@ -74,21 +77,32 @@ def merge_parts(
             implementation=implementation,
         )  # fmt: skip
 
-    attention, _, lse, scores = attend(block_table.shape[1], local, return_block_scores=True)
+    attention, indices, lse, scores = attend(
+        block_table.shape[1], local, return_block_scores=True, select_block_count=1
+    )
     # The one position that adds to a block of the device before: this device's first, to the block
     # that ends just before it. Alone in its sequence, its log-sum-exp is its score.
-    _, indices, first_lse = attend(1, jnp.minimum(local, 1), select_block_count=1)
+    _, _, first_lse = attend(1, jnp.minimum(local, 1), select_block_count=1)
+
+    # What is known of each head's row here, the worse on any device deciding for all. Compared as
+    # integers, since not every platform's maximum and exponential keep a NaN.
+    group = query.shape[-2] // problem.key_value_heads
+    chosen = jnp.repeat(indices[..., 0] == 0, group, axis=-1)  # any present row has block 0
+    state = jnp.where(chosen, _PRESENT, _ABSENT)
+    state = jnp.where(jnp.isnan(lse), jnp.where(chosen, _NAN, _FAULTY), state)
+    state = lax.pmax(state, axis_name)
 
     peak = lax.pmax(lse, axis_name)
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
     whole = peak + jnp.log(lax.psum(jnp.exp(lse - peak), axis_name))
     known = jnp.where(whole == -jnp.inf, 0.0, whole)  # rows that see nothing keep zeros
-    factor = jnp.exp(lse - known)
+    whole = jnp.where(state >= _NAN, jnp.nan, whole)
+    factor = jnp.where(state >= _NAN, jnp.nan, jnp.exp(lse - known))
     attention = lax.psum(attention * factor[..., None], axis_name)
 
     before = jnp.exp(first_lse - known)[..., None]
     scores = jnp.concatenate([before, scores * factor[..., None]], axis=-1)
-    grouped = scores.reshape(*scores.shape[:-2], problem.key_value_heads, -1, scores.shape[-1])
+    grouped = scores.reshape(*scores.shape[:-2], problem.key_value_heads, group, -1)
     importance = jnp.sum(grouped, axis=-2)
     whole_importance, importance = _compat.vary_alike(
         jnp.zeros((*importance.shape[:-1], 1 + window.num_blocks(devices * part))), importance
@@ -98,8 +112,8 @@ def merge_parts(
     )
     whole_importance = lax.psum(whole_importance, axis_name)[..., 1:]
 
-    # The first device names block 0 for each row that holds a token of a non-empty sequence.
-    present = (lax.pmax(indices, axis_name)[..., 0] == 0) & ~jnp.isnan(whole[..., :1])
+    state = state[..., ::group]
+    present = (state == _PRESENT) | (state == _NAN)
     row_lengths = (
         lengths[:, None]
         if query.ndim == 4

@@ -52,7 +52,7 @@ def compress_attention(
     # hold anything, also NaN, so they become zeros.
     def gather(pool: jax.Array) -> jax.Array:
         pages = pool[jnp.clip(block_table, 0, num_pages - 1)].astype(jnp.float32)
-        heads = pages.reshape(len(block_table), position.size, problem.key_value_heads, -1)
+        heads = pages.reshape(block_table.shape[0], position.size, problem.key_value_heads, -1)
         return jnp.where(in_sequence[:, :, None, None], heads, 0.0)
 
     key_rows, value_rows = gather(key), gather(value)

@@ -1,0 +1,111 @@
+"""Ahead-of-time compilation and jax.export, also from the oldest JAX to the newest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import Geometry, build
+
+import jax_nsa
+from jax_nsa import backends
+
+GEOMETRY = Geometry(lengths=(60, 17, 33), head_size=16, value_size=8, hostile=False)
+NAMES = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")
+
+# This interpreter, and others with a jax_nsa of their own, to show that programs outlive a JAX.
+INTERPRETERS = [sys.executable, *os.environ.get("JAX_NSA_OTHER_PYTHON", "").split(os.pathsep)]
+INTERPRETERS = [name for name in INTERPRETERS if name]
+
+RUN_EXPORTED = """
+import sys
+import jax, jax.export, jax_nsa, numpy as np
+with open(sys.argv[1], "rb") as file:
+    exported = jax.export.deserialize(file.read())
+arrays = np.load(sys.argv[2])
+results = exported.call(*[arrays[n] for n in {names}])
+np.savez(sys.argv[3], *map(np.asarray, results))
+"""
+
+
+def operator(implementation=None):
+    arguments = build(GEOMETRY)
+    arrays = [jnp.asarray(arguments.pop(n)) for n in NAMES]
+
+    def call(*arrays):
+        return jax_nsa.nsa_compress_attention_infer(
+            **arguments, **dict(zip(NAMES, arrays, strict=True)), implementation=implementation
+        )
+
+    return call, arrays
+
+
+def export(call, *arguments, **options):
+    checks = jax_nsa.export_disabled_checks()
+    return jax.export.export(jax.jit(call), disabled_checks=checks, **options)(*arguments)
+
+
+def assert_same(results, expected):
+    for result, want in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(result), np.asarray(want))
+
+
+def test_ahead_of_time():
+    call, arrays = operator()
+    compiled = jax.jit(call).lower(*arrays).compile()
+    assert_same(compiled(*arrays), call(*arrays))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_round_trip(implementation):
+    call, arrays = operator(implementation)
+    blob = export(call, *arrays).serialize()
+    assert_same(jax.export.deserialize(blob).call(*arrays), call(*arrays))
+
+
+def test_the_kernel_needs_the_disabled_checks():
+    call, arrays = operator("cpu")
+    with pytest.raises(ValueError, match=backends.cpu.TARGET):
+        jax.export.export(jax.jit(call))(*arrays)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_symbolic_batch(implementation):
+    call, arrays = operator(implementation)
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape if n in ("key", "value") else (b, *a.shape[1:]), a.dtype)
+        for n, a in zip(NAMES, arrays, strict=True)
+    ]
+    exported = jax.export.deserialize(export(call, *shapes).serialize())
+    for size in (1, 3):
+        batch = [
+            a if n in ("key", "value") else a[:size] for n, a in zip(NAMES, arrays, strict=True)
+        ]
+        assert_same(exported.call(*batch), call(*batch))
+
+
+def test_several_platforms_in_one_artefact():
+    call, arrays = operator()
+    exported = export(call, *arrays, platforms=("cpu", "cuda"))
+    assert exported.platforms == ("cpu", "cuda")
+    assert backends.cpu.TARGET in exported.mlir_module()
+    assert_same(jax.export.deserialize(exported.serialize()).call(*arrays), call(*arrays))
+
+
+@pytest.mark.parametrize("interpreter", INTERPRETERS)
+def test_another_process_runs_it(interpreter, tmp_path):
+    call, arrays = operator("cpu")
+    (tmp_path / "program").write_bytes(export(call, *arrays).serialize())
+    np.savez(tmp_path / "arrays.npz", **dict(zip(NAMES, map(np.asarray, arrays), strict=True)))
+    script = RUN_EXPORTED.format(names=NAMES)
+    paths = [str(tmp_path / n) for n in ("program", "arrays.npz", "results.npz")]
+    subprocess.run([interpreter, "-c", script, *paths], check=True, timeout=120, cwd=tmp_path)
+    with np.load(tmp_path / "results.npz") as results:
+        assert_same([results[n] for n in results.files], call(*arrays))
