@@ -1,15 +1,22 @@
 // The Python module jax_nsa._native: which custom-call targets were compiled, for which FFI API.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <stdexcept>
 #include <tuple>
 
+#include "ascend/context.h"
+#include "ascend/request.h"
+#include "ascend/runtime.h"
 #include "selection.h"
 #include "xla/ffi/api/c_api.h"
 
 // Handlers, each defined beside its kernel.
 extern "C" {
 XLA_FFI_Error* jax_nsa_compress_attention_cpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_attention_ascend(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_attention_ascend_host(XLA_FFI_CallFrame*);
 }
 
 namespace {
@@ -24,9 +31,30 @@ py::tuple Target(const char* platform, XLA_FFI_Handler* handler) {
 py::dict Registrations() {
   py::dict cpu;
   cpu["jax_nsa_compress_attention_cpu"] = Target("cpu", jax_nsa_compress_attention_cpu);
+  py::dict ascend;
+  ascend["jax_nsa_compress_attention_ascend"] =
+      Target("ASCEND", jax_nsa_compress_attention_ascend);
+  ascend["jax_nsa_compress_attention_ascend_host"] =
+      Target("cpu", jax_nsa_compress_attention_ascend_host);
   py::dict all;
   all["cpu"] = cpu;
+  all["ascend"] = ascend;
   return all;
+}
+
+// Limits of CANN's kernel, for refusing a call when it is traced.
+py::dict AscendLimits() {
+  py::dict limits;
+  limits["sequences"] = jax_nsa::acl::kMaxSequences;
+  limits["tokens"] = jax_nsa::acl::kMaxTokens;
+  limits["length"] = jax_nsa::acl::kMaxLength;
+  limits["blocks"] = jax_nsa::acl::kMaxBlocks;
+  return limits;
+}
+
+void AscendRelease() {
+  const xla::ffi::Error error = jax_nsa::acl::Contexts::Get().Release();
+  if (error.failure()) throw std::runtime_error(error.message());
 }
 
 }  // namespace
@@ -46,4 +74,9 @@ PYBIND11_MODULE(_native, module) {
             length);
       },
       "Select blocks of a sequence, as the kernels count them.");
+  module.def("ascend_unavailable", &jax_nsa::acl::Unavailable,
+             "Why CANN or an NPU cannot be used on this machine; None if it can.");
+  module.def("ascend_release", &AscendRelease, py::call_guard<py::gil_scoped_release>(),
+             "Gives back the device memory and streams kept for further calls.");
+  module.def("ascend_limits", &AscendLimits, "Limits of CANN's kernel.");
 }

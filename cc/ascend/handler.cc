@@ -1,0 +1,332 @@
+// The two XLA FFI handlers of the Ascend route: one for buffers on an NPU, under an Ascend PJRT
+// plugin, and one for buffers on the host, under JAX's CPU platform.
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "ascend/context.h"
+#include "ascend/launch.h"
+#include "ascend/request.h"
+#include "ascend/runtime.h"
+#include "decode.h"
+
+namespace jax_nsa::acl {
+namespace {
+
+constexpr size_t kElementSize = 2;  // of float16 and bfloat16
+
+// Decodes a call and refuses what CANN's kernel does not have, whatever the sequences are.
+ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                 const Attributes& attributes) {
+  const auto refuse = [](const char* reason) {
+    return ffi::Unexpected(ffi::Error(
+        ffi::ErrorCode::kUnimplemented,
+        std::string("nsa_compress_attention on implementation \"ascend\": ") + reason));
+  };
+  ffi::ErrorOr<Call> call = Decode(args, rets, attributes);
+  if (call.has_error()) return call;
+  if (call->problem.dtype == DataType::kFloat32) {
+    return refuse("CANN's kernel takes bfloat16 and float16, not float32");
+  }
+  if (call->arrays.lse != nullptr) return refuse("CANN's kernel gives no log-sum-exp");
+  if (call->problem.sequences > kMaxSequences) {
+    return refuse("CANN's kernel takes at most 10000 sequences");
+  }
+  return call;
+}
+
+size_t RowBytes(int64_t heads, int64_t size) { return heads * size * kElementSize; }
+
+// Arrays laid one after the other in one piece of memory. The same offsets serve the device and
+// its staging memory on the host, so neighbours travel in one copy.
+class Pieces {
+ public:
+  size_t Add(size_t size) {
+    const size_t offset = end_;
+    end_ += (size + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
+  }
+  size_t end() const { return end_; }
+
+ private:
+  static constexpr size_t kAlignment = 512;
+  size_t end_ = 0;
+};
+
+// --- Buffers on the host. ------------------------------------------------------------------------
+
+// The pages that a call reads, renumbered in order of their first use.
+struct NeededPages {
+  struct Page {
+    int64_t id;    // in the pool of the call
+    int64_t rows;  // how many of its rows, from the first, some sequence reads
+  };
+  std::vector<Page> pages;
+  std::vector<int32_t> block_table;  // [sequences, pages_per_sequence], in the new numbers
+  int64_t pages_per_sequence;
+};
+
+NeededPages FindNeededPages(const Problem& problem, const Arrays& arrays, const Request& request) {
+  NeededPages needed;
+  needed.pages_per_sequence = (request.longest + problem.page_size - 1) / problem.page_size;
+  needed.block_table.assign(problem.sequences * needed.pages_per_sequence, 0);
+  std::vector<int32_t> number(problem.num_pages, -1);
+  for (int64_t b = 0; b < problem.sequences; ++b) {
+    const int32_t* table = arrays.block_table + b * problem.pages_per_sequence;
+    for (int64_t p = 0; p * problem.page_size < request.lengths[b]; ++p) {
+      int32_t& n = number[table[p]];
+      if (n < 0) {
+        n = static_cast<int32_t>(needed.pages.size());
+        needed.pages.push_back({table[p], 0});
+      }
+      int64_t& rows = needed.pages[n].rows;
+      rows = std::max(rows, std::min(problem.page_size, request.lengths[b] - p * problem.page_size));
+      needed.block_table[b * needed.pages_per_sequence + p] = n;
+    }
+  }
+  return needed;
+}
+
+// Copies pages out of a pool. Rows that no sequence reads become zeros: in the pool they may hold
+// anything, NaN too, and a kernel may multiply them by a zero probability.
+void GatherPages(const NeededPages& needed, const void* pool, int64_t page_size, size_t row_bytes,
+                 std::byte* out) {
+  const size_t page_bytes = page_size * row_bytes;
+  for (const NeededPages::Page& page : needed.pages) {
+    const size_t used = page.rows * row_bytes;
+    std::memcpy(out, static_cast<const std::byte*>(pool) + page.id * page_bytes, used);
+    std::memset(out + used, 0, page_bytes - used);
+    out += page_bytes;
+  }
+}
+
+// Copies the rows of all tokens out of an array with a row for each, or into one.
+void PackRows(const Request& request, const void* array, size_t row_bytes, std::byte* packed) {
+  for (size_t b = 0; b < request.first_rows.size(); ++b) {
+    const size_t size = request.token_counts[b] * row_bytes;
+    const size_t offset = request.first_rows[b] * row_bytes;
+    std::memcpy(packed, static_cast<const std::byte*>(array) + offset, size);
+    packed += size;
+  }
+}
+
+void UnpackRows(const Request& request, const std::byte* packed, size_t row_bytes, void* array) {
+  for (size_t b = 0; b < request.first_rows.size(); ++b) {
+    const size_t size = request.token_counts[b] * row_bytes;
+    const size_t offset = request.first_rows[b] * row_bytes;
+    std::memcpy(static_cast<std::byte*>(array) + offset, packed, size);
+    packed += size;
+  }
+}
+
+ffi::Error RunStaged(const Call& call, const Request& request, Context& context) {
+  const Api& api = context.api();
+  const Arrays& arrays = call.arrays;
+  const NeededPages needed = FindNeededPages(call.problem, arrays, request);
+  Problem problem = call.problem;  // as the device sees it
+  problem.num_pages = static_cast<int64_t>(needed.pages.size());
+  problem.pages_per_sequence = needed.pages_per_sequence;
+
+  const size_t query_row = RowBytes(problem.heads, problem.head_size);
+  const size_t key_row = RowBytes(problem.key_value_heads, problem.head_size);
+  const size_t value_row = RowBytes(problem.key_value_heads, problem.value_size);
+  const size_t attention_row = RowBytes(problem.heads, problem.value_size);
+  const size_t indices_row = problem.key_value_heads * problem.select_count * sizeof(int32_t);
+  const size_t table_bytes = needed.block_table.size() * sizeof(int32_t);
+  const int64_t pool_rows = problem.num_pages * problem.page_size;
+
+  Pieces pieces;
+  const size_t query = pieces.Add(request.total_tokens * query_row);
+  const size_t table = pieces.Add(table_bytes);
+  const size_t key = pieces.Add(pool_rows * key_row);
+  const size_t value = pieces.Add(pool_rows * value_row);
+  const size_t attention = pieces.Add(request.total_tokens * attention_row);
+  const size_t indices = pieces.Add(request.total_tokens * indices_row);
+  JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.arrays, pieces.end()));
+  JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.staging, pieces.end()));
+  std::byte* const host = context.staging.data();
+  std::byte* const device = context.arrays.data();
+  const auto copy_in = [&](size_t begin, size_t end) {
+    return JAX_NSA_ACL_CALL(api, aclrtMemcpyAsync, device + begin, end - begin, host + begin,
+                            end - begin, ACL_MEMCPY_HOST_TO_DEVICE, context.stream());
+  };
+
+  // Each copy starts as soon as its bytes are gathered, so the next gather runs beside it.
+  PackRows(request, arrays.query, query_row, host + query);
+  std::memcpy(host + table, needed.block_table.data(), table_bytes);
+  JAX_NSA_RETURN_IF_ERROR(copy_in(query, key));
+  GatherPages(needed, arrays.key, problem.page_size, key_row, host + key);
+  JAX_NSA_RETURN_IF_ERROR(copy_in(key, value));
+  GatherPages(needed, arrays.value, problem.page_size, value_row, host + value);
+  JAX_NSA_RETURN_IF_ERROR(copy_in(value, attention));
+
+  Arrays on_device = {};
+  on_device.query = device + query;
+  on_device.key = device + key;
+  on_device.value = device + value;
+  on_device.block_table = reinterpret_cast<const int32_t*>(device + table);
+  on_device.attention = device + attention;
+  on_device.topk_indices = reinterpret_cast<int32_t*>(device + indices);
+  JAX_NSA_RETURN_IF_ERROR(Launch(problem, on_device, request, QueryLayout::kPacked, context));
+
+  JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(api, aclrtMemcpyAsync, host + attention,
+                                           pieces.end() - attention, device + attention,
+                                           pieces.end() - attention, ACL_MEMCPY_DEVICE_TO_HOST,
+                                           context.stream()));
+  JAX_NSA_RETURN_IF_ERROR(context.Synchronize());
+  if (request.total_tokens < problem.rows) {  // rows without a token
+    std::memset(arrays.attention, 0, problem.rows * attention_row);
+    std::memset(arrays.topk_indices, 0xFF, problem.rows * indices_row);
+  }
+  UnpackRows(request, host + attention, attention_row, arrays.attention);
+  UnpackRows(request, host + indices, indices_row, arrays.topk_indices);
+  return ffi::Error::Success();
+}
+
+ffi::Error RunOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes attributes,
+                     int64_t device) {
+  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  Request request;
+  JAX_NSA_RETURN_IF_ERROR(MakeRequest(*call, PageIds::kOnHost, &request));
+  const ffi::ErrorOr<const Api*> api = LoadApi();
+  if (api.has_error()) return api.error();
+  DeviceScope scope(**api);
+  JAX_NSA_RETURN_IF_ERROR(scope.Enter(static_cast<int32_t>(device)));
+  ffi::ErrorOr<std::unique_ptr<Context>> taken =
+      Contexts::Get().Take(**api, static_cast<int32_t>(device));
+  if (taken.has_error()) return taken.error();
+  std::unique_ptr<Context> context = std::move(*taken);
+  JAX_NSA_RETURN_IF_ERROR(RunStaged(*call, request, *context));
+  Contexts::Get().PutBack(std::move(context));
+  return ffi::Error::Success();
+}
+
+// --- Buffers on the device. ----------------------------------------------------------------------
+
+// Points the integer operands of `call` to copies on the host, which takes one wait for the
+// stream.
+ffi::Error FetchIntegers(Call* call, Context& context) {
+  const Problem& problem = call->problem;
+  struct Operand {
+    const int32_t** array;
+    int64_t size;
+  };
+  const Operand operands[] = {
+      {&call->arrays.block_table, problem.sequences * problem.pages_per_sequence},
+      {&call->arrays.lengths, problem.sequences},
+      {&call->arrays.token_counts, problem.sequences},
+      {&call->arrays.early_counts, problem.sequences},
+      {&call->arrays.first_rows, problem.sequences},
+  };
+  Pieces pieces;
+  for (const Operand& operand : operands) pieces.Add(operand.size * sizeof(int32_t));
+  JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.staging, pieces.end()));
+  pieces = Pieces();
+  for (const Operand& operand : operands) {
+    if (*operand.array == nullptr) continue;
+    const size_t size = operand.size * sizeof(int32_t);
+    std::byte* copy = context.staging.data() + pieces.Add(size);
+    JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(context.api(), aclrtMemcpyAsync, copy, size,
+                                             *operand.array, size, ACL_MEMCPY_DEVICE_TO_HOST,
+                                             context.stream()));
+    *operand.array = reinterpret_cast<const int32_t*>(copy);
+  }
+  return context.Synchronize();
+}
+
+// Fills the rows that hold no token: everything from row `first` on.
+ffi::Error FillResults(const Call& call, int64_t first, Context& context) {
+  const Problem& problem = call.problem;
+  const auto fill = [&](void* array, size_t row_bytes, int value) {
+    const size_t size = (problem.rows - first) * row_bytes;
+    return JAX_NSA_ACL_CALL(context.api(), aclrtMemsetAsync,
+                            static_cast<std::byte*>(array) + first * row_bytes, size, value, size,
+                            context.stream());
+  };
+  JAX_NSA_RETURN_IF_ERROR(
+      fill(call.arrays.attention, RowBytes(problem.heads, problem.value_size), 0));
+  return fill(call.arrays.topk_indices,
+              problem.key_value_heads * problem.select_count * sizeof(int32_t), 0xFF);
+}
+
+ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
+                       ffi::RemainingRets rets, Attributes attributes,
+                       ffi::Span<const int64_t> host_lengths) {
+  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  const Problem& problem = call->problem;
+  const ffi::ErrorOr<const Api*> api = LoadApi();
+  if (api.has_error()) return api.error();
+  // The plugin's thread has made the stream's device current; only a thread that has none gets
+  // the one XLA names.
+  DeviceScope scope(**api);
+  const ffi::ErrorOr<int32_t> device = scope.CurrentOr(ordinal);
+  if (device.has_error()) return device.error();
+  const std::shared_ptr<Context> context = Contexts::Get().ForStream(**api, *device, stream);
+  const std::lock_guard<std::mutex> lock(context->mutex);
+
+  // Lengths reach CANN's kernel only from the host.
+  Call on_host = *call;
+  PageIds page_ids = PageIds::kOnHost;
+  std::vector<int32_t> lengths(host_lengths.begin(), host_lengths.end());
+  if (!lengths.empty() && call->arrays.token_counts == nullptr) {
+    if (static_cast<int64_t>(lengths.size()) != problem.sequences) {
+      return ffi::Error(ffi::ErrorCode::kInvalidArgument, "host_lengths has the wrong size");
+    }
+    on_host.arrays.lengths = lengths.data();
+    page_ids = PageIds::kOnDevice;
+  } else {
+    JAX_NSA_RETURN_IF_ERROR(FetchIntegers(&on_host, *context));
+  }
+  Request request;
+  JAX_NSA_RETURN_IF_ERROR(MakeRequest(on_host, page_ids, &request));
+
+  const bool full = request.total_tokens == problem.rows;
+  QueryLayout layout = QueryLayout::kPacked;
+  if (problem.tokens > 0 && !full) {
+    if (problem.tokens > kMaxTokens) {
+      return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                        "nsa_compress_attention on implementation \"ascend\": CANN's kernel takes "
+                        "at most 4 query rows for each sequence, got query with " +
+                            std::to_string(problem.tokens));
+    }
+    layout = QueryLayout::kPadded;
+    JAX_NSA_RETURN_IF_ERROR(FillResults(*call, 0, *context));
+  } else if (!full) {
+    int64_t next = 0;
+    for (int64_t b = 0; b < problem.sequences; ++b) {
+      if (request.first_rows[b] != next) {
+        return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                          "nsa_compress_attention on implementation \"ascend\": query's rows must "
+                          "be consecutive, and first_rows[" +
+                              std::to_string(b) + "] leaves a gap");
+      }
+      next += request.token_counts[b];
+    }
+    JAX_NSA_RETURN_IF_ERROR(FillResults(*call, next, *context));
+  }
+  return Launch(problem, call->arrays, request, layout, *context);
+}
+
+}  // namespace
+}  // namespace jax_nsa::acl
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend_host, jax_nsa::acl::RunOnHost,
+                              xla::ffi::Ffi::Bind()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<jax_nsa::Attributes>("problem")
+                                  .Attr<int64_t>("device"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_nsa_compress_attention_ascend, jax_nsa::acl::RunOnDevice,
+    xla::ffi::Ffi::Bind()
+        .Ctx<xla::ffi::PlatformStream<jax_nsa::acl::aclrtStream>>()
+        .Ctx<xla::ffi::DeviceOrdinal>()
+        .RemainingArgs()
+        .RemainingRets()
+        .Attr<jax_nsa::Attributes>("problem")
+        .Attr<xla::ffi::Span<const int64_t>>("host_lengths"));

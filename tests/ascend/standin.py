@@ -1,0 +1,119 @@
+"""Builds the stand-in for CANN and talks to it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import functools
+import pathlib
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+
+import jax.ffi
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+CC = ROOT / "cc"
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
+INCLUDES = (f"-I{CC}", f"-I{HERE}", "-isystem", jax.ffi.include_dir())
+LIBRARIES = ("libascendcl.so", "libnnopbase.so", "libopapi.so")
+
+
+def compiler() -> str:
+    """The C++ compiler; skips the test without one."""
+    found = shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        pytest.skip("needs a C++ compiler (g++ or clang++) to build the stand-in for CANN")
+    return found
+
+
+def compile_cc(output: pathlib.Path, sources: Sequence[pathlib.Path], *options: str) -> None:
+    """Compiles and links; fails the test with what the compiler says."""
+    command = [compiler(), *FLAGS, *INCLUDES, *map(str, sources), *options, "-o", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
+
+
+def build(directory: pathlib.Path, *options: str) -> None:
+    """Builds the stand-in's three libraries into `directory`."""
+    _build_library(directory, "libascendcl.so", "ascendcl.cc", *options)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(
+            pool.map(
+                lambda name: _build_library(directory, f"lib{name}.so", f"{name}.cc", *options),
+                ("nnopbase", "opapi"),
+            )
+        )
+
+
+def build_operators(directory: pathlib.Path, name: str, *options: str) -> None:
+    """Builds a further library of operators; the stand-in must be in `directory` already."""
+    _build_library(directory, name, "opapi.cc", *options)
+
+
+def _build_library(directory: pathlib.Path, name: str, source: str, *options: str) -> None:
+    shared = [] if source == "ascendcl.cc" else [f"-L{directory}", "-lascendcl"]
+    compile_cc(
+        directory / name, [HERE / source], "-shared", f"-Wl,-soname,{name}",
+        "-Wl,-rpath,$ORIGIN", f'-DSTANDIN_LIBRARY="{name}"', *options, *shared,
+    )  # fmt: skip
+
+
+class StandIn:
+    """The stand-in in this process: its counters, planned faults and record of violations."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.directory = directory
+        self.runtime, self.tensors, self.operators = (
+            ctypes.CDLL(str(directory / name)) for name in LIBRARIES
+        )
+        self.runtime.standin_counter.restype = ctypes.c_int64
+        self.runtime.standin_take_violations.restype = ctypes.c_char_p
+        self.runtime.aclGetRecentErrMsg.restype = ctypes.c_char_p
+
+    def counter(self, name: str) -> int:
+        """Calls of a function so far, or another of the counters."""
+        return self.runtime.standin_counter(name.encode())
+
+    def plan_fault(self, function: str, status: int, *, call: int = 1, null: bool = False) -> None:
+        """Makes the `call`-th call from now of a function ("": of any) fail, or give null."""
+        self.runtime.standin_plan_fault(function.encode(), ctypes.c_int64(call), status, null)
+
+    def clear_faults(self) -> int:
+        """Forgets the planned faults; how many had not come up."""
+        return self.runtime.standin_clear_faults()
+
+    def take_violations(self, *, expected: bool = False) -> str:
+        """The violations so far, which it forgets."""
+        return self.runtime.standin_take_violations(expected).decode()
+
+    def live(self) -> dict[str, int]:
+        """How many objects and allocations of each kind there are."""
+        kinds = "device memory", "pinned memory", "stream", "tensor", "integer array", "executor"
+        return {kind: self.counter(f"live {kind}") for kind in kinds}
+
+
+@functools.cache
+def _built(directory: pathlib.Path) -> StandIn:
+    build(directory)
+    return StandIn(directory)
+
+
+@pytest.fixture(scope="session")
+def standin_libraries(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    """The stand-in, built and loaded, as the CANN that jax_nsa finds in this process."""
+    return _built(tmp_path_factory.mktemp("cann"))
+
+
+@pytest.fixture
+def standin(
+    standin_libraries: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[StandIn]:
+    """The stand-in; fails the test on a violation that it did not take."""
+    monkeypatch.setenv("JAX_NSA_CANN_LIBRARY_PATH", str(standin_libraries.directory))
+    standin_libraries.clear_faults()
+    yield standin_libraries
+    standin_libraries.clear_faults()
+    assert standin_libraries.take_violations() == ""
