@@ -32,8 +32,7 @@ py::dict Registrations() {
   py::dict cpu;
   cpu["jax_nsa_compress_attention_cpu"] = Target("cpu", jax_nsa_compress_attention_cpu);
   py::dict ascend;
-  ascend["jax_nsa_compress_attention_ascend"] =
-      Target("ASCEND", jax_nsa_compress_attention_ascend);
+  ascend["jax_nsa_compress_attention_ascend"] = Target("ASCEND", jax_nsa_compress_attention_ascend);
   ascend["jax_nsa_compress_attention_ascend_host"] =
       Target("cpu", jax_nsa_compress_attention_ascend_host);
   py::dict all;

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
+from ascend.standin import standin, standin_libraries  # noqa: F401
 from contract import CompressAttentionContract
 from problems import Domain
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "ascend"))
-
-from standin import standin, standin_libraries  # noqa: E402, F401
 
 # What CANN's kernel can do of the legal calls.
 CANN = Domain(

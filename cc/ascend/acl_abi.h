@@ -29,33 +29,33 @@ inline constexpr aclError ACL_ERROR_REPEAT_INITIALIZE = 100002;
 // F(result, name, parameters) for each function of one library.
 
 // libascendcl.so
-#define JAX_NSA_ACL_RUNTIME_FUNCTIONS(F)                                                           \
-  F(aclError, aclInit, (const char* config_path))                                                  \
-  F(const char*, aclGetRecentErrMsg, ())                                                           \
-  F(aclError, aclrtGetDeviceCount, (uint32_t * count))                                             \
-  F(aclError, aclrtGetDevice, (int32_t * device))                                                  \
-  F(aclError, aclrtSetDevice, (int32_t device))                                                    \
-  F(aclError, aclrtCreateStream, (aclrtStream * stream))                                           \
-  F(aclError, aclrtSynchronizeStream, (aclrtStream stream))                                        \
-  F(aclError, aclrtDestroyStream, (aclrtStream stream))                                            \
-  F(aclError, aclrtMalloc, (void** device_pointer, size_t size, aclrtMemMallocPolicy policy))      \
-  F(aclError, aclrtFree, (void* device_pointer))                                                   \
-  F(aclError, aclrtMallocHost, (void** host_pointer, size_t size))                                 \
-  F(aclError, aclrtFreeHost, (void* host_pointer))                                                 \
-  F(aclError, aclrtMemcpyAsync,                                                                    \
-    (void* destination, size_t destination_size, const void* source, size_t count,                 \
-     aclrtMemcpyKind kind, aclrtStream stream))                                                    \
-  F(aclError, aclrtMemsetAsync,                                                                    \
+#define JAX_NSA_ACL_RUNTIME_FUNCTIONS(F)                                                      \
+  F(aclError, aclInit, (const char* config_path))                                             \
+  F(const char*, aclGetRecentErrMsg, ())                                                      \
+  F(aclError, aclrtGetDeviceCount, (uint32_t* count))                                         \
+  F(aclError, aclrtGetDevice, (int32_t* device))                                              \
+  F(aclError, aclrtSetDevice, (int32_t device))                                               \
+  F(aclError, aclrtCreateStream, (aclrtStream * stream))                                      \
+  F(aclError, aclrtSynchronizeStream, (aclrtStream stream))                                   \
+  F(aclError, aclrtDestroyStream, (aclrtStream stream))                                       \
+  F(aclError, aclrtMalloc, (void** device_pointer, size_t size, aclrtMemMallocPolicy policy)) \
+  F(aclError, aclrtFree, (void* device_pointer))                                              \
+  F(aclError, aclrtMallocHost, (void** host_pointer, size_t size))                            \
+  F(aclError, aclrtFreeHost, (void* host_pointer))                                            \
+  F(aclError, aclrtMemcpyAsync,                                                               \
+    (void* destination, size_t destination_size, const void* source, size_t count,            \
+     aclrtMemcpyKind kind, aclrtStream stream))                                               \
+  F(aclError, aclrtMemsetAsync,                                                               \
     (void* device_pointer, size_t size, int32_t value, size_t count, aclrtStream stream))
 
 // libnnopbase.so
-#define JAX_NSA_ACL_TENSOR_FUNCTIONS(F)                                                            \
-  F(aclTensor*, aclCreateTensor,                                                                   \
-    (const int64_t* view_dims, uint64_t view_rank, aclDataType data_type, const int64_t* strides,  \
-     int64_t offset, aclFormat format, const int64_t* storage_dims, uint64_t storage_rank,         \
-     void* device_pointer))                                                                        \
-  F(aclnnStatus, aclDestroyTensor, (const aclTensor* tensor))                                      \
-  F(aclIntArray*, aclCreateIntArray, (const int64_t* values, uint64_t size))                       \
+#define JAX_NSA_ACL_TENSOR_FUNCTIONS(F)                                                           \
+  F(aclTensor*, aclCreateTensor,                                                                  \
+    (const int64_t* view_dims, uint64_t view_rank, aclDataType data_type, const int64_t* strides, \
+     int64_t offset, aclFormat format, const int64_t* storage_dims, uint64_t storage_rank,        \
+     void* device_pointer))                                                                       \
+  F(aclnnStatus, aclDestroyTensor, (const aclTensor* tensor))                                     \
+  F(aclIntArray*, aclCreateIntArray, (const int64_t* values, uint64_t size))                      \
   F(aclnnStatus, aclDestroyIntArray, (const aclIntArray* array))
 
 // libopapi.so, or another of the libraries that carry operators.

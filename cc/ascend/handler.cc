@@ -21,9 +21,9 @@ constexpr size_t kElementSize = 2;  // of float16 and bfloat16
 ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
                                  const Attributes& attributes) {
   const auto refuse = [](const char* reason) {
-    return ffi::Unexpected(ffi::Error(
-        ffi::ErrorCode::kUnimplemented,
-        std::string("nsa_compress_attention on implementation \"ascend\": ") + reason));
+    return ffi::Unexpected(
+        ffi::Error(ffi::ErrorCode::kUnimplemented,
+                   std::string("nsa_compress_attention on implementation \"ascend\": ") + reason));
   };
   ffi::ErrorOr<Call> call = Decode(args, rets, attributes);
   if (call.has_error()) return call;
@@ -82,7 +82,8 @@ NeededPages FindNeededPages(const Problem& problem, const Arrays& arrays, const 
         needed.pages.push_back({table[p], 0});
       }
       int64_t& rows = needed.pages[n].rows;
-      rows = std::max(rows, std::min(problem.page_size, request.lengths[b] - p * problem.page_size));
+      rows =
+          std::max(rows, std::min(problem.page_size, request.lengths[b] - p * problem.page_size));
       needed.block_table[b * needed.pages_per_sequence + p] = n;
     }
   }
@@ -171,10 +172,9 @@ ffi::Error RunStaged(const Call& call, const Request& request, Context& context)
   on_device.topk_indices = reinterpret_cast<int32_t*>(device + indices);
   JAX_NSA_RETURN_IF_ERROR(Launch(problem, on_device, request, QueryLayout::kPacked, context));
 
-  JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(api, aclrtMemcpyAsync, host + attention,
-                                           pieces.end() - attention, device + attention,
-                                           pieces.end() - attention, ACL_MEMCPY_DEVICE_TO_HOST,
-                                           context.stream()));
+  JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(
+      api, aclrtMemcpyAsync, host + attention, pieces.end() - attention, device + attention,
+      pieces.end() - attention, ACL_MEMCPY_DEVICE_TO_HOST, context.stream()));
   JAX_NSA_RETURN_IF_ERROR(context.Synchronize());
   if (request.total_tokens < problem.rows) {  // rows without a token
     std::memset(arrays.attention, 0, problem.rows * attention_row);
@@ -321,12 +321,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend_host, jax_nsa::a
                                   .Attr<jax_nsa::Attributes>("problem")
                                   .Attr<int64_t>("device"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jax_nsa_compress_attention_ascend, jax_nsa::acl::RunOnDevice,
-    xla::ffi::Ffi::Bind()
-        .Ctx<xla::ffi::PlatformStream<jax_nsa::acl::aclrtStream>>()
-        .Ctx<xla::ffi::DeviceOrdinal>()
-        .RemainingArgs()
-        .RemainingRets()
-        .Attr<jax_nsa::Attributes>("problem")
-        .Attr<xla::ffi::Span<const int64_t>>("host_lengths"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend, jax_nsa::acl::RunOnDevice,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<jax_nsa::acl::aclrtStream>>()
+                                  .Ctx<xla::ffi::DeviceOrdinal>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<jax_nsa::Attributes>("problem")
+                                  .Attr<xla::ffi::Span<const int64_t>>("host_lengths"));

@@ -44,8 +44,8 @@ ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& r
   };
 
   Tensor query, key, value, table, mask, attention, indices;
-  JAX_NSA_RETURN_IF_ERROR(MakeTensor(api, token_dims({problem.heads, problem.head_size}), dtype,
-                                     arrays.query, &query));
+  JAX_NSA_RETURN_IF_ERROR(
+      MakeTensor(api, token_dims({problem.heads, problem.head_size}), dtype, arrays.query, &query));
   JAX_NSA_RETURN_IF_ERROR(MakeTensor(
       api, {problem.num_pages, problem.page_size, problem.key_value_heads * problem.head_size},
       dtype, arrays.key, &key));

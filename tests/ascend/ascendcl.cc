@@ -132,17 +132,17 @@ uint64_t Hash(const std::byte* bytes, size_t size) {
 }
 
 // A function that only gives something back does so even where it is told to fail.
-#define ENTER(function)                                                      \
-  const Lock lock(Mutex());                                                  \
-  int injected_status = kSuccess;                                            \
-  const Fault injected = Enter(#function, &injected_status);                 \
+#define ENTER(function)                                      \
+  const Lock lock(Mutex());                                  \
+  int injected_status = kSuccess;                            \
+  const Fault injected = Enter(#function, &injected_status); \
   if (injected == Fault::kStatus) return injected_status
-#define ENTER_GIVING_BACK(function)                                          \
-  const Lock lock(Mutex());                                                  \
-  int injected_status = kSuccess;                                            \
+#define ENTER_GIVING_BACK(function) \
+  const Lock lock(Mutex());         \
+  int injected_status = kSuccess;   \
   (void)Enter(#function, &injected_status)
-#define NEED_DEVICE(function)                                                \
-  if (current_device < 0) {                                                  \
+#define NEED_DEVICE(function)                                                 \
+  if (current_device < 0) {                                                   \
     return Violation(kNoContext, #function ": the thread has set no device"); \
   }
 
@@ -155,8 +155,8 @@ std::string Hex(const void* pointer) {
 int FreeFrom(std::map<const std::byte*, Memory>& memories, const char* function,
              const char* counter, void* pointer) {
   if (memories.erase(static_cast<const std::byte*>(pointer)) == 0) {
-    return Violation(kInvalidParameter,
-                     std::string(function) + ": " + Hex(pointer) + " is not live memory of its kind");
+    return Violation(kInvalidParameter, std::string(function) + ": " + Hex(pointer) +
+                                            " is not live memory of its kind");
   }
   Count(counter, -1);
   return kSuccess;

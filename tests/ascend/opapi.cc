@@ -73,8 +73,7 @@ uint16_t Encode(double value, int dtype) {
   const auto units =
       static_cast<int64_t>(std::nearbyint(std::ldexp(std::fabs(value), precision - 1 - exponent)));
   // A carry out of the fraction lands in the exponent, as it should.
-  const int64_t bits =
-      units + (static_cast<int64_t>(exponent - least) << (precision - 1));
+  const int64_t bits = units + (static_cast<int64_t>(exponent - least) << (precision - 1));
   return sign | static_cast<uint16_t>(std::min<int64_t>(bits, infinity));
 }
 
@@ -123,7 +122,8 @@ class Checks {
 
   std::vector<int64_t> Integers(const char* name, const void* handle) {
     if (!That(handle != nullptr, std::string(name) + " is null", kNullParameter)) return {};
-    const auto found = std::static_pointer_cast<std::vector<int64_t>>(Find("integer array", handle));
+    const auto found =
+        std::static_pointer_cast<std::vector<int64_t> >(Find("integer array", handle));
     if (!That(found != nullptr, std::string(name) + " is not a live array")) return {};
     return *found;
   }

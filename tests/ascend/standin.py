@@ -108,9 +108,7 @@ def standin_libraries(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
 
 
 @pytest.fixture
-def standin(
-    standin_libraries: StandIn, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[StandIn]:
+def standin(standin_libraries: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """The stand-in; fails the test on a violation that it did not take."""
     monkeypatch.setenv("JAX_NSA_CANN_LIBRARY_PATH", str(standin_libraries.directory))
     standin_libraries.clear_faults()
