@@ -85,7 +85,8 @@ def _assert_row(actual, truth, importance, uncertain, name) -> None:
     for place, (got, want) in enumerate(zip(chosen, truth[:count], strict=True)):
         if got == want:
             continue
-        apart = abs(importance[got] - importance[want])  # inf or NaN if one or both are forced
+        with np.errstate(invalid="ignore"):
+            apart = abs(importance[got] - importance[want])  # inf or NaN where blocks are forced
         assert apart <= uncertain[got] + uncertain[want], (
             f"{context}: at {place} block {got} of importance {importance[got]:.9g} stands for "
             f"block {want} of {importance[want]:.9g}"

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from agreement import assert_agrees
+from contract import INTEGERS
 from problems import DTYPES, WINDOWS, Geometry, build
 
 from jax_nsa import nsa_compress_attention_infer
@@ -426,12 +427,11 @@ def test_signature_is_torch_npu_s():
         np.testing.assert_array_equal(one, other)
 
 
-def test_values_on_a_device_are_not_fetched():
-    """A program is traced from shapes and dtypes alone: here there is nothing left to fetch."""
-    names = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")
-    arrays = {n: jnp.array(ARGUMENTS[n]) for n in names}
-    for array in arrays.values():
+def test_integers_on_a_device_are_not_fetched():
+    """A program is traced from their shapes and dtypes alone: here there is nothing to fetch."""
+    integers = {n: jnp.array(TOKENS[n]) for n in INTEGERS if n in TOKENS}
+    for array in integers.values():
         array.delete()
-    attention, indices = jax.eval_shape(lambda: call(**ARGUMENTS | arrays))
-    assert attention.shape == (2, 4, 8)
-    assert indices.shape == (2, 2, 4)
+    attention, indices = jax.eval_shape(lambda: call(**TOKENS | integers))
+    assert attention.shape == (3, 4, 8)
+    assert indices.shape == (3, 2, 4)

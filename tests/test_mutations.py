@@ -1,0 +1,143 @@
+"""The contract can fail: each wrong formula in the reference turns one of its tests red."""
+
+import inspect
+import types
+
+import pytest
+from contract import CompressAttentionContract
+
+from jax_nsa import reference
+from jax_nsa.backends import reference as backend
+
+# What goes wrong, the right text and the wrong one, and the contract's test that must notice.
+MUTANTS = {
+    "j+1 dropped": ("before + m_count - m - n", "before - m - n", "dtype"),
+    "initial block not forced": (
+        "(block == 0) | (block == num_blocks - 2)",
+        "(block == num_blocks - 2)",
+        "initial_and_local_blocks_lead",
+    ),
+    "first local block not forced": (
+        "| (block == num_blocks - 2) |",
+        "|",
+        "initial_and_local_blocks_lead",
+    ),
+    "last block not forced": (
+        "| (block == num_blocks - 1)",
+        "",
+        "initial_and_local_blocks_lead",
+    ),
+    "equals in descending order": (
+        "jnp.argsort(importance, axis=-1,",
+        "importance.shape[-1] - 1 - jnp.argsort(importance[..., ::-1], axis=-1,",
+        "equals_in_ascending_order",
+    ),
+    "flat weights": (
+        "for n in range(n_count)",
+        "for n in range(n_count if m == m_count - 1 else 1)",
+        "dtype",
+    ),
+    "a block too many": (
+        "problem.window.num_blocks(lengths)",
+        "problem.window.num_blocks(lengths + 4)",
+        "initial_and_local_blocks_lead",
+    ),
+    "a block too few": (
+        "problem.window.num_blocks(lengths)",
+        "problem.window.num_blocks(lengths - 4)",
+        "initial_and_local_blocks_lead",
+    ),
+    "nothing masked past the length": (
+        "position < visible[:, :, None]",
+        "position < position.size + 0 * visible[:, :, None]",
+        "dtype",
+    ),
+    "last position dropped": (
+        "position < visible[:, :, None]",
+        "position < visible[:, :, None] - 1",
+        "dtype",
+    ),
+    "garbage past the length not cleared": (
+        "jnp.where(in_sequence[:, :, None, None], heads, 0.0)",
+        "heads",
+        "dtype",
+    ),
+    "unscaled": ("problem.scale * jnp.einsum", "jnp.einsum", "dtype"),
+    "no maximum subtracted": (
+        "jnp.exp(scores - peak)",
+        "jnp.exp(scores) * jnp.exp(-peak)",
+        "scores_whose_exponentials_overflow",
+    ),
+    "probabilities rounded to bfloat16": (
+        "probabilities = weights",
+        "probabilities = weights.astype(jnp.bfloat16).astype(jnp.float32)",
+        "dtype",
+    ),
+    "importance is the greatest head's": (
+        "jnp.sum(scores_of_blocks, axis=3)",
+        "jnp.max(scores_of_blocks, axis=3)",
+        "dtype",
+    ),
+    "heads of a group interleaved": (
+        "problem.key_value_heads, -1, rows.shape[-1])",
+        "-1, problem.key_value_heads, rows.shape[-1]).swapaxes(2, 3)",
+        "dtype",
+    ),
+    "selection not padded": (
+        "jnp.where(jnp.arange(count, dtype=jnp.int32) < num_blocks, order, -1)",
+        "order",
+        "more_selected_than_there_are_blocks",
+    ),
+    "mask ignored": ("(token < early[:, None])", "0 * token", "mask_matters"),
+    "mask hides from the wrong end": (
+        "(token < early[:, None])",
+        "(token >= (counts - early)[:, None])",
+        "masked_tokens",
+    ),
+    "lse to base 2": ("peak + jnp.log(", "peak + jnp.log2(", "length_zero"),
+    "rows without a token computed": ("when_absent, computed", "computed, computed", "padding"),
+    "faulty sequences computed": ("jnp.nan, filled", "filled, filled", "faults"),
+}
+
+
+class Contract(CompressAttentionContract):
+    """The contract with each call compiled anew, so that none meets another mutant's program."""
+
+    implementation = "reference"
+
+    def call(self, arguments, form="jit, arrays"):
+        del form
+        return super().call(arguments, "jit, arrays")
+
+    def run(self, test):
+        """Runs one of the contract's tests by name."""
+        with_arguments = {
+            "dtype": lambda: self.test_dtype("float32"),
+            "equals_in_ascending_order": lambda: self.test_equals_in_ascending_order("float32"),
+            "masked_tokens": lambda: self.test_mask("jit, arrays", "TND"),
+            "padding": lambda: self.test_padded_tokens("jit, arrays"),
+            "faults": lambda: self.test_faulty_sequence("actual_cmp_seq_kvlen", 1, -1, ""),
+        }
+        with_arguments.get(test, getattr(self, f"test_{test}", None))()
+
+
+def use(monkeypatch, source):
+    """Makes `source` the reference implementation's module."""
+    module = types.ModuleType("mutant")
+    exec(compile(source, "mutant", "exec"), module.__dict__)
+    monkeypatch.setattr(backend, "reference", module)
+
+
+@pytest.mark.parametrize(("right", "wrong", "test"), MUTANTS.values(), ids=MUTANTS)
+def test_mutant_is_caught(monkeypatch, right, wrong, test):
+    source = inspect.getsource(reference)
+    assert source.count(right) == 1, f"the reference no longer says {right!r}"
+    use(monkeypatch, source.replace(right, wrong))
+    with pytest.raises(AssertionError):
+        Contract().run(test)
+
+
+@pytest.mark.parametrize("test", sorted({test for _, _, test in MUTANTS.values()}))
+def test_original_passes(monkeypatch, test):
+    use(monkeypatch, inspect.getsource(reference))
+    Contract().run(test)
