@@ -1,0 +1,174 @@
+"""Runs the device route's handler where no JAX platform has device buffers.
+
+The operands of a call go to the stand-in's device memory, XLA's part is played by
+`call_frame.h`, and the results come back. As an implementation beside the others, so that whatever
+calls the front door can be run through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import pathlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ascend.standin import HERE, StandIn, compile_cc
+from jax.interpreters import mlir
+
+from jax_nsa import native
+from jax_nsa.backends import Call, ascend
+from jax_nsa.problem import Problem
+
+DEVICE = 1
+# XLA_FFI_DataType
+FFI_TYPES = {"int32": 4, "float16": 10, "float32": 11, "bfloat16": 16}
+# XLA_FFI_Error_Code
+ERRORS = {3: "INVALID_ARGUMENT", 9: "FAILED_PRECONDITION", 12: "UNIMPLEMENTED", 13: "INTERNAL"}
+
+
+class HandlerError(Exception):
+    """The error that a handler returned."""
+
+
+class Harness:
+    """The handler of the device route, on a stream of the stand-in."""
+
+    def __init__(self, directory: pathlib.Path, standin: StandIn) -> None:
+        library = directory / "harness.so"
+        compile_cc(library, [HERE / "harness.cc"], "-shared")
+        self.frames = ctypes.CDLL(str(library))
+        self.frames.frame_new.restype = ctypes.c_void_p
+        self.standin = standin
+        self.acl = standin.runtime
+        self.handler = _pointer(native.module().registrations()["ascend"][ascend.TARGET][1])
+        self.lock = threading.Lock()
+        self.stream = ctypes.c_void_p()
+        self.acl.aclInit(None)
+        assert self.acl.aclrtSetDevice(DEVICE) == 0
+        assert self.acl.aclrtCreateStream(ctypes.byref(self.stream)) == 0
+
+    def close(self) -> None:
+        """Gives back the stream."""
+        native.module().ascend_release()
+        assert self.acl.aclrtSetDevice(DEVICE) == 0
+        assert self.acl.aclrtDestroyStream(self.stream) == 0
+
+    def run(
+        self,
+        problem: Problem,
+        operands: Sequence[np.ndarray],
+        results: Sequence[jax.ShapeDtypeStruct],
+        host_lengths: Sequence[int] = (),
+    ) -> tuple[np.ndarray, ...]:
+        """Runs the handler once; HandlerError with its message if it fails."""
+        with self.lock, self._frame() as frame, contextlib.ExitStack() as memory:
+            assert self.acl.aclrtSetDevice(DEVICE) == 0
+
+            def add(array: np.ndarray, is_result: bool) -> ctypes.c_void_p:
+                pointer = memory.enter_context(self._device_copy(array))
+                self.frames.frame_buffer(
+                    frame, int(is_result), FFI_TYPES[array.dtype.name],
+                    ctypes.c_int64(array.ndim), _int64s(array.shape), pointer,
+                )  # fmt: skip
+                return pointer
+
+            for operand in operands:
+                add(np.ascontiguousarray(operand), False)
+            outputs = [np.empty(r.shape, r.dtype) for r in results]
+            pointers = [add(output, True) for output in outputs]
+            window = problem.window
+            for name, value in (
+                ("key_value_heads", problem.key_value_heads),
+                ("compress_block_size", window.compress_block_size),
+                ("compress_stride", window.compress_stride),
+                ("select_block_size", window.select_block_size),
+            ):
+                self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
+            self.frames.frame_problem_float(frame, b"scale", ctypes.c_float(problem.scale))
+            self.frames.frame_integers(
+                frame, b"host_lengths", ctypes.c_int64(len(host_lengths)), _int64s(host_lengths)
+            )
+            self.frames.frame_stream(frame, self.stream, DEVICE)
+            message = ctypes.create_string_buffer(4096)
+            code = self.frames.frame_run(
+                frame, self.handler, message, ctypes.c_size_t(len(message))
+            )
+            synchronized = self.acl.aclrtSynchronizeStream(self.stream)
+            if code != 0:
+                raise HandlerError(f"{ERRORS[code]}: {message.value.decode()}")
+            assert synchronized == 0, self.acl.aclGetRecentErrMsg()
+            for output, pointer in zip(outputs, pointers, strict=True):
+                self.acl.standin_peek(
+                    ctypes.c_void_p(output.ctypes.data), pointer, ctypes.c_size_t(output.nbytes)
+                )
+            return tuple(outputs)
+
+    @contextlib.contextmanager
+    def _frame(self) -> Iterator[ctypes.c_void_p]:
+        frame = ctypes.c_void_p(self.frames.frame_new())
+        try:
+            yield frame
+        finally:
+            self.frames.frame_delete(frame)
+
+    @contextlib.contextmanager
+    def _device_copy(self, array: np.ndarray) -> Iterator[ctypes.c_void_p]:
+        pointer = ctypes.c_void_p()
+        size = ctypes.c_size_t(array.nbytes)
+        assert self.acl.aclrtMalloc(ctypes.byref(pointer), size, 0) == 0
+        self.acl.standin_poke(pointer, ctypes.c_void_p(array.ctypes.data), size)
+        try:
+            yield pointer
+        finally:
+            assert self.acl.aclrtFree(pointer) == 0
+
+
+class DeviceRoute:
+    """An implementation like those of jax_nsa.backends."""
+
+    NAME = "ascend_device_route"
+    PLATFORMS = None
+    DEFAULT_PLATFORMS = ()
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness = harness
+
+    def register(self) -> None:
+        """Needs no custom-call target."""
+
+    def unavailable(self, platform: str) -> str | None:
+        """As the Ascend platform sees it."""
+        del platform
+        return ascend.unavailable("ascend")
+
+    def refuses(self, call: Call, platform: str) -> str | None:
+        """As the Ascend platform sees it."""
+        del platform
+        return ascend.refuses(call, "ascend")
+
+    def lower(self, ctx: Any, *operands: Any, call: Call) -> Sequence[Any]:
+        """Emits a callback to the harness."""
+        results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out)
+
+        def run(*arrays: Any) -> tuple[np.ndarray, ...]:
+            host = [np.asarray(a) for a in arrays]
+            return self.harness.run(call.problem, host, results, call.host_lengths or ())
+
+        def compute(*arrays: jax.Array) -> Sequence[jax.Array]:
+            return jax.pure_callback(run, results, *arrays)
+
+        return mlir.lower_fun(compute, multiple_results=True)(ctx, *operands)
+
+
+def _pointer(capsule: Any) -> ctypes.c_void_p:
+    get = ctypes.pythonapi.PyCapsule_GetPointer
+    get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+    return ctypes.c_void_p(get(capsule, None))
+
+
+def _int64s(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
