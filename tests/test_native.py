@@ -155,6 +155,19 @@ ATTRIBUTES = {
 TOKENS = {"token_counts": np.full(2, 3, np.int32), "early_counts": np.zeros(2, np.int32)}
 
 
+def attributes_of_its_own():
+    """What the CPU kernel takes besides `problem`, as its backend gives it."""
+    captured = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            native,
+            "ffi_lowering",
+            lambda target, problem, **own: captured.update(own) or (lambda *operands: ()),
+        )
+        cpu.lower(None, call=backends.Call(problem=None, operands=()))
+    return captured
+
+
 def call_kernel(**changes):
     """Calls the CPU kernel with some operands, results and attributes other than the good ones."""
     operands, results, attributes = (
@@ -167,6 +180,7 @@ def call_kernel(**changes):
         *map(jnp.asarray, [*operands, *tokens]),
         problem=dict(zip(ATTRIBUTES, map(np.int64, attributes), strict=True))
         | {"scale": attributes[0]},
+        **attributes_of_its_own(),
     )
     return jax.block_until_ready(outputs)
 
