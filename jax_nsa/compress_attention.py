@@ -211,7 +211,7 @@ def nsa_compress_attention_infer(
     )  # fmt: skip
     # Under a trace, lengths given as host values are constants of the program, which a kernel may
     # use; eagerly, they would make each step's program a new one.
-    traced = isinstance(query, jax.core.Tracer)
+    traced = any(isinstance(operand, jax.core.Tracer) for operand in operands)
     host_lengths = tuple(lengths.host.tolist()) if traced and lengths.host is not None else None
     if context_axis is None:
         results = primitive.bind(
