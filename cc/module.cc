@@ -9,6 +9,7 @@
 #include "ascend/context.h"
 #include "ascend/request.h"
 #include "ascend/runtime.h"
+#include "cpu/isa.h"
 #include "selection.h"
 #include "xla/ffi/api/c_api.h"
 
@@ -65,6 +66,16 @@ PYBIND11_MODULE(_native, module) {
       "(major, minor) of the XLA FFI API that the handlers were compiled for.");
   module.def("registrations", &Registrations,
              "{backend: {target: (platform, handler capsule)}} of the compiled kernels.");
+  module.def(
+      "cpu_kernels",
+      [] {
+        py::list names;
+        for (const jax_nsa::cpu::Kernel* kernel : jax_nsa::cpu::SupportedKernels()) {
+          names.append(kernel->name);
+        }
+        return names;
+      },
+      "Names of the CPU kernels that this machine can run, best first.");
   module.def(
       "num_blocks",
       [](int64_t compress_block_size, int64_t compress_stride, int64_t select_block_size,

@@ -1,0 +1,733 @@
+// The kernel: attention, block scores and their merge, for the instruction set that this file is
+// compiled for.
+//
+// Scores lie transposed, [position][row], so that the rows of a panel fill the lanes of vectors and
+// softmax and window sums are vertical. A panel of fewer rows than lanes is padded to a power of
+// two, and a vector holds several positions.
+
+#include "cpu/kernel.h"
+
+#include "cpu/simd.h"
+
+namespace jax_nsa::cpu::JAX_NSA_ISA {
+namespace {
+
+constexpr int64_t kGranule = kPositionGranule;
+constexpr int64_t kSteps = 32;     // of words of value rows, packed at once
+constexpr float kNoPeak = -1e38f;  // below every score, and finite
+constexpr float kLog2E = 1.44269504f;
+
+constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Words of a row of `size` elements in scratch memory, for products of any type.
+constexpr int64_t PaddedWords(int64_t size) { return RoundUp(size, 2 * kLanes); }
+
+// The memory of one unit. Sizes in words of 4 bytes.
+struct Scratch {
+  uint32_t* query;  // [heads][words / repeat][padded rows * repeat]
+  float* history;   // [heads][kGranule][padded rows], weights of the positions before the tile
+  float* weights;   // [kGranule + tile + kGranule][padded rows]: history, scores or weights, zeros
+  uint32_t* pairs;  // [tile][padded rows], weights as operands
+  uint32_t* key;    // [kGranule][padded words]
+  uint32_t* value;  // [kSteps][padded value size]
+  float* factors;   // [padded rows]
+  int64_t size;
+
+  Scratch(const Plan& plan, int64_t heads, int64_t padded_rows, void* memory) {
+    const int64_t rows = Most(padded_rows, kLanes);
+    char* next = static_cast<char*>(memory);
+    const auto take = [&](int64_t words) {
+      char* const taken = next;
+      next += RoundUp(4 * words, kTileAlignment);
+      return taken;
+    };
+    const auto floats = [&](int64_t words) { return reinterpret_cast<float*>(take(words)); };
+    const auto operands = [&](int64_t words) { return reinterpret_cast<uint32_t*>(take(words)); };
+    query = operands(heads * PaddedWords(plan.problem.head_size) * rows);
+    history = floats(heads * kGranule * padded_rows);
+    weights = floats((kGranule + plan.tile_size + kGranule) * padded_rows + kLanes);
+    pairs = operands(plan.tile_size * padded_rows);
+    key = operands(kGranule * PaddedWords(plan.problem.head_size));
+    value = operands(kSteps * PaddedWords(plan.problem.value_size));
+    factors = floats(rows);
+    size = next - static_cast<char*>(memory);
+  }
+};
+
+void Fill(float* target, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) target[i] = value;
+}
+
+// Calls Type::Load on `count` elements, those past them zero.
+template <class Type>
+inline void LoadSome(const void* source, int64_t count, Float* a, Float* b) {
+  if (count >= 2 * kLanes) return Type::Load(source, a, b);
+  typename Type::Bits elements[2 * kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    elements[i] = static_cast<const typename Type::Bits*>(source)[i];
+  }
+  Type::Load(elements, a, b);
+}
+
+// Stores the first `count` elements of two vectors in the order of Order::Load.
+template <class Order, class Type>
+inline void StoreSome(void* target, int64_t count, Float a, Float b) {
+  if constexpr (Order::kInterleaves && !Type::kInterleaves) Interleave(&a, &b);
+  if (count >= 2 * kLanes) return Type::Store(target, a, b);
+  typename Type::Bits elements[2 * kLanes];
+  Type::Store(elements, a, b);
+  for (int64_t i = 0; i < count; ++i) {
+    static_cast<typename Type::Bits*>(target)[i] = elements[i];
+  }
+}
+
+// How operands of an element type become words.
+template <class Type, class Products>
+struct Operands {
+  static constexpr bool kPairs = Products::kElements == 2;
+  // Whether the words of a row are its bytes in memory.
+  static constexpr bool kInPlace = kPairs || sizeof(typename Type::Bits) == 4;
+  static constexpr int64_t kElementSize = sizeof(typename Type::Bits);
+
+  // The words of a row, padded with zeros to a multiple of kLanes; returns how many. The same order
+  // for queries and keys.
+  static int64_t RowWords(const void* row, int64_t size, uint32_t* words) {
+    const char* source = static_cast<const char*>(row);
+    if constexpr (kPairs) {
+      typename Type::Bits* elements = reinterpret_cast<typename Type::Bits*>(words);
+      const int64_t padded = RoundUp(size, 2 * kLanes);
+      __builtin_memcpy(elements, source, size * kElementSize);
+      for (int64_t c = size; c < padded; ++c) elements[c] = 0;
+      return padded / 2;
+    } else {
+      for (int64_t c = 0; c < size; c += 2 * kLanes) {
+        Float a, b;
+        LoadSome<Type>(source + c * kElementSize, size - c, &a, &b);
+        Store(words + c, a);
+        Store(words + c + kLanes, b);
+      }
+      return RoundUp(size, 2 * kLanes);
+    }
+  }
+
+  // Packs up to Products::kElements value rows into the words of one step, [padded value size] in
+  // the order of Type::Load; `second` may be null.
+  static void StepWords(const char* first, const char* second, int64_t size, uint32_t* words) {
+    for (int64_t c = 0; c < size; c += 2 * kLanes) {
+      if constexpr (kPairs) {
+        Float low_a, low_b, high_a = {}, high_b = {};
+        LoadSome<Type>(first + c * kElementSize, size - c, &low_a, &low_b);
+        if (second) LoadSome<Type>(second + c * kElementSize, size - c, &high_a, &high_b);
+        Store(words + c, ((Word)low_a >> 16) | (Word)high_a);
+        Store(words + c + kLanes, ((Word)low_b >> 16) | (Word)high_b);
+      } else {
+        Float a, b;
+        LoadSome<Type>(first + c * kElementSize, size - c, &a, &b);
+        Store(words + c, a);
+        Store(words + c + kLanes, b);
+      }
+    }
+  }
+};
+
+// Scores of `positions` keys for `vectors` vectors of rows; `repeat` words of a key at a time meet
+// as many of each row. query: [groups][query_stride]; scores: [position][padded_rows].
+template <class Products, int repeat, int vectors, int positions>
+inline void ScoreBlock(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
+                       int64_t query_stride, float* scores, int64_t padded_rows) {
+  Float sums[positions][vectors] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    Word q[vectors];
+    for (int v = 0; v < vectors; ++v) q[v] = Load<Word>(query + g * query_stride + v * kLanes);
+#pragma GCC unroll 16
+    for (int p = 0; p < positions; ++p) {
+      const Word k = Repeat<repeat>(keys + p * key_stride + g * 4 * repeat);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[p][v] = Products::MultiplyAdd(k, q[v], sums[p][v]);
+    }
+  }
+  if constexpr (repeat == 1) {
+#pragma GCC unroll 16
+    for (int p = 0; p < positions; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) Store(scores + p * padded_rows + v * kLanes, sums[p][v]);
+    }
+  } else {
+    static_assert(vectors == 1 && positions % repeat == 0);
+#pragma GCC unroll 16
+    for (int p = 0; p < positions; p += repeat) {
+      Float run[repeat];
+      for (int e = 0; e < repeat; ++e) run[e] = sums[p + e][0];
+      Store(scores + p * padded_rows, TransposeRuns<repeat>(FoldRuns<repeat>(run)));
+    }
+  }
+}
+
+// Scores of kGranule keys for a whole panel.
+template <class Products>
+void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
+           float* scores, int64_t padded_rows) {
+  const auto narrow = [&](auto repeat) {
+    constexpr int kRepeat = decltype(repeat)::value;
+    for (int64_t p = 0; p < kGranule; p += kAccumulators) {
+      ScoreBlock<Products, kRepeat, 1, kAccumulators>(keys + p * key_stride, key_stride, groups,
+                                                      query, kLanes, scores + p * padded_rows,
+                                                      padded_rows);
+    }
+  };
+  const auto wide = [&](auto count, int64_t r) {
+    constexpr int kVectors = decltype(count)::value, kPositions = kAccumulators / kVectors;
+    for (int64_t p = 0; p < kGranule; p += kPositions) {
+      ScoreBlock<Products, 1, kVectors, kPositions>(keys + p * key_stride, key_stride, groups,
+                                                    query + r, padded_rows,
+                                                    scores + p * padded_rows + r, padded_rows);
+    }
+  };
+  if (padded_rows < kLanes) {
+    switch (kLanes / padded_rows) {
+      case 2:
+        return narrow(std::integral_constant<int, 2>{});
+      case 4:
+        if constexpr (kLanes >= 4) return narrow(std::integral_constant<int, 4>{});
+        return;
+      case 8:
+        if constexpr (kLanes >= 8) return narrow(std::integral_constant<int, 8>{});
+        return;
+      case 16:
+        if constexpr (kLanes >= 16) return narrow(std::integral_constant<int, 16>{});
+        return;
+    }
+  }
+  int64_t r = 0;
+  for (; r + 4 * kLanes <= padded_rows && kAccumulators >= 16; r += 4 * kLanes) {
+    wide(std::integral_constant<int, 4>{}, r);
+  }
+  for (; r + 2 * kLanes <= padded_rows; r += 2 * kLanes) wide(std::integral_constant<int, 2>{}, r);
+  for (; r < padded_rows; r += kLanes) wide(std::integral_constant<int, 1>{}, r);
+}
+
+// Adds the products of `rows` rows of weights with `vectors` vectors of values.
+// weights: [steps][weight_stride]; values: [steps][value_stride]; sums: [rows][value_stride].
+template <class Products, int rows, int vectors>
+inline void WeightBlock(int64_t steps, const uint32_t* weights, int64_t weight_stride,
+                        const uint32_t* values, int64_t value_stride, float* sums) {
+  Float block[rows][vectors];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      block[r][v] = Load<Float>(sums + r * value_stride + v * kLanes);
+    }
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    Word value[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      value[v] = Load<Word>(values + s * value_stride + v * kLanes);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Word weight = Repeat<1>(weights + s * weight_stride + r);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        block[r][v] = Products::MultiplyAdd(weight, value[v], block[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) Store(sums + r * value_stride + v * kLanes, block[r][v]);
+  }
+}
+
+template <class Products>
+void Weight(int64_t steps, int64_t rows, const uint32_t* weights, int64_t weight_stride,
+            const uint32_t* values, int64_t value_stride, float* sums) {
+  constexpr int kRows = kAccumulators / 4;
+  const auto columns = [&](auto vectors, int64_t c) {
+    constexpr int kVectors = decltype(vectors)::value;
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows) {
+      WeightBlock<Products, kRows, kVectors>(steps, weights + r, weight_stride, values + c,
+                                             value_stride, sums + r * value_stride + c);
+    }
+    for (; r < rows; ++r) {
+      WeightBlock<Products, 1, kVectors>(steps, weights + r, weight_stride, values + c,
+                                         value_stride, sums + r * value_stride + c);
+    }
+  };
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= value_stride; c += 4 * kLanes) {
+    columns(std::integral_constant<int, 4>{}, c);
+  }
+  if (c < value_stride) columns(std::integral_constant<int, 2>{}, c);
+}
+
+// Fetches the keys and values of the next tile, row by row while the present one is worked on, all
+// kv heads of a row together: a straight line through memory, whatever order the heads are read in.
+class Ahead {
+ public:
+  Ahead(const char* rows, int64_t stride, int64_t bytes, int64_t count)
+      : rows_(rows), stride_(stride), bytes_(bytes), count_(count) {}
+
+  // Fetches up to `share` of the rows.
+  void Fetch(int64_t part, int64_t parts) {
+    const int64_t target = part * count_ / parts;
+    for (; done_ < target; ++done_) {
+      for (int64_t byte = 0; byte < bytes_; byte += 64) {
+        __builtin_prefetch(rows_ + done_ * stride_ + byte, 0, 2);
+      }
+    }
+  }
+
+ private:
+  const char* rows_;
+  int64_t stride_, bytes_, count_, done_ = 0;
+};
+
+// Positions of a page that are attended to at once.
+struct Tile {
+  int64_t index;  // among the tiles of the unit
+  int64_t begin;  // first position, in the sequence
+  int64_t count;
+  int64_t first_row;  // row in the pool
+
+  static Tile At(const Plan& plan, const Unit& unit, int64_t index) {
+    const int64_t page_size = plan.problem.page_size;
+    const int64_t page = unit.begin / page_size + index / plan.tiles_per_page;
+    const int64_t offset = index % plan.tiles_per_page * plan.tile_size;
+    const int64_t begin = page * page_size + offset;
+    const int64_t end = Least(unit.end, Least(begin + plan.tile_size, (page + 1) * page_size));
+    Tile tile = {index, begin, Most(end - begin, 0), 0};
+    if (tile.count > 0) {
+      const int64_t entry = unit.sequence * plan.problem.pages_per_sequence + page;
+      tile.first_row = plan.arrays.block_table[entry] * page_size + offset;
+    }
+    return tile;
+  }
+};
+
+// The first block that closes at or after a position.
+inline int64_t FirstClosing(const Plan& plan, int64_t position) {
+  const int64_t stride = plan.strides_per_select_block;
+  return (position + stride - 1) / stride - 1;
+}
+
+// The first block that no position up to `end` closes, or for the last tile of a unit, adds to.
+inline int64_t BlocksEnd(const Plan& plan, const Unit& unit, const Partial& partial, int64_t end) {
+  return end >= unit.end
+             ? partial.last_block
+             : Most(partial.first_block, Least(partial.last_block, FirstClosing(plan, end)));
+}
+
+// Turns the scores of a tile into weights relative to the greatest score so far; what was summed
+// before is rescaled if that grew.
+void Softmax(const Plan& plan, const Unit& unit, const Tile& tile, const Partial& partial,
+             float scale, int64_t value_stride, const Scratch& scratch, float* history) {
+  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
+  float* const weights = scratch.weights + kGranule * padded_rows;
+  Fill(weights + tile.count * padded_rows,
+       (RoundUp(tile.count, kGranule) - tile.count) * padded_rows, -__builtin_inff());
+  if (tile.begin + tile.count == unit.length && unit.early > 0) {
+    Fill(weights + (tile.count - 1) * padded_rows, Least(unit.early * plan.group, rows),
+         -__builtin_inff());
+  }
+  const int64_t floats = RoundUp(tile.count, kGranule) * padded_rows;
+  const int64_t stride = Most(padded_rows, kLanes);
+  bool grew = false;
+  for (int64_t v = 0; v < stride; v += kLanes) {
+    Float peak = Set(-__builtin_inff());
+    for (int64_t i = v; i < floats; i += stride) peak = Max(Load<Float>(weights + i), peak);
+    peak *= scale;
+    // A vector of several positions: the greatest of each row, in all its lanes.
+    for (int64_t turn = padded_rows; turn < kLanes; turn *= 2) {
+      float twice[2 * kLanes];
+      Store(twice, peak);
+      Store(twice + kLanes, peak);
+      peak = Max(Load<Float>(twice + turn), peak);
+    }
+    const Float old_peak = Load<Float>(partial.peak + v);
+    peak = Max(peak, old_peak);
+    Store(partial.peak + v, peak);
+    const Float factor = Exp2(old_peak - peak);
+    Store(scratch.factors + v, factor);
+    for (int lane = 0; lane < kLanes; ++lane) grew |= factor[lane] != 1.0f;
+
+    Float total = Load<Float>(partial.total + v) * factor;
+    for (int64_t i = v; i < floats; i += stride) {
+      const Float weight = Exp2(Load<Float>(weights + i) * scale - peak);
+      Store(weights + i, weight);
+      total += weight;
+    }
+    Store(partial.total + v, total);
+  }
+  for (int64_t r = 0; r < padded_rows; ++r) {
+    partial.tile_peaks[tile.index * padded_rows + r] = partial.peak[r];
+  }
+  if (grew) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float factor = scratch.factors[r];
+      if (factor == 1.0f) continue;
+      float* const row = partial.attention + r * value_stride;
+      for (int64_t c = 0; c < value_stride; c += kLanes) {
+        Store(row + c, Load<Float>(row + c) * factor);
+      }
+    }
+    for (int64_t i = 0; i < kGranule; ++i) {
+      for (int64_t r = 0; r < padded_rows; ++r) history[i * padded_rows + r] *= scratch.factors[r];
+    }
+  }
+}
+
+// Sums the weights into the blocks that close in the tile.
+void SumBlocks(const Plan& plan, const Unit& unit, const Tile& tile, const Partial& partial,
+               const float* weights) {
+  const int64_t padded_rows = unit.padded_rows;
+  const int64_t first =
+      tile.index == 0 ? partial.first_block : BlocksEnd(plan, unit, partial, tile.begin);
+  const int64_t last = BlocksEnd(plan, unit, partial, tile.begin + tile.count);
+  for (int64_t j = first; j < last; ++j) {
+    const float* const closing =
+        weights + (plan.strides_per_select_block * (j + 1) - tile.begin) * padded_rows;
+    // Of few rows, the lanes past them are of later positions, and the next block's overwrite them.
+    for (int64_t r = 0; r < padded_rows; r += kLanes) {
+      Float sum = {};
+      for (int64_t o = 0; o < plan.num_taps; ++o) {
+        sum += plan.weights[o] * Load<Float>(closing - o * padded_rows + r);
+      }
+      Store(partial.scores + (j - partial.first_block) * padded_rows + r, sum);
+    }
+  }
+}
+
+// Weights as operands: themselves, or rounded in pairs of positions, [step][padded rows].
+template <class Products>
+const uint32_t* WeightWords(const float* weights, int64_t count, int64_t padded_rows,
+                            uint32_t* pairs) {
+  if constexpr (Products::kElements == 1) {
+    return reinterpret_cast<const uint32_t*>(weights);
+  } else {
+    // Positions past `count` weigh zero, up to a multiple of kGranule.
+    const int64_t steps = RoundUp(count, kGranule) / 2;
+    if (padded_rows >= kLanes) {
+      for (int64_t s = 0; s < steps; ++s) {
+        for (int64_t r = 0; r < padded_rows; r += kLanes) {
+          const Float even = Load<Float>(weights + 2 * s * padded_rows + r);
+          const Float odd = Load<Float>(weights + (2 * s + 1) * padded_rows + r);
+          Store(pairs + s * padded_rows + r, ToBFloat16(even) | (ToBFloat16(odd) << 16));
+        }
+      }
+    } else {
+      uint32_t rounded[kLanes];
+      for (int64_t i = 0; i < 2 * steps * padded_rows; i += kLanes) {
+        Store(rounded, ToBFloat16(Load<Float>(weights + i)));
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const int64_t position = (i + lane) / padded_rows, r = (i + lane) % padded_rows;
+          uint32_t& pair = pairs[position / 2 * padded_rows + r];
+          pair = position % 2 == 0 ? rounded[lane] : pair | (rounded[lane] << 16);
+        }
+      }
+    }
+    return pairs;
+  }
+}
+
+template <class Type, class Products>
+void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* memory) {
+  using Operand = Operands<Type, Products>;
+  constexpr int64_t kElement = Operand::kElementSize;
+  const Problem& problem = plan.problem;
+  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
+  const int64_t repeat = padded_rows < kLanes ? kLanes / padded_rows : 1;
+  const int64_t value_stride = PaddedWords(problem.value_size);
+  const Scratch scratch(plan, unit.heads, padded_rows, memory);
+
+  // A negative scale changes the sign of the query, so that the greatest product is the peak;
+  // a zero one clears it, so that masked scores stay -inf.
+  const float scale = problem.scale == 0 ? 1 : __builtin_fabsf(problem.scale) * kLog2E;
+  const uint32_t sign = problem.scale < 0 ? (Operand::kPairs ? 0x80008000u : 0x80000000u) : 0;
+  const uint32_t keep = problem.scale == 0 ? 0 : ~0u;
+
+  // Keys are read where they lie if their words are whole groups of `repeat`.
+  const bool in_place = Operand::kInPlace && problem.head_size * kElement % (4 * repeat) == 0;
+  const int64_t words = in_place ? problem.head_size * kElement / 4
+                                 : RoundUp(problem.head_size, 2 * kLanes) / Products::kElements;
+  const int64_t groups = words / repeat;
+  const int64_t query_size = words * Most(padded_rows, 1);
+
+  for (int64_t h = 0; h < unit.heads; ++h) {
+    uint32_t* const query = scratch.query + h * query_size;
+    for (int64_t i = 0; i < query_size; ++i) query[i] = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t head = (unit.first_head + h) * plan.group + r % plan.group;
+      const int64_t row = (unit.first_row + r / plan.group) * problem.heads + head;
+      Operand::RowWords(
+          static_cast<const char*>(plan.arrays.query) + row * problem.head_size * kElement,
+          problem.head_size, scratch.key);
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t e = 0; e < repeat; ++e) {
+          query[(g * padded_rows + r) * repeat + e] = (scratch.key[g * repeat + e] ^ sign) & keep;
+        }
+      }
+    }
+    const Partial& partial = partials[h];
+    Fill(partial.attention, rows * value_stride, 0);
+    Fill(partial.peak, Most(padded_rows, kLanes), kNoPeak);
+    Fill(partial.total, Most(padded_rows, kLanes), 0);
+    Fill(scratch.history + h * kGranule * padded_rows, kGranule * padded_rows, 0);
+  }
+
+  const int64_t key_stride = problem.key_value_heads * problem.head_size * kElement;
+  const int64_t value_row = problem.key_value_heads * problem.value_size * kElement;
+  const auto key_rows = [&](const Tile& tile) {
+    return static_cast<const char*>(plan.arrays.key) + tile.first_row * key_stride +
+           unit.first_head * problem.head_size * kElement;
+  };
+  const auto value_rows = [&](const Tile& tile) {
+    return static_cast<const char*>(plan.arrays.value) + tile.first_row * value_row +
+           unit.first_head * problem.value_size * kElement;
+  };
+
+  for (Tile tile = Tile::At(plan, unit, 0), next; tile.count > 0; tile = next) {
+    next = Tile::At(plan, unit, tile.index + 1);
+    Ahead next_keys(key_rows(next), key_stride, unit.heads * problem.head_size * kElement,
+                    next.count);
+    Ahead next_values(value_rows(next), value_row, unit.heads * problem.value_size * kElement,
+                      next.count);
+    for (int64_t h = 0; h < unit.heads; ++h) {
+      const Partial& partial = partials[h];
+      float* const history = scratch.history + h * kGranule * padded_rows;
+      float* const weights = scratch.weights + kGranule * padded_rows;
+
+      const char* const keys = key_rows(tile) + h * problem.head_size * kElement;
+      for (int64_t i = 0; i < tile.count; i += kGranule) {
+        const char* block = keys + i * key_stride;
+        int64_t stride = key_stride;
+        if (!in_place) {
+          for (int64_t p = 0; p < kGranule; ++p) {
+            Operand::RowWords(block + p * stride, problem.head_size, scratch.key + p * words);
+          }
+          block = reinterpret_cast<const char*>(scratch.key);
+          stride = 4 * words;
+        }
+        Score<Products>(block, stride, groups, scratch.query + h * query_size,
+                        weights + i * padded_rows, padded_rows);
+        next_keys.Fetch(h * tile.count + Least(i + kGranule, tile.count), unit.heads * tile.count);
+      }
+
+      Softmax(plan, unit, tile, partial, scale, value_stride, scratch, history);
+      __builtin_memcpy(scratch.weights, history, 4 * kGranule * padded_rows);
+      if (tile.begin + tile.count == unit.end) {
+        Fill(weights + tile.count * padded_rows, kGranule * padded_rows, 0);
+      }
+      SumBlocks(plan, unit, tile, partial, weights);
+      __builtin_memcpy(history, weights + (tile.count - kGranule) * padded_rows,
+                       4 * kGranule * padded_rows);
+
+      const uint32_t* const weight_words =
+          WeightWords<Products>(weights, tile.count, padded_rows, scratch.pairs);
+      const char* const values = value_rows(tile) + h * problem.value_size * kElement;
+      const int64_t steps = (tile.count + Products::kElements - 1) / Products::kElements;
+      for (int64_t s = 0; s < steps; s += kSteps) {
+        const int64_t count = Least(kSteps, steps - s);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t position = (s + i) * Products::kElements;
+          const char* const row = values + position * value_row;
+          Operand::StepWords(row, position + 1 < tile.count ? row + value_row : nullptr,
+                             problem.value_size, scratch.value + i * value_stride);
+        }
+        Weight<Products>(count, rows, weight_words + s * padded_rows, padded_rows, scratch.value,
+                         value_stride, partial.attention);
+        next_values.Fetch(h * steps + s + count, unit.heads * steps);
+      }
+    }
+  }
+
+  // Several lanes hold the total of a row where a vector has several positions.
+  for (int64_t h = 0; h < unit.heads; ++h) {
+    float* const total = partials[h].total;
+    for (int64_t r = 0; r < padded_rows; ++r) {
+      for (int64_t lane = r + padded_rows; lane < kLanes; lane += padded_rows) {
+        total[r] += total[lane];
+      }
+    }
+  }
+}
+
+// Adds each row's scores of the blocks [first, last), times `factors`, to block_scores and, over
+// the heads of the group, to the importance.
+template <int run>
+void AddScores(const Plan& plan, const Unit& unit, int64_t head, const float* scores,
+               const float* factors, int64_t first, int64_t last, float* importance) {
+  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
+  for (int64_t j = first; j < last; j += run) {
+    for (int64_t r = 0; r < rows; r += Most(plan.group, kLanes)) {
+      Float of_block[run];
+      for (int b = 0; b < run; ++b) {
+        Float sum = {};
+        if (j + b < last) {
+          for (int64_t g = 0; g < plan.group; g += kLanes) {
+            const float* const source = scores + (j - first + b) * padded_rows + r + g;
+            sum += Load<Float>(source) * Load<Float>(factors + r + g);
+          }
+        }
+        of_block[b] = sum;
+      }
+      const Float sums = FoldRuns<run>(of_block);
+      float lanes[kLanes];
+      Store(lanes, sums);
+      for (int64_t lane = 0; lane < kLanes && r + lane < rows; lane += run) {
+        const int64_t token = (r + lane) / plan.group;
+        for (int64_t b = 0; b < run && j + b < last; ++b) {
+          importance[token * unit.num_blocks + j + b] += lanes[lane + b];
+        }
+      }
+    }
+  }
+  if (plan.arrays.block_scores == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t query_row =
+        (unit.first_row + r / plan.group) * plan.problem.heads + head * plan.group + r % plan.group;
+    float* const target = plan.arrays.block_scores + query_row * plan.max_blocks;
+    for (int64_t j = first; j < last; ++j) {
+      target[j] += scores[(j - first) * padded_rows + r] * factors[r];
+    }
+  }
+}
+
+// Type is that of the values, whose order the partials have, and Out that of the attention.
+template <class Type, class Out>
+void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
+           int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
+           float* total) {
+  const Problem& problem = plan.problem;
+  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
+  const int64_t value_stride = PaddedWords(problem.value_size);
+  const int64_t vectors_end = Most(padded_rows, kLanes);
+
+  // Weigh each split against the overall peak; its total becomes its share of the attention.
+  for (int64_t r = 0; r < vectors_end; r += kLanes) {
+    Float all = Set(kNoPeak), sum = {};
+    for (int64_t s = 0; s < splits; ++s) {
+      all = Max(Load<Float>(partials[s * unit.heads].peak + r), all);
+    }
+    for (int64_t s = 0; s < splits; ++s) {
+      const Partial& partial = partials[s * unit.heads];
+      sum += Load<Float>(partial.total + r) * Exp2(Load<Float>(partial.peak + r) - all);
+    }
+    const Float inverse = sum == 0.0f ? Float{} : 1.0f / sum;
+    for (int64_t s = 0; s < splits; ++s) {
+      const Partial& partial = partials[s * unit.heads];
+      Store(partial.total + r, Exp2(Load<Float>(partial.peak + r) - all) * inverse);
+    }
+    Store(peak + r, all);
+    Store(total + r, sum);
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = unit.first_row + r / plan.group;
+    const int64_t query_head = head * plan.group + r % plan.group;
+    char* const target = static_cast<char*>(plan.arrays.attention) +
+                         (row * problem.heads + query_head) * problem.value_size *
+                             static_cast<int64_t>(sizeof(typename Out::Bits));
+    for (int64_t c = 0; c < value_stride; c += 2 * kLanes) {
+      Float a = {}, b = {};
+      for (int64_t s = 0; s < splits; ++s) {
+        const Partial& partial = partials[s * unit.heads];
+        const float* const source = partial.attention + r * value_stride + c;
+        a += Load<Float>(source) * partial.total[r];
+        b += Load<Float>(source + kLanes) * partial.total[r];
+      }
+      StoreSome<Type, Out>(target + c * sizeof(typename Out::Bits), problem.value_size - c, a, b);
+    }
+  }
+
+  float factors[kMaxRows];
+  for (int64_t s = 0; s < splits; ++s) {
+    const Partial& partial = partials[s * unit.heads];
+    Unit part = unit;
+    part.begin = s * pages_per_split * problem.page_size;
+    part.end = Least(unit.length, part.begin + pages_per_split * problem.page_size);
+    int64_t first = partial.first_block;
+    for (Tile tile = Tile::At(plan, part, 0); tile.count > 0;
+         tile = Tile::At(plan, part, tile.index + 1)) {
+      const float* const tile_peaks = partial.tile_peaks + tile.index * padded_rows;
+      for (int64_t r = 0; r < vectors_end; r += kLanes) {
+        const Float sum = Load<Float>(total + r);
+        const Float inverse = sum == 0.0f ? Float{} : 1.0f / sum;
+        Store(factors + r, Exp2(Load<Float>(tile_peaks + r) - Load<Float>(peak + r)) * inverse);
+      }
+      const int64_t last = BlocksEnd(plan, part, partial, tile.begin + tile.count);
+      const float* const scores = partial.scores + (first - partial.first_block) * padded_rows;
+      const auto add = [&](auto run) {
+        AddScores<decltype(run)::value>(plan, unit, head, scores, factors, first, last, importance);
+      };
+      switch (Least(plan.group, kLanes)) {
+        case 1:
+          add(std::integral_constant<int, 1>{});
+          break;
+        case 2:
+          add(std::integral_constant<int, 2>{});
+          break;
+        case 4:
+          add(std::integral_constant<int, 4>{});
+          break;
+        case 8:
+          if constexpr (kLanes >= 8) add(std::integral_constant<int, 8>{});
+          break;
+        case 16:
+          if constexpr (kLanes >= 16) add(std::integral_constant<int, 16>{});
+          break;
+      }
+      first = last;
+    }
+  }
+}
+
+int64_t ScratchSize(const Plan& plan, int64_t heads, int64_t padded_rows) {
+  return Scratch(plan, heads, padded_rows, nullptr).size;
+}
+
+void AttendAny(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
+  switch (plan.problem.dtype) {
+    case DataType::kBFloat16:
+      return Attend<BFloat16, BFloat16Products>(plan, unit, partials, scratch);
+    case DataType::kFloat16:
+      return Attend<Float16, FloatProducts>(plan, unit, partials, scratch);
+    case DataType::kFloat32:
+      return Attend<Float32, FloatProducts>(plan, unit, partials, scratch);
+  }
+}
+
+void MergeAny(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
+              int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
+              float* total) {
+  const auto merge = [&](auto merge_typed) {
+    merge_typed(plan, unit, head, splits, pages_per_split, partials, importance, peak, total);
+  };
+  const bool same_type = plan.problem.attention_dtype == plan.problem.dtype;
+  switch (plan.problem.dtype) {
+    case DataType::kBFloat16:
+      return merge(same_type ? Merge<BFloat16, BFloat16> : Merge<BFloat16, Float32>);
+    case DataType::kFloat16:
+      return merge(same_type ? Merge<Float16, Float16> : Merge<Float16, Float32>);
+    case DataType::kFloat32:
+      return merge(Merge<Float32, Float32>);
+  }
+}
+
+}  // namespace
+
+extern const Kernel kKernel;
+#define JAX_NSA_STRING(name) #name
+#define JAX_NSA_EXPANDED_STRING(name) JAX_NSA_STRING(name)
+const Kernel kKernel = {JAX_NSA_EXPANDED_STRING(JAX_NSA_ISA), kLanes, ScratchSize, AttendAny,
+                        MergeAny};
+
+}  // namespace jax_nsa::cpu::JAX_NSA_ISA

@@ -1,0 +1,288 @@
+#include "cpu/run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+namespace jax_nsa::cpu {
+namespace {
+
+// Sizes that were measured to serve; docs/performance.md tells how.
+constexpr int64_t kTileBytes = 256 << 10;  // of keys and values in a tile: a share of the L2 cache
+constexpr int64_t kUnitRows = 512;         // of all panels of a unit
+constexpr int64_t kMinUnitBytes = 512 << 10;  // work that pays for a merge
+constexpr int64_t kMaxUnitBytes = 4 << 20;
+constexpr int64_t kUnits = 64;  // that a large call should have, for many threads
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t RoundUp(int64_t n, int64_t multiple) { return CeilDiv(n, multiple) * multiple; }
+
+int64_t ElementSize(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
+
+// Rows of a panel in memory: a power of two that divides a vector, or whole vectors.
+int64_t PaddedRows(int64_t rows, int64_t lanes) {
+  if (rows > lanes) return RoundUp(rows, lanes);
+  int64_t padded = 1;
+  while (padded < rows) padded *= 2;
+  return padded;
+}
+
+// Writes the indices of the most important of `count` blocks, as selection.h orders them, padded
+// with -1. `heap` is of size k.
+void Select(float* importance, int64_t count, int64_t k,
+            std::vector<std::pair<float, int32_t>>& heap, int32_t* indices) {
+  const auto before = [](const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
+    return GoesBefore(a.first, a.second, b.first, b.second);
+  };
+  heap.clear();
+  for (int64_t j = 0; j < count; ++j) {
+    float rank = importance[j];
+    if (std::isnan(rank)) rank = -1;
+    if (AlwaysChosen(j, count)) rank = std::numeric_limits<float>::infinity();
+    const std::pair<float, int32_t> block(rank, static_cast<int32_t>(j));
+    if (static_cast<int64_t>(heap.size()) < k) {
+      heap.push_back(block);
+      std::push_heap(heap.begin(), heap.end(), before);
+    } else if (before(block, heap.front())) {
+      std::pop_heap(heap.begin(), heap.end(), before);
+      heap.back() = block;
+      std::push_heap(heap.begin(), heap.end(), before);
+    }
+  }
+  std::sort_heap(heap.begin(), heap.end(), before);
+  for (int64_t n = 0; n < k; ++n) {
+    indices[n] = n < static_cast<int64_t>(heap.size()) ? heap[n].second : -1;
+  }
+}
+
+}  // namespace
+
+Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : kernel_(kernel) {
+  plan_.problem = problem;
+  plan_.arrays = arrays;
+  plan_.group = problem.group();
+  plan_.strides_per_select_block = problem.window.strides_per_select_block();
+  plan_.num_taps = problem.window.num_taps();
+  plan_.max_blocks = problem.max_blocks();
+  for (int64_t o = 0; o < plan_.num_taps; ++o) {
+    plan_.weights[o] = static_cast<float>(problem.window.Weight(o));
+  }
+
+  const int64_t head_bytes = (problem.head_size + problem.value_size) * ElementSize(problem.dtype);
+  std::vector<SequenceRows> rows(problem.sequences);
+  int64_t most_tokens = 1;
+  for (int64_t b = 0; b < problem.sequences; ++b) {
+    FindRows(problem, arrays, b, &rows[b]);
+    most_tokens = std::max(most_tokens, rows[b].count);
+    const int64_t panels = CeilDiv(rows[b].count, std::max<int64_t>(1, kMaxRows / plan_.group));
+    bytes_ += panels * arrays.lengths[b] * problem.key_value_heads * head_bytes;
+  }
+
+  // All kv heads of a row lie side by side: a unit takes as many as its state and tile allow.
+  const int64_t panel_rows = std::min(most_tokens * plan_.group, kMaxRows);
+  const int64_t most_heads =
+      std::min({problem.key_value_heads, std::max<int64_t>(1, kUnitRows / panel_rows),
+                std::max<int64_t>(1, kTileBytes / (kPositionGranule * head_bytes))});
+  heads_per_unit_ = CeilDiv(problem.key_value_heads, CeilDiv(problem.key_value_heads, most_heads));
+  const int64_t position_bytes = heads_per_unit_ * head_bytes;
+  plan_.tiles_per_page = std::min(CeilDiv(problem.page_size * position_bytes, kTileBytes),
+                                  problem.page_size / kPositionGranule);
+  plan_.tile_size = RoundUp(CeilDiv(problem.page_size, plan_.tiles_per_page), kPositionGranule);
+  plan_.tiles_per_page = CeilDiv(problem.page_size, plan_.tile_size);
+  const int64_t unit_bytes = std::clamp(bytes_ / kUnits, kMinUnitBytes, kMaxUnitBytes);
+  pages_per_split_ = std::max<int64_t>(1, unit_bytes / (problem.page_size * position_bytes));
+
+  // Rows that no sequence claims, then those of each.
+  if (problem.sequences > 0) FillRows(0, rows[0].first);
+  for (int64_t b = 0; b < problem.sequences; ++b) AddGroups(b, rows[b]);
+  for (const Group& group : groups_) {
+    workspace_size_ = std::max(workspace_size_, LayOut(group).size);
+    scratch_size_ = std::max(scratch_size_,
+                             kernel.scratch_size(plan_, group.unit.heads, group.unit.padded_rows));
+  }
+}
+
+void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
+  const Problem& problem = plan_.problem;
+  const int64_t length = plan_.arrays.lengths[sequence];
+  const int64_t tokens = length > 0 ? rows.count : 0;
+  FillRows(rows.first + tokens, rows.first + rows.owned);
+  const int64_t tokens_per_panel = std::max<int64_t>(1, kMaxRows / plan_.group);
+  for (int64_t token = 0; token < tokens; token += tokens_per_panel) {
+    for (int64_t head = 0; head < problem.key_value_heads; head += heads_per_unit_) {
+      Group group = {};
+      Unit& unit = group.unit;
+      unit.sequence = sequence;
+      unit.length = length;
+      unit.num_blocks = problem.window.NumBlocks(length);
+      unit.first_row = rows.first + token;
+      unit.tokens = std::min(tokens_per_panel, tokens - token);
+      unit.early = std::clamp<int64_t>(rows.early - token, 0, unit.tokens);
+      unit.padded_rows = PaddedRows(unit.tokens * plan_.group, kernel_.lanes);
+      unit.first_head = head;
+      unit.heads = std::min(heads_per_unit_, problem.key_value_heads - head);
+      unit.begin = 0;
+      unit.end = length;
+      const int64_t pages = CeilDiv(length, problem.page_size);
+      group.pages_per_split = CeilDiv(pages, CeilDiv(pages, pages_per_split_));
+      group.splits = CeilDiv(pages, group.pages_per_split);
+      group.unfinished = group.splits;
+      num_units_ += group.splits;
+      groups_.push_back(std::move(group));
+    }
+  }
+}
+
+// Gives rows [first, end) the results of rows without a token.
+void Run::FillRows(int64_t first, int64_t end) {
+  if (first >= end) return;
+  const Problem& problem = plan_.problem;
+  const Arrays& arrays = plan_.arrays;
+  const int64_t row_bytes =
+      problem.heads * problem.value_size * ElementSize(problem.attention_dtype);
+  std::memset(static_cast<char*>(arrays.attention) + first * row_bytes, 0,
+              (end - first) * row_bytes);
+  const int64_t row_indices = problem.key_value_heads * problem.select_count;
+  std::fill_n(arrays.topk_indices + first * row_indices, (end - first) * row_indices, -1);
+  if (arrays.lse) {
+    std::fill_n(arrays.lse + first * problem.heads, (end - first) * problem.heads,
+                -std::numeric_limits<float>::infinity());
+  }
+  if (arrays.block_scores) {
+    const int64_t row_scores = problem.heads * plan_.max_blocks;
+    std::fill_n(arrays.block_scores + first * row_scores, (end - first) * row_scores, 0.0f);
+  }
+}
+
+Unit Run::Split(const Group& group, int64_t split) const {
+  Unit unit = group.unit;
+  const int64_t positions = group.pages_per_split * plan_.problem.page_size;
+  unit.begin = split * positions;
+  unit.end = std::min(unit.length, unit.begin + positions);
+  return unit;
+}
+
+Run::Layout Run::LayOut(const Group& group) const {
+  Layout layout;
+  char* const memory = group.workspace.get();
+  int64_t size = 0;
+  const auto take = [&](int64_t floats) {
+    const int64_t offset = size;
+    size += RoundUp(floats * static_cast<int64_t>(sizeof(float)), kTileAlignment);
+    return reinterpret_cast<float*>(memory + offset);
+  };
+  const Unit& whole = group.unit;
+  const int64_t rows = whole.tokens * plan_.group, padded_rows = whole.padded_rows;
+  const int64_t lanes = kernel_.lanes, state = std::max(padded_rows, lanes);
+  const int64_t value_size = RoundUp(plan_.problem.value_size, 2 * lanes);
+  const int64_t tiles = group.pages_per_split * plan_.tiles_per_page;
+  const int64_t stride = plan_.strides_per_select_block;
+  layout.partials.reserve(group.splits * whole.heads);
+  for (int64_t split = 0; split < group.splits; ++split) {
+    const Unit unit = Split(group, split);
+    const int64_t first = std::max<int64_t>(0, CeilDiv(unit.begin, stride) - 1);
+    const int64_t last =
+        std::max(first, std::min(whole.num_blocks, (unit.end - 2 + plan_.num_taps) / stride));
+    for (int64_t head = 0; head < whole.heads; ++head) {
+      Partial partial;
+      partial.attention = take(rows * value_size);
+      partial.peak = take(state);
+      partial.total = take(state);
+      // Kernels read whole vectors of these.
+      partial.tile_peaks = take(tiles * padded_rows + lanes);
+      partial.scores = take((last - first) * padded_rows + lanes);
+      partial.first_block = first;
+      partial.last_block = last;
+      layout.partials.push_back(partial);
+    }
+  }
+  layout.importance = take(whole.tokens * whole.num_blocks);
+  layout.peak = take(state);
+  layout.total = take(state);
+  layout.size = size;
+  return layout;
+}
+
+Run::Memory Run::TakeWorkspace() {
+  if (free_workspaces_.empty()) {
+    return Memory(static_cast<char*>(std::aligned_alloc(kTileAlignment, workspace_size_)));
+  }
+  Memory memory = std::move(free_workspaces_.back());
+  free_workspaces_.pop_back();
+  return memory;
+}
+
+bool Run::Work() {
+  const Memory scratch(static_cast<char*>(std::aligned_alloc(kTileAlignment, scratch_size_)));
+  int64_t done = 0;  // units finished here and not yet counted
+  bool last = false;
+  for (std::unique_lock<std::mutex> lock(mutex_);; lock.lock()) {
+    finished_ += done;
+    last = done > 0 && finished_ == num_units_;
+    if (next_group_ == groups_.size()) break;
+    Group& group = groups_[next_group_];
+    if (next_split_ == 0) group.workspace = TakeWorkspace();
+    const Unit unit = Split(group, next_split_);
+    const int64_t split = next_split_;
+    if (++next_split_ == group.splits) {
+      ++next_group_;
+      next_split_ = 0;
+    }
+    lock.unlock();
+
+    const Layout layout = LayOut(group);
+    kernel_.attend(plan_, unit, layout.partials.data() + split * unit.heads, scratch.get());
+
+    lock.lock();
+    const bool merge = --group.unfinished == 0;
+    lock.unlock();
+    if (merge) {
+      Merge(group, layout);
+      lock.lock();
+      free_workspaces_.push_back(std::move(group.workspace));
+      lock.unlock();
+    }
+    done = 1;
+  }
+  return last;
+}
+
+void Run::Merge(const Group& group, const Layout& layout) {
+  const Problem& problem = plan_.problem;
+  const Arrays& arrays = plan_.arrays;
+  const Unit& unit = group.unit;
+  std::vector<std::pair<float, int32_t>> heap;
+  heap.reserve(std::min(problem.select_count, unit.num_blocks));
+  for (int64_t h = 0; h < unit.heads; ++h) {
+    const int64_t head = unit.first_head + h;
+    std::fill_n(layout.importance, unit.tokens * unit.num_blocks, 0.0f);
+    const int64_t rows = unit.tokens * plan_.group;
+    const auto query_row = [&](int64_t r) {
+      return (unit.first_row + r / plan_.group) * problem.heads + head * plan_.group +
+             r % plan_.group;
+    };
+    if (arrays.block_scores) {
+      for (int64_t r = 0; r < rows; ++r) {
+        std::fill_n(arrays.block_scores + query_row(r) * plan_.max_blocks, plan_.max_blocks, 0.0f);
+      }
+    }
+    kernel_.merge(plan_, unit, head, group.splits, group.pages_per_split,
+                  layout.partials.data() + h, layout.importance, layout.peak, layout.total);
+    if (arrays.lse) {
+      for (int64_t r = 0; r < rows; ++r) {
+        // Of a sum of powers of two, as kernels take scores. -inf where nothing was summed.
+        const double lse = (layout.peak[r] + std::log2(double{layout.total[r]})) * std::log(2.0);
+        arrays.lse[query_row(r)] = static_cast<float>(lse);
+      }
+    }
+    for (int64_t t = 0; t < unit.tokens; ++t) {
+      const int64_t row = (unit.first_row + t) * problem.key_value_heads + head;
+      Select(layout.importance + t * unit.num_blocks, unit.num_blocks, problem.select_count, heap,
+             arrays.topk_indices + row * problem.select_count);
+    }
+  }
+}
+
+}  // namespace jax_nsa::cpu
