@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kGranule = kPositionGranule;
 constexpr int64_t kSteps = 32;     // of words of value rows, packed at once
+constexpr int64_t kChain = 32;     // float32 products that are added one after another
 constexpr float kNoPeak = -1e38f;  // below every score, and finite
 constexpr float kLog2E = 1.44269504f;
 
@@ -136,10 +137,11 @@ struct Operands {
 };
 
 // Scores of `positions` keys for `vectors` vectors of rows; `repeat` words of a key at a time meet
-// as many of each row. query: [groups][query_stride]; scores: [position][padded_rows].
+// as many of each row. query: [groups][query_stride]; scores: [position][padded_rows], added to if
+// `add`.
 template <class Products, int repeat, int vectors, int positions>
 inline void ScoreBlock(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
-                       int64_t query_stride, float* scores, int64_t padded_rows) {
+                       int64_t query_stride, bool add, float* scores, int64_t padded_rows) {
   Float sums[positions][vectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
     Word q[vectors];
@@ -151,11 +153,14 @@ inline void ScoreBlock(const char* keys, int64_t key_stride, int64_t groups, con
       for (int v = 0; v < vectors; ++v) sums[p][v] = Products::MultiplyAdd(k, q[v], sums[p][v]);
     }
   }
+  const auto put = [add](float* target, Float sum) {
+    Store(target, add ? Load<Float>(target) + sum : sum);
+  };
   if constexpr (repeat == 1) {
 #pragma GCC unroll 16
     for (int p = 0; p < positions; ++p) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) Store(scores + p * padded_rows + v * kLanes, sums[p][v]);
+      for (int v = 0; v < vectors; ++v) put(scores + p * padded_rows + v * kLanes, sums[p][v]);
     }
   } else {
     static_assert(vectors == 1 && positions % repeat == 0);
@@ -163,20 +168,20 @@ inline void ScoreBlock(const char* keys, int64_t key_stride, int64_t groups, con
     for (int p = 0; p < positions; p += repeat) {
       Float run[repeat];
       for (int e = 0; e < repeat; ++e) run[e] = sums[p + e][0];
-      Store(scores + p * padded_rows, TransposeRuns<repeat>(FoldRuns<repeat>(run)));
+      put(scores + p * padded_rows, TransposeRuns<repeat>(FoldRuns<repeat>(run)));
     }
   }
 }
 
 // Scores of kGranule keys for a whole panel.
 template <class Products>
-void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
+void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query, bool add,
            float* scores, int64_t padded_rows) {
   const auto narrow = [&](auto repeat) {
     constexpr int kRepeat = decltype(repeat)::value;
     for (int64_t p = 0; p < kGranule; p += kAccumulators) {
       ScoreBlock<Products, kRepeat, 1, kAccumulators>(keys + p * key_stride, key_stride, groups,
-                                                      query, kLanes, scores + p * padded_rows,
+                                                      query, kLanes, add, scores + p * padded_rows,
                                                       padded_rows);
     }
   };
@@ -184,7 +189,7 @@ void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t*
     constexpr int kVectors = decltype(count)::value, kPositions = kAccumulators / kVectors;
     for (int64_t p = 0; p < kGranule; p += kPositions) {
       ScoreBlock<Products, 1, kVectors, kPositions>(keys + p * key_stride, key_stride, groups,
-                                                    query + r, padded_rows,
+                                                    query + r, padded_rows, add,
                                                     scores + p * padded_rows + r, padded_rows);
     }
   };
@@ -216,14 +221,7 @@ void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t*
 template <class Products, int rows, int vectors>
 inline void WeightBlock(int64_t steps, const uint32_t* weights, int64_t weight_stride,
                         const uint32_t* values, int64_t value_stride, float* sums) {
-  Float block[rows][vectors];
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      block[r][v] = Load<Float>(sums + r * value_stride + v * kLanes);
-    }
-  }
+  Float block[rows][vectors] = {};
   for (int64_t s = 0; s < steps; ++s) {
     Word value[vectors];
 #pragma GCC unroll 4
@@ -242,7 +240,10 @@ inline void WeightBlock(int64_t steps, const uint32_t* weights, int64_t weight_s
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) Store(sums + r * value_stride + v * kLanes, block[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      float* const sum = sums + r * value_stride + v * kLanes;
+      Store(sum, Load<Float>(sum) + block[r][v]);
+    }
   }
 }
 
@@ -359,13 +360,13 @@ void Softmax(const Plan& plan, const Unit& unit, const Tile& tile, const Partial
     Store(scratch.factors + v, factor);
     for (int lane = 0; lane < kLanes; ++lane) grew |= factor[lane] != 1.0f;
 
-    Float total = Load<Float>(partial.total + v) * factor;
+    Float total = {};
     for (int64_t i = v; i < floats; i += stride) {
       const Float weight = Exp2(Load<Float>(weights + i) * scale - peak);
       Store(weights + i, weight);
       total += weight;
     }
-    Store(partial.total + v, total);
+    Store(partial.total + v, Load<Float>(partial.total + v) * factor + total);
   }
   for (int64_t r = 0; r < padded_rows; ++r) {
     partial.tile_peaks[tile.index * padded_rows + r] = partial.peak[r];
@@ -438,10 +439,11 @@ const uint32_t* WeightWords(const float* weights, int64_t count, int64_t padded_
   }
 }
 
-template <class Type, class Products>
+template <class Type, class KeyProducts, class ValueProducts>
 void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* memory) {
-  using Operand = Operands<Type, Products>;
-  constexpr int64_t kElement = Operand::kElementSize;
+  using Key = Operands<Type, KeyProducts>;
+  using Value = Operands<Type, ValueProducts>;
+  constexpr int64_t kElement = Key::kElementSize;
   const Problem& problem = plan.problem;
   const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
   const int64_t repeat = padded_rows < kLanes ? kLanes / padded_rows : 1;
@@ -451,13 +453,13 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
   // A negative scale changes the sign of the query, so that the greatest product is the peak;
   // a zero one clears it, so that masked scores stay -inf.
   const float scale = problem.scale == 0 ? 1 : __builtin_fabsf(problem.scale) * kLog2E;
-  const uint32_t sign = problem.scale < 0 ? (Operand::kPairs ? 0x80008000u : 0x80000000u) : 0;
+  const uint32_t sign = problem.scale < 0 ? (Key::kPairs ? 0x80008000u : 0x80000000u) : 0;
   const uint32_t keep = problem.scale == 0 ? 0 : ~0u;
 
   // Keys are read where they lie if their words are whole groups of `repeat`.
-  const bool in_place = Operand::kInPlace && problem.head_size * kElement % (4 * repeat) == 0;
+  const bool in_place = Key::kInPlace && problem.head_size * kElement % (4 * repeat) == 0;
   const int64_t words = in_place ? problem.head_size * kElement / 4
-                                 : RoundUp(problem.head_size, 2 * kLanes) / Products::kElements;
+                                 : RoundUp(problem.head_size, 2 * kLanes) / KeyProducts::kElements;
   const int64_t groups = words / repeat;
   const int64_t query_size = words * Most(padded_rows, 1);
 
@@ -467,7 +469,7 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t head = (unit.first_head + h) * plan.group + r % plan.group;
       const int64_t row = (unit.first_row + r / plan.group) * problem.heads + head;
-      Operand::RowWords(
+      Key::RowWords(
           static_cast<const char*>(plan.arrays.query) + row * problem.head_size * kElement,
           problem.head_size, scratch.key);
       for (int64_t g = 0; g < groups; ++g) {
@@ -511,13 +513,18 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
         int64_t stride = key_stride;
         if (!in_place) {
           for (int64_t p = 0; p < kGranule; ++p) {
-            Operand::RowWords(block + p * stride, problem.head_size, scratch.key + p * words);
+            Key::RowWords(block + p * stride, problem.head_size, scratch.key + p * words);
           }
           block = reinterpret_cast<const char*>(scratch.key);
           stride = 4 * words;
         }
-        Score<Products>(block, stride, groups, scratch.query + h * query_size,
-                        weights + i * padded_rows, padded_rows);
+        // Float32 adds up at most kChain products one after another, then the sums.
+        const int64_t chain = Key::kElementSize == 4 ? kChain : groups;
+        for (int64_t g = 0; g < groups; g += chain) {
+          Score<KeyProducts>(block + g * 4 * repeat, stride, Least(chain, groups - g),
+                             scratch.query + h * query_size + g * repeat * padded_rows, g > 0,
+                             weights + i * padded_rows, padded_rows);
+        }
         next_keys.Fetch(h * tile.count + Least(i + kGranule, tile.count), unit.heads * tile.count);
       }
 
@@ -531,19 +538,19 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
                        4 * kGranule * padded_rows);
 
       const uint32_t* const weight_words =
-          WeightWords<Products>(weights, tile.count, padded_rows, scratch.pairs);
+          WeightWords<ValueProducts>(weights, tile.count, padded_rows, scratch.pairs);
       const char* const values = value_rows(tile) + h * problem.value_size * kElement;
-      const int64_t steps = (tile.count + Products::kElements - 1) / Products::kElements;
+      const int64_t steps = (tile.count + ValueProducts::kElements - 1) / ValueProducts::kElements;
       for (int64_t s = 0; s < steps; s += kSteps) {
         const int64_t count = Least(kSteps, steps - s);
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t position = (s + i) * Products::kElements;
+          const int64_t position = (s + i) * ValueProducts::kElements;
           const char* const row = values + position * value_row;
-          Operand::StepWords(row, position + 1 < tile.count ? row + value_row : nullptr,
-                             problem.value_size, scratch.value + i * value_stride);
+          Value::StepWords(row, position + 1 < tile.count ? row + value_row : nullptr,
+                           problem.value_size, scratch.value + i * value_stride);
         }
-        Weight<Products>(count, rows, weight_words + s * padded_rows, padded_rows, scratch.value,
-                         value_stride, partial.attention);
+        Weight<ValueProducts>(count, rows, weight_words + s * padded_rows, padded_rows,
+                              scratch.value, value_stride, partial.attention);
         next_values.Fetch(h * steps + s + count, unit.heads * steps);
       }
     }
@@ -697,11 +704,15 @@ int64_t ScratchSize(const Plan& plan, int64_t heads, int64_t padded_rows) {
 void AttendAny(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
   switch (plan.problem.dtype) {
     case DataType::kBFloat16:
-      return Attend<BFloat16, BFloat16Products>(plan, unit, partials, scratch);
+      // Weights are rounded for products of pairs; short rows would not average that away.
+      return plan.problem.value_size < 16
+                 ? Attend<BFloat16, BFloat16Products, FloatProducts>(plan, unit, partials, scratch)
+                 : Attend<BFloat16, BFloat16Products, BFloat16Products>(plan, unit, partials,
+                                                                        scratch);
     case DataType::kFloat16:
-      return Attend<Float16, FloatProducts>(plan, unit, partials, scratch);
+      return Attend<Float16, FloatProducts, FloatProducts>(plan, unit, partials, scratch);
     case DataType::kFloat32:
-      return Attend<Float32, FloatProducts>(plan, unit, partials, scratch);
+      return Attend<Float32, FloatProducts, FloatProducts>(plan, unit, partials, scratch);
   }
 }
 
