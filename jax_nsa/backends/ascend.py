@@ -100,5 +100,9 @@ def lower(ctx: Any, *operands: Any, call: Call) -> Sequence[Any]:
     if "cpu" in platforms:
         device = np.int64(os.environ.get(DEVICE_VARIABLE, "0"))
         return native.ffi_lowering(HOST_TARGET, call.problem, device=device)(ctx, *operands)
-    host_lengths = np.asarray(call.host_lengths or (), np.int64)
+    # Lengths that are constants of the program spare the handler a wait for the stream. A
+    # partitioned program has those of all its parts here, which helps no part.
+    lengths = call.host_lengths or ()
+    known = len(lengths) == call.operands[4].shape[0]
+    host_lengths = np.asarray(lengths if known else (), np.int64)
     return native.ffi_lowering(TARGET, call.problem, host_lengths=host_lengths)(ctx, *operands)

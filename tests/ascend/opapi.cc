@@ -205,6 +205,12 @@ void Compute(const Executor& e, const void* workspace, int device) {
       return;
     }
   }
+  for (const Tensor* pool : {&e.key, &e.value}) {
+    const auto* values = reinterpret_cast<const uint16_t*>(bytes(*pool));
+    Count("values in the pools that are not finite",
+          std::count_if(values, values + Size(*pool),
+                        [&](uint16_t bits) { return !std::isfinite(Decode(bits, pool->dtype)); }));
+  }
   std::memset(scratch, 0xEE, e.workspace_size);  // it is the kernel's to write
   const auto* query = reinterpret_cast<const uint16_t*>(bytes(e.query));
   const auto* table = reinterpret_cast<const int32_t*>(bytes(e.table));
