@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from ascend.device_route import DeviceRoute, Harness
-from ascend.standin import standin, standin_libraries  # noqa: F401
+from ascend.device_route import DeviceRoute
 from contract import CompressAttentionContract
 from problems import Domain
 
-from jax_nsa import backends
+pytest_plugins = ("ascend.fixtures",)
 
 # What CANN's kernel can do of the legal calls.
 CANN = Domain(
@@ -30,17 +29,7 @@ class TestHostRoute(CompressAttentionContract):
     fails_on_faults = True
 
 
-@pytest.fixture(scope="module")
-def device_route(standin_libraries, tmp_path_factory):  # noqa: F811
-    harness = Harness(tmp_path_factory.mktemp("harness"), standin_libraries)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_NSA_CANN_LIBRARY_PATH", str(standin_libraries.directory))
-        patch.setitem(backends.ALL, DeviceRoute.NAME, DeviceRoute(harness))
-        yield
-        harness.close()
-
-
-@pytest.mark.usefixtures("standin", "device_route")
+@pytest.mark.usefixtures("standin", "harness")
 class TestDeviceRoute(CompressAttentionContract):
     """Under an Ascend PJRT plugin: buffers on the device, XLA's stream."""
 

@@ -1,8 +1,11 @@
-"""What is particular to the Ascend route, on the stand-in: what it refuses and when, what it keeps
-and copies, on which device, and how it is chosen."""
+"""What is particular to the Ascend route, on the stand-in for CANN.
+
+What it refuses and when, what it keeps and copies, on which device, and how it is chosen.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import re
 import threading
 from dataclasses import replace
@@ -13,12 +16,13 @@ import numpy as np
 import oracle
 import pytest
 from agreement import ATTENTION_TOLERANCE, assert_agrees
-from ascend.device_route import DEVICE, DeviceRoute, Harness
-from ascend.standin import standin, standin_libraries  # noqa: F401
+from ascend.device_route import DEVICE, DeviceRoute
 from problems import Geometry, build
 
 from jax_nsa import backends, native, nsa_compress_attention_infer
 from jax_nsa.backends import ascend
+
+pytest_plugins = ("ascend.fixtures",)
 
 USUAL = Geometry(
     dtype="bfloat16", lengths=(150, 33, 97), page=16, k=8, group=4, head_size=24, value_size=12
@@ -27,22 +31,12 @@ LAUNCHES = "launches libopapi.so"
 
 
 @pytest.fixture(autouse=True)
-def _fresh(standin):  # noqa: F811
+def _fresh(standin):
     native.module().ascend_release()
     yield
     native.module().ascend_release()
     live = standin.live()
-    assert not any(live[kind] for kind in live if kind not in ("stream", "executor"))
-
-
-@pytest.fixture(scope="module")
-def harness(standin_libraries, tmp_path_factory):  # noqa: F811
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_NSA_CANN_LIBRARY_PATH", str(standin_libraries.directory))
-        harness = Harness(tmp_path_factory.mktemp("harness"), standin_libraries)
-        patch.setitem(backends.ALL, DeviceRoute.NAME, DeviceRoute(harness))
-        yield harness
-        harness.close()
+    assert not any(live[kind] for kind in live if kind != "stream")
 
 
 @pytest.fixture(params=["ascend", DeviceRoute.NAME])
@@ -66,7 +60,7 @@ def check(arguments, implementation="ascend"):
     assert_agrees(results, oracle.compress_attention(**arguments), attention_tolerance=tolerance)
 
 
-def assert_refused(standin, arguments, implementation, *messages):  # noqa: F811
+def assert_refused(standin, arguments, implementation, *messages):
     """Asserts that a call fails with all messages before anything reaches the operator."""
     asked = standin.counter("aclnnNsaCompressAttentionInferGetWorkspaceSize")
     with pytest.raises((ValueError, NotImplementedError, jax.errors.JaxRuntimeError)) as failure:
@@ -79,15 +73,15 @@ def assert_refused(standin, arguments, implementation, *messages):  # noqa: F811
 class TestRefusals:
     """Each limit of CANN's kernel is refused by its name, before anything is launched."""
 
-    def test_float32(self, standin, implementation):  # noqa: F811
+    def test_float32(self, standin, implementation):
         arguments = build(replace(USUAL, dtype="float32"))
         assert_refused(standin, arguments, implementation, "bfloat16 and float16, got float32")
 
-    def test_log_sum_exp(self, standin, implementation):  # noqa: F811
+    def test_log_sum_exp(self, standin, implementation):
         arguments = build(replace(USUAL, return_lse=True))
         assert_refused(standin, arguments, implementation, "return_lse")
 
-    def test_length_zero(self, standin, implementation):  # noqa: F811
+    def test_length_zero(self, standin, implementation):
         arguments = build(USUAL)
         arguments["actual_cmp_seq_kvlen"][1] = 0
         assert_refused(
@@ -95,7 +89,7 @@ class TestRefusals:
             "actual_cmp_seq_kvlen[1] = 0", "1 to 8192 compressed positions",
         )  # fmt: skip
 
-    def test_length_above_8192(self, standin, implementation):  # noqa: F811
+    def test_length_above_8192(self, standin, implementation):
         geometry = replace(
             USUAL, lengths=(8, 8193), page=128, window=(16, 16, 128), key_value_heads=1, group=1,
             head_size=1, value_size=1, k=1,
@@ -112,7 +106,7 @@ class TestRefusals:
         )  # fmt: skip
         check(build(geometry), implementation)
 
-    def test_more_than_4096_blocks(self, standin, implementation):  # noqa: F811
+    def test_more_than_4096_blocks(self, standin, implementation):
         geometry = replace(
             USUAL, lengths=(4097,), page=128, window=(16, 16, 16), key_value_heads=1, group=1,
             head_size=1, value_size=1, k=1,
@@ -120,38 +114,38 @@ class TestRefusals:
         assert_refused(standin, build(geometry), implementation, "4097 select blocks", "4096")
         check(build(replace(geometry, lengths=(4096,))), implementation)
 
-    def test_more_selected_than_the_smallest_has_blocks(self, standin, implementation):  # noqa: F811
+    def test_more_selected_than_the_smallest_has_blocks(self, standin, implementation):
         arguments = build(replace(USUAL, k=10))  # 33 positions make 9 blocks
         assert_refused(
             standin, arguments, implementation,
             "actual_cmp_seq_kvlen[1] = 33", "9 select blocks, fewer than select_block_count (10)",
         )  # fmt: skip
 
-    def test_more_selected_than_any_has_blocks(self, standin, implementation):  # noqa: F811
+    def test_more_selected_than_any_has_blocks(self, standin, implementation):
         assert_refused(
             standin, build(replace(USUAL, k=1000)), implementation, "select_block_count = 1000"
         )
 
     @pytest.mark.parametrize("count", [0, 5])
-    def test_token_counts(self, standin, implementation, count):  # noqa: F811
+    def test_token_counts(self, standin, implementation, count):
         arguments = build(replace(USUAL, token_counts=(2, count, 1)))
         assert_refused(
             standin, arguments, implementation,
             f"actual_seq_qlen[1] = {count}", "1 to 4 query tokens",
         )  # fmt: skip
 
-    def test_five_batched_tokens(self, standin, implementation):  # noqa: F811
+    def test_five_batched_tokens(self, standin, implementation):
         arguments = build(replace(USUAL, layout="BSND", tokens=5))
         assert_refused(standin, arguments, implementation, "at most 4 query tokens", "got 5")
 
-    def test_more_than_10000_sequences(self, standin, implementation):  # noqa: F811
+    def test_more_than_10000_sequences(self, standin, implementation):
         geometry = replace(
             USUAL, lengths=(1,) * 10_001, key_value_heads=1, group=1, head_size=1, value_size=1,
             k=1, shared_pages=True, hostile=False,
         )  # fmt: skip
         assert_refused(standin, build(geometry), implementation, "10000 sequences, got 10001")
 
-    def test_pages_outside_the_pool(self, standin, implementation):  # noqa: F811
+    def test_pages_outside_the_pool(self, standin, implementation):
         arguments = build(USUAL)
         arguments["block_table"][2, 3] = 1000
         assert_refused(standin, arguments, implementation, "block_table[2, 3]", "got 1000")
@@ -179,12 +173,12 @@ class TestRefusals:
 class TestMemory:
     """What is kept between calls, and what is copied."""
 
-    def allocations(self, standin):  # noqa: F811
+    def allocations(self, standin):
         names = "device allocations", "pinned allocations", "aclrtCreateStream"
         return [standin.counter(name) for name in names]
 
     @pytest.mark.parametrize("masked", [False, True])
-    def test_warm_calls_allocate_nothing(self, standin, implementation, masked):  # noqa: F811
+    def test_warm_calls_allocate_nothing(self, standin, implementation, masked):
         geometry = replace(USUAL, token_counts=(3, 1, 4), masked=masked)
         arguments = build(geometry)
         call(arguments, implementation)
@@ -195,7 +189,7 @@ class TestMemory:
         device, pinned, streams = np.subtract(self.allocations(standin), before)
         assert (device, pinned, streams) == (3 * operands, 0, 0)
 
-    def test_a_growing_sequence_rarely_allocates(self, standin):  # noqa: F811
+    def test_a_growing_sequence_rarely_allocates(self, standin):
         geometry = replace(USUAL, lengths=(64,), k=1, group=1, key_value_heads=1)
         counts = []
         for length in range(64, 1024, 64):
@@ -203,7 +197,7 @@ class TestMemory:
             counts.append(self.allocations(standin)[0])
         assert len(set(counts)) <= 8 < len(counts)
 
-    def test_only_the_pages_needed_are_copied(self, standin):  # noqa: F811
+    def test_only_the_pages_needed_are_copied(self, standin):
         arguments = build(replace(USUAL, lengths=(40, 7), k=1))
         few = self.bytes_to_device(standin, arguments)
         for name in ("key", "value"):
@@ -213,7 +207,7 @@ class TestMemory:
         pages, page_bytes = 4, 16 * 2 * (24 + 12) * 2
         assert pages * page_bytes <= few <= pages * page_bytes + 4 * 512
 
-    def test_a_shared_page_is_copied_once(self, standin):  # noqa: F811
+    def test_a_shared_page_is_copied_once(self, standin):
         arguments = build(replace(USUAL, lengths=(160, 160), k=1, hostile=False))
         apart = self.bytes_to_device(standin, arguments)
         arguments["block_table"][1] = arguments["block_table"][0]
@@ -221,7 +215,7 @@ class TestMemory:
         shared = self.bytes_to_device(standin, arguments)
         assert apart - shared == 10 * 16 * 2 * (24 + 12) * 2
 
-    def test_rows_that_nobody_reads_reach_the_device_as_zeros(self, standin):  # noqa: F811
+    def test_rows_that_nobody_reads_reach_the_device_as_zeros(self, standin):
         """A kernel may multiply them by zero, which a NaN would survive."""
         arguments = build(replace(USUAL, lengths=(33, 20), k=1))
         assert np.isnan(arguments["key"].astype(np.float32)).any()
@@ -229,12 +223,12 @@ class TestMemory:
         check(arguments)
         assert standin.counter("values in the pools that are not finite") == before
 
-    def bytes_to_device(self, standin, arguments):  # noqa: F811
+    def bytes_to_device(self, standin, arguments):
         before = standin.counter("bytes to device")
         call(arguments)
         return standin.counter("bytes to device") - before
 
-    def test_one_wait_for_a_host_call(self, standin):  # noqa: F811
+    def test_one_wait_for_a_host_call(self, standin):
         arguments = build(USUAL)
         call(arguments)
         before = standin.counter("aclrtSynchronizeStream")
@@ -242,7 +236,7 @@ class TestMemory:
         assert standin.counter("aclrtSynchronizeStream") == before + 1
 
     @pytest.mark.parametrize(("form", "waits"), [("traced", 1), ("constant", 0)])
-    def test_waits_of_a_device_call(self, standin, harness, form, waits):  # noqa: F811
+    def test_waits_of_a_device_call(self, standin, harness, form, waits):
         """Lengths that are constants of the program cost no wait for the stream."""
         arguments = build(USUAL)
         lengths = arguments.pop("actual_cmp_seq_kvlen")
@@ -259,9 +253,10 @@ class TestMemory:
         harness_waits = 1
         assert standin.counter("aclrtSynchronizeStream") - before - harness_waits == waits
 
-    def test_release_gives_everything_back(self, standin):  # noqa: F811
-        streams = standin.live()["stream"]
+    def test_release_gives_everything_back(self, standin):
+        streams, executors = standin.live()["stream"], standin.counter("live executor")
         call(build(USUAL))
+        assert standin.counter("live executor") == executors
         assert standin.live()["stream"] == streams + 1
         assert standin.live()["device memory"] > 0
         native.module().ascend_release()
@@ -274,7 +269,7 @@ class TestMemory:
 class TestDevices:
     """The device of a call, and whose threads it runs on."""
 
-    def test_chosen_by_the_environment(self, standin, monkeypatch):  # noqa: F811
+    def test_chosen_by_the_environment(self, standin, monkeypatch):
         monkeypatch.setenv(ascend.DEVICE_VARIABLE, "1")
         arguments = build(replace(USUAL, seed=1))
         jax.clear_caches()
@@ -287,16 +282,14 @@ class TestDevices:
         jax.clear_caches()
         check(arguments)
 
-    def test_the_threads_own_device_is_put_back(self, standin):  # noqa: F811
-        import ctypes
-
+    def test_the_threads_own_device_is_put_back(self, standin):
         standin.runtime.aclrtSetDevice(DEVICE)
         call(build(USUAL))  # small: runs on the calling thread
         current = ctypes.c_int32(-1)
         assert standin.runtime.aclrtGetDevice(ctypes.byref(current)) == 0
         assert current.value == DEVICE
 
-    def test_many_threads(self, standin):  # noqa: F811
+    def test_many_threads(self, standin):
         geometries = [replace(USUAL, seed=s, lengths=(150 - 9 * s, 33, 97)) for s in range(6)]
         problems = [build(g) for g in geometries]
         errors = []
@@ -338,12 +331,12 @@ class TestDevices:
 class TestSelection:
     """When the route is taken."""
 
-    def test_host_jax_stays_on_its_own_kernel_unasked(self, standin):  # noqa: F811
+    def test_host_jax_stays_on_its_own_kernel_unasked(self, standin):
         before = standin.counter(LAUNCHES)
         call(build(USUAL), implementation=None)
         assert standin.counter(LAUNCHES) == before
 
-    def test_asked_by_the_environment(self, standin, monkeypatch):  # noqa: F811
+    def test_asked_by_the_environment(self, standin, monkeypatch):
         monkeypatch.setenv(backends.IMPLEMENTATION_VARIABLE, "ascend")
         before = standin.counter(LAUNCHES)
         call(build(USUAL), implementation=None)

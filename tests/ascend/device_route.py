@@ -11,12 +11,12 @@ import contextlib
 import ctypes
 import pathlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from ascend.standin import HERE, StandIn, compile_cc
+from ascend.standin import StandIn
 from jax.interpreters import mlir
 
 from jax_nsa import native
@@ -37,15 +37,16 @@ class HandlerError(Exception):
 class Harness:
     """The handler of the device route, on a stream of the stand-in."""
 
-    def __init__(self, directory: pathlib.Path, standin: StandIn) -> None:
-        library = directory / "harness.so"
-        compile_cc(library, [HERE / "harness.cc"], "-shared")
+    def __init__(self, library: pathlib.Path, standin: StandIn) -> None:
         self.frames = ctypes.CDLL(str(library))
         self.frames.frame_new.restype = ctypes.c_void_p
         self.standin = standin
         self.acl = standin.runtime
         self.handler = _pointer(native.module().registrations()["ascend"][ascend.TARGET][1])
         self.lock = threading.Lock()
+        # What a test does right before and after the handler runs.
+        self.on_entry: Callable[[], None] | None = None
+        self.on_exit: Callable[[], None] | None = None
         self.stream = ctypes.c_void_p()
         self.acl.aclInit(None)
         assert self.acl.aclrtSetDevice(DEVICE) == 0
@@ -94,9 +95,13 @@ class Harness:
             )
             self.frames.frame_stream(frame, self.stream, DEVICE)
             message = ctypes.create_string_buffer(4096)
+            if self.on_entry:
+                self.on_entry()
             code = self.frames.frame_run(
                 frame, self.handler, message, ctypes.c_size_t(len(message))
             )
+            if self.on_exit:
+                self.on_exit()
             synchronized = self.acl.aclrtSynchronizeStream(self.stream)
             if code != 0:
                 raise HandlerError(f"{ERRORS[code]}: {message.value.decode()}")

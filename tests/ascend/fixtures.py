@@ -1,0 +1,51 @@
+"""Fixtures of the tests on the stand-in for CANN, as a pytest plugin."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+from ascend.device_route import DeviceRoute, Harness
+from ascend.standin import HERE, StandIn, build, compile_cc
+
+from jax_nsa import backends
+
+LIBRARY_PATH = "JAX_NSA_CANN_LIBRARY_PATH"
+
+
+@pytest.fixture(scope="session")
+def standin_libraries(tmp_path_factory: pytest.TempPathFactory) -> StandIn:
+    """The stand-in, built and loaded into this process."""
+    directory = tmp_path_factory.mktemp("cann")
+    build(directory)
+    return StandIn(directory)
+
+
+@pytest.fixture
+def standin(standin_libraries: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """The stand-in as the CANN that jax_nsa finds; a violation that no test takes fails it."""
+    monkeypatch.setenv(LIBRARY_PATH, str(standin_libraries.directory))
+    standin_libraries.clear_faults()
+    yield standin_libraries
+    standin_libraries.clear_faults()
+    assert standin_libraries.take_violations() == ""
+
+
+@pytest.fixture(scope="session")
+def harness_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """`harness.cc`, compiled."""
+    library = tmp_path_factory.mktemp("harness") / "harness.so"
+    compile_cc(library, [HERE / "harness.cc"], "-shared")
+    return library
+
+
+@pytest.fixture(scope="module")
+def harness(standin_libraries: StandIn, harness_library: pathlib.Path) -> Iterator[Harness]:
+    """The device route's handler, as the implementation `DeviceRoute.NAME`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LIBRARY_PATH, str(standin_libraries.directory))
+        harness = Harness(harness_library, standin_libraries)
+        patch.setitem(backends.ALL, DeviceRoute.NAME, DeviceRoute(harness))
+        yield harness
+        harness.close()
