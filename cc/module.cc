@@ -10,12 +10,18 @@
 #include "ascend/request.h"
 #include "ascend/runtime.h"
 #include "cpu/isa.h"
+#ifdef JAX_NSA_CUDA
+#include "cuda/plan.h"
+#endif
 #include "selection.h"
 #include "xla/ffi/api/c_api.h"
 
 // Handlers, each defined beside its kernel.
 extern "C" {
 XLA_FFI_Error* jax_nsa_compress_attention_cpu(XLA_FFI_CallFrame*);
+#ifdef JAX_NSA_CUDA
+XLA_FFI_Error* jax_nsa_compress_attention_cuda(XLA_FFI_CallFrame*);
+#endif
 XLA_FFI_Error* jax_nsa_compress_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_attention_ascend_host(XLA_FFI_CallFrame*);
 }
@@ -38,6 +44,11 @@ py::dict Registrations() {
       Target("cpu", jax_nsa_compress_attention_ascend_host);
   py::dict all;
   all["cpu"] = cpu;
+#ifdef JAX_NSA_CUDA
+  py::dict cuda;
+  cuda["jax_nsa_compress_attention_cuda"] = Target("CUDA", jax_nsa_compress_attention_cuda);
+  all["cuda"] = cuda;
+#endif
   all["ascend"] = ascend;
   return all;
 }
@@ -84,6 +95,31 @@ PYBIND11_MODULE(_native, module) {
             length);
       },
       "Select blocks of a sequence, as the kernels count them.");
+#ifdef JAX_NSA_CUDA
+  module.def(
+      "cuda_workspace_bytes",
+      [](int64_t sequences, int64_t rows, bool ragged, int64_t heads, int64_t key_value_heads,
+         int64_t value_size, int64_t page_size, int64_t pages_per_sequence, int64_t select_count,
+         int64_t compress_block_size, int64_t compress_stride, int64_t select_block_size) {
+        jax_nsa::Problem problem = {};
+        problem.sequences = sequences;
+        problem.rows = rows;
+        problem.tokens = ragged ? 0 : rows / sequences;
+        problem.heads = heads;
+        problem.key_value_heads = key_value_heads;
+        problem.value_size = value_size;
+        problem.page_size = page_size;
+        problem.pages_per_sequence = pages_per_sequence;
+        problem.select_count = select_count;
+        problem.window = {compress_block_size, compress_stride, select_block_size};
+        return jax_nsa::cuda::WorkspaceBytes(problem);
+      },
+      py::kw_only(), py::arg("sequences"), py::arg("rows"), py::arg("ragged"), py::arg("heads"),
+      py::arg("key_value_heads"), py::arg("value_size"), py::arg("page_size"),
+      py::arg("pages_per_sequence"), py::arg("select_count"), py::arg("compress_block_size"),
+      py::arg("compress_stride"), py::arg("select_block_size"),
+      "Size of the CUDA kernel's last result, which is its workspace.");
+#endif
   module.def("ascend_unavailable", &jax_nsa::acl::Unavailable,
              "Why CANN or an NPU cannot be used on this machine; None if it can.");
   module.def("ascend_release", &AscendRelease, py::call_guard<py::gil_scoped_release>(),

@@ -1,0 +1,285 @@
+// What one warp does with a tile of 32 positions: scores, softmax, attention and window sums of its
+// 16 rows. Lane 4g + t holds of any [16, 8n] result the rows g and g + 8, columns 8j + 2t and
+// 8j + 2t + 1 for each j < n, as the matrix instruction leaves them.
+
+#ifndef JAX_NSA_CUDA_ATTEND_CUH_
+#define JAX_NSA_CUDA_ATTEND_CUH_
+
+#include <cmath>
+#include <type_traits>
+
+#include "cuda/params.cuh"
+#include "cuda/pipeline.cuh"
+#include "cuda/ptx.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_nsa::cuda {
+
+// One warp's 16 rows while it goes through the tiles of a part.
+template <typename T>
+class WarpRows {
+ public:
+  static constexpr bool kPlain = std::is_same_v<T, float>;
+  static constexpr int kSteps = kMaxHeadSize / 16, kColumns = kMaxValueSize / 8;
+
+  float sums[kColumns][4];  // exponentials times values
+  float maxima[2];          // of the scaled scores, in powers of two
+  float totals[2];          // of the exponentials of this lane's columns
+
+  // `first_row` of the rows of the part's chunk.
+  __device__ WarpRows(const Params& params, const Part& part, int first_row)
+      : params_(params), first_row_(first_row) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (float& sum : sums[n]) sum = 0.0f;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      maxima[r] = -INFINITY;
+      totals[r] = 0.0f;
+      const int row = first_row + lane() / 4 + 8 * r;
+      const bool exists = row < part.rows(params);
+      const int token = part.first_token + (exists ? row >> params.group_log2 : 0);
+      visible_[r] = exists ? part.sequence.Visible(token) : 0;
+      const int64_t query = int64_t{part.sequence.first_row + token} * params.heads +
+                            (part.head << params.group_log2) + (row & (params.group() - 1));
+      query_row_[r] = static_cast<const T*>(params.arrays.query) + query * params.head_size;
+    }
+    if constexpr (!kPlain) LoadQuery();
+  }
+
+  // Adds a tile's positions, from `first_position` on. `record` is the tile's in the workspace.
+  __device__ void Attend(const char* keys, const char* values, int first_position,
+                         const uint32_t* weights, uint64_t* release, int releases, float* record,
+                         int record_rows) {
+    float p[4][4];  // scores, then their exponentials
+    Scores(keys, p);
+    const float scale = params_.scale_log2;
+    float peak[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int position = first_position + 8 * n + 2 * (lane() % 4) + c % 2;
+        p[n][c] = position < visible_[c / 2] ? p[n][c] * scale : -INFINITY;
+        peak[c / 2] = fmaxf(peak[c / 2], p[n][c]);
+      }
+    }
+    float shrink[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], 1));
+      peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], 2));
+      const float before = maxima[r];
+      maxima[r] = fmaxf(before, peak[r]);
+      peak[r] = maxima[r] == -INFINITY ? 0.0f : maxima[r];
+      shrink[r] = Exp2(before - peak[r]);
+      totals[r] *= shrink[r];
+    }
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        p[n][c] = Exp2(p[n][c] - peak[c / 2]);
+        totals[c / 2] += p[n][c];
+      }
+    }
+    // The maxima settle after a few tiles.
+    if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums[n][c] *= shrink[c / 2];
+      }
+    }
+    AddValues(values, p);
+    __syncwarp();
+    if (lane() == 0) {
+      for (int i = 0; i < releases; ++i) BarrierArrive(release);
+    }
+    StoreWindowSums(p, first_position, weights, record, record_rows);
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % 32; }
+
+  // Keeps the query rows in registers, zero beyond their ends.
+  __device__ void LoadQuery() {
+    const int column = 2 * (lane() % 4);
+    const T* rows[2] = {query_row_[0] + column, query_row_[1] + column};
+    // How many columns from there on exist; none of rows that see nothing.
+    const int rest[2] = {visible_[0] > 0 ? params_.head_size - column : 0,
+                         visible_[1] > 0 ? params_.head_size - column : 0};
+    if (params_.aligned) {
+#pragma unroll
+      for (int i = 0; i < 4 * kSteps; ++i) {
+        const int row = i % 2, d = 8 * (i / 2);
+        query_[i / 4][i % 4] =
+            d < rest[row] ? *reinterpret_cast<const uint32_t*>(rows[row] + d) : 0;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4 * kSteps; ++i) {
+        const int row = i % 2, d = 8 * (i / 2);
+        const uint16_t* pair = reinterpret_cast<const uint16_t*>(rows[row] + d);
+        query_[i / 4][i % 4] =
+            (d < rest[row] ? pair[0] : 0) | (d + 1 < rest[row] ? uint32_t{pair[1]} << 16 : 0);
+      }
+    }
+  }
+
+  // p[16 rows, 32 positions] = query keys^T
+  __device__ void Scores(const char* keys, float (&p)[4][4]) {
+    const int head_size = params_.head_size;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+#pragma unroll
+      for (float& score : p[n]) score = 0.0f;
+    }
+    if constexpr (kPlain) {
+      const char* row = keys + 2 * (lane() % 4) * params_.key_pitch;
+#pragma unroll 1
+      for (int d = 0; d < head_size; ++d) {
+        const float q[2] = {query_row_[0][d], query_row_[1][d]};
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float k =
+                reinterpret_cast<const float*>(row + (8 * n + c) * params_.key_pitch)[d];
+            p[n][c] += q[0] * k;
+            p[n][2 + c] += q[1] * k;
+          }
+        }
+      }
+    } else {
+      // Of four matrices: two times 8 positions, each with two times 8 columns.
+      const uint32_t row = SharedAddress(keys) +
+                           (lane() % 8 + lane() / 16 * 8) * params_.key_pitch + lane() / 8 % 2 * 16;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (16 * s >= head_size) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t k[4];
+          LoadMatrices(k, row + 16 * half * params_.key_pitch + 32 * s);
+          MultiplyAdd<T>(p[2 * half], query_[s], k[0], k[1]);
+          MultiplyAdd<T>(p[2 * half + 1], query_[s], k[2], k[3]);
+        }
+      }
+    }
+  }
+
+  // sums[16 rows, value_size] += p[16 rows, 32 positions] values
+  __device__ void AddValues(const char* values, const float (&p)[4][4]) {
+    const int value_size = params_.value_size;
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+#pragma unroll 1
+        for (int owner = 0; owner < 4; ++owner) {  // the lane, of four, that has these positions
+          const int source = (lane() & ~3) | owner;
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const float p0 = __shfl_sync(~0u, p[n][c], source);
+            const float p1 = __shfl_sync(~0u, p[n][2 + c], source);
+            const float* row = reinterpret_cast<const float*>(values + (8 * n + 2 * owner + c) *
+                                                                           params_.value_pitch);
+#pragma unroll
+            for (int v = 0; v < kColumns; ++v) {
+              if (8 * v >= value_size) break;
+              const float2 pair = *reinterpret_cast<const float2*>(row + 8 * v + 2 * (lane() % 4));
+              sums[v][0] += p0 * pair.x;
+              sums[v][1] += p0 * pair.y;
+              sums[v][2] += p1 * pair.x;
+              sums[v][3] += p1 * pair.y;
+            }
+          }
+        }
+      }
+    } else {
+      // Of four matrices: two times 8 positions of 8 columns, then of the next 8.
+      const uint32_t row =
+          SharedAddress(values) + lane() % 16 * params_.value_pitch + lane() / 16 * 16;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float (&low)[4] = p[2 * half];
+        const float (&high)[4] = p[2 * half + 1];
+        const uint32_t a[4] = {Pack<T>(low[0], low[1]), Pack<T>(low[2], low[3]),
+                               Pack<T>(high[0], high[1]), Pack<T>(high[2], high[3])};
+#pragma unroll
+        for (int v = 0; v < kColumns; v += 2) {
+          if (8 * v >= value_size) break;
+          uint32_t b[4];
+          LoadMatricesTransposed(b, row + 16 * half * params_.value_pitch + 16 * v);
+          MultiplyAdd<T>(sums[v], a, b[0], b[1]);
+          MultiplyAdd<T>(sums[v + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Stores the maxima and, for each block that the tile adds to, p weights: a product with a banded
+  // matrix. Its weights are small integers, which bfloat16 holds exactly; p is split into enough
+  // bfloat16 terms for the sums to be as good as float32's.
+  __device__ void StoreWindowSums(const float (&p)[4][4], int first_position,
+                                  const uint32_t* weights, float* record, int record_rows) {
+    constexpr int kTerms = kPlain ? 3 : 2;
+    uint32_t terms[2][kTerms][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float low = p[2 * half + i / 2][i % 2 * 2], high = p[2 * half + i / 2][i % 2 * 2 + 1];
+#pragma unroll
+        for (int term = 0; term < kTerms; ++term) {
+          const uint32_t pair = Pack<__nv_bfloat16>(low, high);
+          low -= __uint_as_float(pair << 16);
+          high -= __uint_as_float(pair & 0xffff0000u);
+          terms[half][term][i] = pair;
+        }
+      }
+    }
+    const int g = lane() / 4, t = lane() % 4;
+    float* row = record + first_row_ + g;
+    if (t == 0) {
+      row[0] = maxima[0];
+      row[8] = maxima[1];
+    }
+    const int m = params_.block_positions;
+    const int first_slot = params_.by_block_positions(first_position + m - 1);  // its block, plus 1
+#pragma unroll 1
+    for (int slots = 0; slots < params_.plan.slots; slots += 8) {
+      const uint32_t* pair =
+          weights + kWeightsBefore + m * (first_slot + slots + g) - first_position - 2 * t;
+      float block[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t b0 = pair[-16 * half], b1 = pair[-16 * half - 8];
+#pragma unroll
+        for (int term = kTerms - 1; term >= 0; --term) {
+          MultiplyAdd<__nv_bfloat16>(block, terms[half][term], b0, b1);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int slot = slots + 2 * t + c;
+        if (slot < params_.plan.slots) {
+          row[(1 + slot) * record_rows] = block[c];
+          row[(1 + slot) * record_rows + 8] = block[2 + c];
+        }
+      }
+    }
+  }
+
+  const Params& params_;
+  const int first_row_;
+  int visible_[2];
+  const T* query_row_[2];
+  uint32_t query_[kPlain ? 1 : kSteps][4];
+};
+
+}  // namespace jax_nsa::cuda
+
+#endif  // JAX_NSA_CUDA_ATTEND_CUH_

@@ -1,0 +1,47 @@
+// The XLA FFI handler of the CUDA kernel.
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "cuda/launch.h"
+#include "decode.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_nsa::cuda {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// The last result is the kernel's workspace.
+ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               Attributes attributes) {
+  ffi::ErrorOr<Call> call = Decode(args, rets, attributes, /*extra_results=*/1);
+  if (call.has_error()) return call.error();
+  if (const char* reason = Refuses(call->problem)) {
+    return ffi::Error(
+        ffi::ErrorCode::kInvalidArgument,
+        std::string("nsa_compress_attention: the CUDA kernel cannot serve ") + reason);
+  }
+  ffi::Result<ffi::AnyBuffer> workspace = *rets.get<ffi::AnyBuffer>(rets.size() - 1);
+  const cudaError_t error = Launch(call->problem, call->arrays, workspace->untyped_data(),
+                                   static_cast<int64_t>(workspace->size_bytes()), stream);
+  if (error != cudaSuccess) {
+    return ffi::Error(ffi::ErrorCode::kInternal,
+                      std::string("nsa_compress_attention: the CUDA kernel cannot start: ") +
+                          cudaGetErrorString(error));
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jax_nsa::cuda
+
+// One kernel on the given stream and nothing else, so XLA may record it in command buffers.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_cuda, jax_nsa::cuda::Run,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<jax_nsa::Attributes>("problem"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,0 +1,214 @@
+// The kernel: attention, importance and selection in one launch.
+//
+// One persistent thread block for each multiprocessor goes through its share of the work (plan.h,
+// work.cuh). Four warps fill a ring of stages in shared memory (pipeline.cuh); eight warps each
+// take 16 rows of a tile of 32 positions (attend.cuh), and when a part of an item is through they
+// merge it with the others and select (merge.cuh, selection.cuh).
+
+#include <cstring>
+#include <mutex>
+
+#include "cuda/attend.cuh"
+#include "cuda/launch.h"
+#include "cuda/merge.cuh"
+#include "cuda/params.cuh"
+#include "cuda/pipeline.cuh"
+#include "cuda/selection.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_nsa::cuda {
+namespace {
+
+// Shared memory, before the ring's stages.
+struct alignas(128) Shared {
+  union {
+    MergeScratch merge;
+    SelectionScratch selection;
+  };
+  ConsumerState state;
+  Barriers barriers;
+  WorkStart start;
+};
+
+template <typename T>
+__device__ void Compute(const Params& params, const Ring& ring, WorkList work, Shared& shared) {
+  const int warp = threadIdx.x / 32;
+  RingPosition start;
+  Part part;
+#pragma unroll 1
+  while (work.Next(&part)) {
+    if (!part.sequence.loads) {
+      FillTokens(params, part, 0, part.sequence.owned, part.sequence.faulty);
+      continue;
+    }
+    // The warps that share rows take turns with the tiles.
+    const int row_groups = RowGroups(part.rows(params));
+    const int own_group = warp & (row_groups - 1), own_turn = warp / row_groups;
+    const int turns = min(kConsumers / row_groups, params.stages);
+    const int padded_rows = kRowTile * row_groups, tile_floats = params.tile_floats(padded_rows);
+    WarpRows<T> rows(params, part, own_group * kRowTile);
+    float* records = params.tiles(part.own_region());
+    bool faulty = false;
+    RingPosition position = start;
+    position.Advance(own_turn, params.stages);
+    const int releases = kConsumers / row_groups;  // of the arrivals that empty a stage
+#pragma unroll 1
+    for (int tile = part.begin + own_turn; own_turn < turns && tile < part.end; tile += turns) {
+      const int slot = position.slot;
+      BarrierWait(&ring.barriers->full[slot], position.parity);
+      faulty |= ring.barriers->faulty[slot] != 0;
+      rows.Attend(ring.Keys(params, slot), ring.Values(params, slot), tile * kTile,
+                  shared.state.weights, &ring.barriers->empty[slot], releases,
+                  records + int64_t{tile - part.begin} * tile_floats, padded_rows);
+      position.Advance(turns, params.stages);
+    }
+    start.Advance(part.end - part.begin, params.stages);
+    StorePart(params, part, rows, faulty, shared.state, shared.merge);
+    if (part.parts == 1 || Arrive(params, part, shared.state)) {
+      MergeItem<T>(params, part, shared.state, shared.selection);
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    CompressAttention(const __grid_constant__ Params params) {
+  extern __shared__ char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  const Ring ring = {memory + sizeof(Shared), &shared.barriers};
+  InitRing(params, ring);
+  if (threadIdx.x < kWeightPairs) shared.state.weights[threadIdx.x] = params.weights[threadIdx.x];
+  const WorkList work(params, shared.start);  // synchronises
+  if (threadIdx.x / 32 >= kConsumers) {
+    Load<T>(params, ring, work);
+  } else {
+    Compute<T>(params, ring, work, shared);
+  }
+}
+
+const void* Kernel(DataType dtype) {
+  switch (dtype) {
+    case DataType::kBFloat16:
+      return reinterpret_cast<const void*>(&CompressAttention<__nv_bfloat16>);
+    case DataType::kFloat16:
+      return reinterpret_cast<const void*>(&CompressAttention<__half>);
+    case DataType::kFloat32:
+      return reinterpret_cast<const void*>(&CompressAttention<float>);
+  }
+  return nullptr;
+}
+
+// What a launch needs to know of a device.
+struct Device {
+  std::once_flag once;
+  cudaError_t error = cudaSuccess;
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // that a thread block can have
+};
+constexpr int kMaxDevices = 64;
+
+// The current device, its kernels allowed all shared memory that there is.
+cudaError_t FindDevice(const Device** found) {
+  static Device devices[kMaxDevices];
+  int id = 0;
+  if (cudaError_t error = cudaGetDevice(&id); error != cudaSuccess) return error;
+  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
+  Device& device = devices[id];
+  std::call_once(device.once, [&] {
+    const auto check = [&](cudaError_t error) {
+      if (device.error == cudaSuccess) device.error = error;
+    };
+    check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id));
+    check(
+        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
+    for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
+      check(cudaFuncSetAttribute(Kernel(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 device.shared_bytes));
+    }
+  });
+  *found = &device;
+  return device.error;
+}
+
+// A small integer in bfloat16.
+uint32_t Bfloat16Bits(float integer) {
+  uint32_t bits;
+  std::memcpy(&bits, &integer, sizeof(bits));
+  return bits >> 16;
+}
+
+}  // namespace
+
+const char* Refuses(const Problem& problem) {
+  if (kMaxRows % problem.group() != 0) {
+    return "query heads for each key/value head must divide 128";
+  }
+  if (problem.head_size > kMaxHeadSize) return "head_size must be at most 192";
+  if (problem.value_size > kMaxValueSize) return "value_size must be at most 128";
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (problem.capacity() > kMost || MaxTiles(problem) > kMost ||
+      problem.num_pages * problem.page_size * problem.key_value_heads > 2 * kMost) {
+    return "more positions than the kernel can count";
+  }
+  return nullptr;
+}
+
+cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
+                   int64_t workspace_bytes, cudaStream_t stream) {
+  const Device* device = nullptr;
+  if (cudaError_t error = FindDevice(&device); error != cudaSuccess) return error;
+
+  Params params = {};
+  params.problem = problem;
+  params.arrays = arrays;
+  params.plan =
+      MakePlan(problem, device->multiprocessors < kMaxCtas ? device->multiprocessors : kMaxCtas);
+  if (params.plan.bytes > workspace_bytes) return cudaErrorInvalidValue;
+  params.workspace = static_cast<char*>(workspace);
+  const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
+  params.scale_log2 = problem.scale * 1.4426950408889634f;
+  params.heads = static_cast<int32_t>(problem.heads);
+  params.key_value_heads = static_cast<int32_t>(problem.key_value_heads);
+  params.head_size = static_cast<int32_t>(problem.head_size);
+  params.value_size = static_cast<int32_t>(problem.value_size);
+  params.value_columns = static_cast<int32_t>(CeilDiv(problem.value_size, 4) * 4);
+  while (1 << params.group_log2 < problem.group()) ++params.group_log2;
+  while (1 << params.tokens_log2 < params.plan.tokens_per_chunk) ++params.tokens_log2;
+  const Window& window = problem.window;
+  params.block_positions = static_cast<int32_t>(window.strides_per_select_block());
+  params.taps = static_cast<int32_t>(window.num_taps());
+  params.max_blocks = static_cast<int32_t>(problem.max_blocks());
+  params.page_size = static_cast<int32_t>(problem.page_size);
+  params.by_page_size = Divider::By(params.page_size);
+  params.by_block_positions = Divider::By(params.block_positions);
+  for (int i = 0; i < kWeightPairs; ++i) {
+    const auto weight = [&](int64_t offset) -> uint32_t {
+      const bool counts = offset >= 0 && offset < window.num_taps();
+      return Bfloat16Bits(counts ? static_cast<float>(window.Weight(offset)) : 0.0f);
+    };
+    params.weights[i] = weight(i - kWeightsBefore) | weight(i - kWeightsBefore - 1) << 16;
+  }
+  const auto pitch = [&](int64_t size) {
+    return static_cast<int32_t>(CeilDiv(size, 16) * 16 * element + 16);
+  };
+  params.key_pitch = pitch(problem.head_size);
+  params.value_pitch = pitch(problem.value_size);
+  const auto aligned = [&](const void* array, int64_t size) {
+    return reinterpret_cast<uintptr_t>(array) % 16 == 0 && size * element % 16 == 0;
+  };
+  params.aligned = aligned(arrays.key, problem.head_size) &&
+                   aligned(arrays.value, problem.value_size) &&
+                   aligned(arrays.query, problem.head_size);
+  const int stage_bytes = kTile * (params.key_pitch + params.value_pitch);
+  const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
+  if (room < stage_bytes) return cudaErrorInvalidConfiguration;
+  for (params.stages = 1; 2 * params.stages * stage_bytes <= room && params.stages < kMaxStages;) {
+    params.stages *= 2;
+  }
+
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(Kernel(problem.dtype), dim3(params.plan.ctas), dim3(kThreads), arguments,
+                          sizeof(Shared) + params.stages * stage_bytes, stream);
+}
+
+}  // namespace jax_nsa::cuda

@@ -1,0 +1,24 @@
+// Starts the kernel on a stream.
+
+#ifndef JAX_NSA_CUDA_LAUNCH_H_
+#define JAX_NSA_CUDA_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace jax_nsa::cuda {
+
+// Why the kernel cannot serve the problem, or null if it can.
+const char* Refuses(const Problem& problem);
+
+// Queues the computation on `stream` of the current device: one kernel, nothing else. `workspace`
+// lies on the device and may hold anything; plan.h's WorkspaceBytes says how large it must be.
+cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
+                   int64_t workspace_bytes, cudaStream_t stream);
+
+}  // namespace jax_nsa::cuda
+
+#endif  // JAX_NSA_CUDA_LAUNCH_H_

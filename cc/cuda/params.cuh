@@ -1,0 +1,88 @@
+// What the kernel is launched with, and where things lie in the workspace.
+
+#ifndef JAX_NSA_CUDA_PARAMS_CUH_
+#define JAX_NSA_CUDA_PARAMS_CUH_
+
+#include <cstdint>
+
+#include "cuda/plan.h"
+#include "problem.h"
+
+namespace jax_nsa::cuda {
+
+// Division by a number known at launch: a multiplication and a shift, for dividends below 2^31.
+struct Divider {
+  uint32_t multiplier;
+  int shift;
+
+  static Divider By(int divisor) {
+    int bits = 0;
+    while ((1 << bits) < divisor) ++bits;
+    // ceil(2^(31 + bits) / divisor)
+    const uint64_t power = uint64_t{1} << (31 + bits);
+    return {static_cast<uint32_t>((power + divisor - 1) / divisor), bits - 1};
+  }
+  __device__ int operator()(int dividend) const {
+    const uint64_t product = uint64_t{static_cast<uint32_t>(dividend)} * multiplier;
+    return static_cast<int>(product >> (32 + shift));
+  }
+};
+
+// The weights of the window sums, as the matrix instruction takes them: entry o + kWeightsBefore
+// has those at offsets o and o - 1 as a pair of bfloat16. Offsets are those of selection.h's
+// Weight.
+constexpr int kWeightsBefore = kTile, kWeightPairs = 3 * kTile;
+
+// Integers are worked out on the host and 32 bits wide where the kernel needs them often: dividing
+// on the device, and 64-bit arithmetic, cost far more than they look.
+struct Params {
+  Problem problem;
+  Arrays arrays;
+  Plan plan;
+  char* workspace;
+  int32_t stages;       // of the pipeline
+  int32_t key_pitch;    // bytes from row to row of a stage's keys
+  int32_t value_pitch;  // of its values
+  bool aligned;         // rows of keys, values and query start at multiples of 16 bytes
+  float scale_log2;     // makes powers of two of scores
+  int32_t heads, key_value_heads, head_size, value_size;
+  int32_t value_columns;    // value_size rounded up to a multiple of 4
+  int32_t group_log2;       // of group(), a power of two
+  int32_t tokens_log2;      // of plan.tokens_per_chunk
+  int32_t block_positions;  // M of selection.h's Window
+  int32_t taps;             // its num_taps()
+  int32_t max_blocks;
+  Divider by_page_size, by_block_positions;
+  int32_t page_size;
+  uint32_t weights[kWeightPairs];
+
+  __device__ int group() const { return 1 << group_log2; }
+
+  // One flag for each region.
+  __device__ unsigned long long* flags() const {
+    return reinterpret_cast<unsigned long long*>(workspace);
+  }
+  // A region's sums over its tiles, relative to its maxima: attention [rows, value_columns].
+  __device__ float* part_attention(int region) const {
+    return reinterpret_cast<float*>(workspace + plan.parts_offset) + region * plan.part_floats;
+  }
+  // The largest score of each row (in powers of two), [rows].
+  __device__ float* part_max(int region) const {
+    return part_attention(region) + plan.rows * value_columns;
+  }
+  // The sum of each row's exponentials, [rows]; all of them negative if a page id is faulty.
+  __device__ float* part_sum(int region) const { return part_max(region) + plan.rows; }
+  // A region's tiles, one record after the other: the maxima [rows] that the window sums
+  // [slots, rows] are relative to, where `rows` are those of the item.
+  __device__ float* tiles(int region) const {
+    return reinterpret_cast<float*>(workspace + plan.tiles_offset) + region * plan.region_floats;
+  }
+  __device__ int tile_floats(int rows) const { return rows * (1 + plan.slots); }
+  __device__ char* selection() const {
+    return workspace + plan.selection_offset + blockIdx.x * (8 * plan.sorted + 4 * plan.keys);
+  }
+};
+
+}  // namespace jax_nsa::cuda
+
+#endif  // JAX_NSA_CUDA_PARAMS_CUH_

@@ -1,0 +1,135 @@
+// How one call is laid out on the GPU: tiles, chunks, thread blocks and the workspace. Decided from
+// shapes alone, so that it can be decided once, when the program is compiled. Free of CUDA.
+
+#ifndef JAX_NSA_CUDA_PLAN_H_
+#define JAX_NSA_CUDA_PLAN_H_
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace jax_nsa::cuda {
+
+// Positions that one stage of the pipeline holds and one warp processes at a time.
+constexpr int kTile = 32;
+// Rows of one matrix instruction. A row is one query head of one token.
+constexpr int kRowTile = 16;
+// Warps that compute, and warps that load. A multiprocessor's four schedulers have three each,
+// which leaves every thread 168 registers.
+constexpr int kConsumers = 8, kLoaders = 4;
+constexpr int kThreads = 32 * (kConsumers + kLoaders);
+// Rows that a thread block processes against one reading of the keys and values.
+constexpr int kMaxRows = kRowTile * kConsumers;
+constexpr int kMaxHeadSize = 192, kMaxValueSize = 128;
+// One persistent thread block for each multiprocessor, up to so many: the workspace is sized before
+// the device is known.
+constexpr int kMaxCtas = 160;
+// Splitting a sequence more finely than this costs more in the merge than it saves.
+constexpr int kMinShare = 8;
+// Blocks whose importances, and chosen blocks whose order, shared memory holds; more of them go
+// through the workspace.
+constexpr int kSharedBlocks = 4096;
+constexpr int kSharedChosen = 1024;
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Warps that share a tile's positions and each take 16 of its rows: a power of two, so that it
+// divides kConsumers. The other warps take other tiles.
+JAX_NSA_HOST_DEVICE constexpr int RowGroups(int rows) {
+  return rows <= 16 ? 1 : rows <= 32 ? 2 : rows <= 64 ? 4 : 8;
+}
+
+// The work of a call is a flat list of tiles: for each sequence, for each key/value head, for each
+// chunk of tokens (as many as kMaxRows rows hold) the tiles of the sequence. Those of one sequence,
+// head and chunk are an item. Each thread block gets an equal, contiguous share of the list,
+// whatever the lengths; so it holds at most two items in part, the first and the last.
+struct Plan {
+  int32_t ctas;              // thread blocks
+  int32_t tokens_per_chunk;  // at most
+  int32_t rows;              // of a chunk, padded, at most
+  int32_t slots;             // blocks that one tile's positions add to, at most
+  int32_t region_tiles;      // tiles of one item in one thread block's share, at most
+
+  // The workspace: a flag for each region, the regions' parts, their tiles, and each thread block's
+  // lists for the selection. A thread block has two regions: 0 for an item that began in an earlier
+  // thread block's share, 1 for any other, one after the other.
+  int64_t part_floats;  // of one region: attention [rows, value_size], maxima and sums
+  int64_t
+      region_floats;     // of one region's tiles: for each maxima [rows], window sums [slots, rows]
+  int64_t keys;          // of one thread block: importances beyond shared memory
+  int64_t sorted;        // of one thread block: chosen blocks beyond shared memory
+  int64_t parts_offset;  // in bytes, like the next three
+  int64_t tiles_offset;
+  int64_t selection_offset;
+  int64_t bytes;
+};
+
+// The widest that a tile's positions spread: from block ceil(i / M) - 1 of the first position i to
+// block floor((i + kTile - 1 + M + L - 2) / M) - 1.
+constexpr int Slots(const Window& window) {
+  const int64_t m = window.strides_per_select_block();
+  return static_cast<int>((kTile - 1 + window.num_taps() - 1) / m + 1);
+}
+
+constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
+
+// The plan for `ctas` thread blocks, at most kMaxCtas.
+constexpr Plan MakePlan(const Problem& problem, int ctas) {
+  Plan plan = {};
+  const int64_t group = problem.group();
+  const int64_t per_chunk = kMaxRows / group;
+  const int64_t tokens = problem.tokens ? problem.tokens : problem.rows;
+  plan.tokens_per_chunk = static_cast<int32_t>(per_chunk);
+  plan.rows =
+      kRowTile * RowGroups(static_cast<int>((tokens < per_chunk ? tokens : per_chunk) * group));
+  plan.slots = Slots(problem.window);
+
+  const int64_t tiles = CeilDiv(problem.capacity(), kTile);
+  const int64_t chunks = problem.tokens ? problem.sequences * CeilDiv(tokens, per_chunk)
+                                        : problem.sequences + CeilDiv(tokens, per_chunk);
+  const int64_t total = tiles * chunks * problem.key_value_heads;
+  // An equal share of what there can be at most, and never less than kMinShare.
+  const int64_t share = total > int64_t{ctas} * kMinShare ? CeilDiv(total, ctas) : kMinShare;
+  plan.ctas = static_cast<int32_t>(CeilDiv(total, share));
+  plan.region_tiles = static_cast<int32_t>(tiles < share ? tiles : share);
+
+  plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
+  plan.region_floats = int64_t{plan.region_tiles} * plan.rows * (1 + plan.slots);
+  plan.keys = problem.max_blocks() > kSharedBlocks ? CeilDiv(problem.max_blocks(), 2) * 2 : 0;
+  // The candidates of a selection are at most an eighth more than it needs; sorting pads them to a
+  // power of two.
+  const int64_t most =
+      problem.select_count < problem.max_blocks() ? problem.select_count : problem.max_blocks();
+  plan.sorted = 0;
+  if (most + most / 8 > kSharedChosen) {
+    for (plan.sorted = kSharedChosen; plan.sorted < most + most / 8;) plan.sorted *= 2;
+  }
+  plan.parts_offset = AlignUp(2 * 8 * plan.ctas);
+  plan.tiles_offset = plan.parts_offset + AlignUp(2 * 4 * plan.ctas * plan.part_floats);
+  plan.selection_offset = plan.tiles_offset + AlignUp(2 * 4 * plan.ctas * plan.region_floats);
+  plan.bytes = plan.selection_offset + AlignUp(plan.ctas * (8 * plan.sorted + 4 * plan.keys));
+  return plan;
+}
+
+// Tiles that the call can have at most; the kernel counts them in 32 bits.
+constexpr int64_t MaxTiles(const Problem& problem) {
+  const int64_t per_chunk = kMaxRows / problem.group();
+  const int64_t chunks = problem.tokens ? problem.sequences * CeilDiv(problem.tokens, per_chunk)
+                                        : problem.sequences + CeilDiv(problem.rows, per_chunk);
+  return chunks * CeilDiv(problem.capacity(), kTile) * problem.key_value_heads;
+}
+
+// Bytes of workspace that suffice on every device.
+inline int64_t WorkspaceBytes(const Problem& problem) {
+  // Fewer thread blocks have longer shares: neither end of the range is always the largest.
+  int64_t most = 0;
+  for (int ctas = 1; ctas <= kMaxCtas; ++ctas) {
+    const int64_t bytes = MakePlan(problem, ctas).bytes;
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+}  // namespace jax_nsa::cuda
+
+#endif  // JAX_NSA_CUDA_PLAN_H_

@@ -1,0 +1,163 @@
+// Which tiles a thread block processes: its share of the flat list that plan.h describes, item by
+// item. The loading warp and the computing warps walk the same share, each at its own pace.
+
+#ifndef JAX_NSA_CUDA_WORK_CUH_
+#define JAX_NSA_CUDA_WORK_CUH_
+
+#include "cuda/params.cuh"
+#include "cuda/ptx.cuh"
+
+namespace jax_nsa::cuda {
+
+// A sequence's place in the list.
+struct Sequence {
+  int b;
+  int first_row, owned, count, early;  // as in SequenceRows
+  int length;
+  int tiles;   // of one item
+  int chunks;  // of tokens
+  bool faulty;
+  bool loads;  // whether it needs its pages; otherwise its one tile only fills in the results
+
+  __device__ int TotalTiles(const Params& params) const {
+    return tiles * chunks * params.key_value_heads;
+  }
+  __device__ int Visible(int token) const {
+    return static_cast<int>(SequenceRows{first_row, owned, count, early}.Visible(token, length));
+  }
+};
+
+__device__ inline Sequence FindSequence(const Params& params, int b) {
+  SequenceRows rows;
+  Sequence sequence;
+  sequence.b = b;
+  sequence.faulty = FindRows(params.problem, params.arrays, b, &rows) != Fault::kNone;
+  sequence.first_row = static_cast<int>(rows.first);
+  sequence.owned = static_cast<int>(rows.owned);
+  sequence.count = static_cast<int>(rows.count);
+  sequence.early = static_cast<int>(rows.early);
+  sequence.length = params.arrays.lengths[b];
+  sequence.loads = !sequence.faulty && sequence.length > 0 && sequence.count > 0;
+  sequence.tiles = sequence.loads ? (sequence.length - 1) / kTile + 1 : 1;
+  sequence.chunks = sequence.loads ? ((sequence.count - 1) >> params.tokens_log2) + 1 : 1;
+  return sequence;
+}
+
+// The part of one item that lies in one thread block's share: tiles [begin, end) of the item's. The
+// item's parts, in the order of their tiles, lie in the regions of as many thread blocks.
+struct Part {
+  Sequence sequence;
+  int head;         // key/value head
+  int first_token;  // of the chunk
+  int tokens;       // of the chunk
+  int begin, end;
+  int first_cta;    // whose share has the item's first part
+  int first_tiles;  // tiles in that part, at most
+  int parts;
+  int share;  // tiles of the list that each thread block has
+
+  __device__ int Region(int part) const {
+    return part == 0 ? first_cta * 2 + 1 : (first_cta + part) * 2;
+  }
+  __device__ int own_region() const { return blockIdx.x * 2 + (begin == 0 ? 1 : 0); }
+
+  __device__ int rows(const Params& params) const { return tokens << params.group_log2; }
+  // Rows of the region's records.
+  __device__ int padded_rows(const Params& params) const {
+    return kRowTile * RowGroups(rows(params));
+  }
+  __device__ bool is_last_chunk() const { return first_token + tokens >= sequence.count; }
+};
+
+// Scratch of the WorkList's constructor, in shared memory.
+struct WorkStart {
+  int warp_tiles[kThreads / 32];
+  int sequence;  // that holds the first tile of the share
+  int base;      // index of that sequence's first tile in the list
+};
+
+class WorkList {
+ public:
+  // All threads of the block together.
+  __device__ WorkList(const Params& params, WorkStart& start) : params_(params) {
+    const int sequences = static_cast<int>(params.problem.sequences);
+    const int each = (sequences + kThreads - 1) / kThreads;
+    const int first = min(sequences, static_cast<int>(threadIdx.x) * each);
+    const int last = min(sequences, first + each);
+    int own = 0;
+#pragma unroll 1
+    for (int b = first; b < last; ++b) own += FindSequence(params, b).TotalTiles(params);
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int up_to = own;  // tiles of this and all earlier threads' sequences
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(~0u, up_to, step);
+      if (lane >= step) up_to += before;
+    }
+    if (lane == 31) start.warp_tiles[warp] = up_to;
+    __syncthreads();
+    int total = 0;
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) {
+      if (w == warp) up_to += total;
+      total += start.warp_tiles[w];
+    }
+    share_ = max(kMinShare, (total + params.plan.ctas - 1) / params.plan.ctas);
+    next_ = min(total, static_cast<int>(blockIdx.x) * share_);
+    end_ = min(total, next_ + share_);
+
+    if (up_to - own <= next_ && next_ < up_to) {
+      base_ = up_to - own;
+#pragma unroll 1
+      for (int b = first; b < last; ++b) {
+        const int tiles = FindSequence(params, b).TotalTiles(params);
+        if (next_ < base_ + tiles) {
+          start.sequence = b;
+          start.base = base_;
+          break;
+        }
+        base_ += tiles;
+      }
+    }
+    __syncthreads();
+    if (next_ < end_) {
+      base_ = start.base;
+      sequence_ = FindSequence(params, start.sequence);
+    }
+  }
+
+  // Finds the next part; false at the end of the share.
+  __device__ bool Next(Part* part) {
+    if (next_ >= end_) return false;
+#pragma unroll 1
+    while (next_ >= base_ + sequence_.TotalTiles(params_)) {
+      base_ += sequence_.TotalTiles(params_);
+      sequence_ = FindSequence(params_, sequence_.b + 1);
+    }
+    const int index = (next_ - base_) / sequence_.tiles;
+    const int item = base_ + index * sequence_.tiles;  // its first tile in the list
+    part->sequence = sequence_;
+    part->head = index / sequence_.chunks;
+    part->first_token = (index - part->head * sequence_.chunks) << params_.tokens_log2;
+    part->tokens = min(params_.plan.tokens_per_chunk, sequence_.count - part->first_token);
+    part->begin = next_ - item;
+    part->end = min(sequence_.tiles, end_ - item);
+    part->first_cta = item / share_;
+    part->first_tiles = (part->first_cta + 1) * share_ - item;
+    part->parts = (item + sequence_.tiles - 1) / share_ - part->first_cta + 1;
+    part->share = share_;
+    next_ = item + part->end;
+    return true;
+  }
+
+ private:
+  const Params& params_;
+  int next_, end_;  // the share's next tile, and the end of the share
+  int share_;
+  int base_;  // index of sequence_'s first tile
+  Sequence sequence_;
+};
+
+}  // namespace jax_nsa::cuda
+
+#endif  // JAX_NSA_CUDA_WORK_CUH_
