@@ -1,0 +1,126 @@
+"""How times and bandwidths are taken on each platform."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Sets = Sequence[tuple[jax.Array, ...]]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """Wall time of one call, until its results are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+class HostTimer:
+    """Calls one by one, as a decode loop makes them; the machine's noise is part of them."""
+
+    def __init__(self, runs: dict[str, Callable], sets: Sets) -> None:
+        self._runs = {name: jax.jit(run) for name, run in runs.items()}
+        self._sets = sets
+        for run in self._runs.values():
+            jax.block_until_ready(run(*sets[0]))
+
+    def sample(self, name: str, i: int) -> float:
+        """Seconds of the i-th call."""
+        operands = self._sets[i % len(self._sets)]
+        return seconds(lambda: self._runs[name](*operands))
+
+
+class DeviceTimer:
+    """Programs of many calls, so that what a launch costs the host is hidden behind the kernels.
+
+    Each call has operands of its own, so XLA can drop none; a device runs them one after another.
+    """
+
+    CALLS = 48
+
+    def __init__(self, runs: dict[str, Callable], sets: Sets) -> None:
+        def program(run: Callable) -> Callable:
+            def calls(sets: Sets, queries: jax.Array) -> list:
+                return [run(q, *sets[i % len(sets)][1:]) for i, q in enumerate(queries)]
+
+            return jax.jit(calls)
+
+        self._programs = {name: program(run) for name, run in runs.items()}
+        self._sets = list(sets)
+        query = sets[0][0]
+        queries = jax.random.normal(jax.random.key(7), (self.CALLS, *query.shape), query.dtype)
+        self._queries = list(queries)
+        for calls in self._programs.values():
+            for _ in range(3):
+                jax.block_until_ready(calls(self._sets, self._queries))
+
+    def sample(self, name: str, i: int) -> float:
+        """Seconds of one call, as the mean of a program's."""
+        del i
+        return seconds(lambda: self._programs[name](self._sets, self._queries)) / self.CALLS
+
+
+class HostBandwidth:
+    """Bytes a second that all cores together read from memory, by NumPy in threads."""
+
+    BYTES = 512 << 20
+
+    def __init__(self) -> None:
+        data = np.random.default_rng(0).integers(1, 2**62, self.BYTES // 8)
+        self._workers = os.cpu_count() or 1
+        self._pool = concurrent.futures.ThreadPoolExecutor(self._workers)
+        self._parts = np.split(data, 8 * self._workers)
+
+    def sample(self) -> float:
+        """The better of two ways to read it all."""
+        best = 0.0
+        for read in (np.bitwise_or.reduce, np.add.reduce):
+            elapsed = seconds(lambda read=read: list(self._pool.map(read, self._parts)))
+            best = max(best, self.BYTES / elapsed)
+        return best
+
+
+class DeviceBandwidth:
+    """Bytes a second that the device reads, by a reduction over more than its caches hold."""
+
+    BYTES = 4 << 30
+
+    def __init__(self) -> None:
+        self._data = jax.random.normal(jax.random.key(0), (8, self.BYTES // 32), jnp.float32)
+        self._read = jax.jit(lambda data: jnp.max(data, axis=1))
+        jax.block_until_ready(self._read(self._data))
+
+    def sample(self) -> float:
+        """Of one reduction, minus what an empty program takes."""
+        empty = seconds(lambda: _trivial(jnp.zeros(())))
+        return self.BYTES / (seconds(lambda: self._read(self._data)) - empty)
+
+
+_trivial = jax.jit(lambda x: x + 1)
+
+
+def trivial_call() -> float:
+    """Seconds of a jitted program that does next to nothing."""
+    x = jnp.zeros(())
+    jax.block_until_ready(_trivial(x))
+    return statistics.median(seconds(lambda: _trivial(x)) for _ in range(300))
+
+
+def dispatch(run: Callable, operands: tuple[jax.Array, ...], calls: int = 300) -> float:
+    """Seconds of host time that a jitted call takes to return, its results still under way."""
+    run = jax.jit(run)
+    jax.block_until_ready(run(*operands))
+    samples = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        results = run(*operands)
+        samples.append(time.perf_counter() - start)
+        jax.block_until_ready(results)
+    return statistics.median(samples)
