@@ -56,7 +56,7 @@ class DeviceTimer:
         self._sets = list(sets)
         query = sets[0][0]
         queries = jax.random.normal(jax.random.key(7), (self.CALLS, *query.shape), query.dtype)
-        self._queries = list(queries)
+        self._queries = [jax.device_put(q, query.sharding) for q in queries]
         for calls in self._programs.values():
             for _ in range(3):
                 jax.block_until_ready(calls(self._sets, self._queries))
