@@ -2,7 +2,7 @@
 
     python -m benchmarks.devices b128
 
-Checks that the split program gives what one device gives, then times programs of many calls on one
+Checks that the split program gives what one device gives, up to rounding, then times programs of many calls on one
 device and on all.
 """
 
@@ -45,10 +45,13 @@ def main() -> None:
     for split, specs in SPLITS.items():
         shardings = [NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs]
         placed = [tuple(map(jax.device_put, operands, shardings)) for operands in sets]
-        for result, want in zip(jax.jit(run)(*placed[0]), expected, strict=True):
-            np.testing.assert_array_equal(
-                np.asarray(result, np.float32), np.asarray(want, np.float32)
-            )
+        attention, indices = jax.jit(run)(*placed[0])
+        # A part may be summed in another order than the whole.
+        np.testing.assert_allclose(
+            np.float32(attention), np.float32(expected[0]), rtol=2**-7, atol=1e-3
+        )
+        same = np.mean(np.asarray(indices) == np.asarray(expected[1]))
+        assert same > 0.999, f"only {same:.2%} of the blocks are the same"
         timer = measure.DeviceTimer({split: run}, placed)
         every = statistics.median(timer.sample(split, i) for i in range(arguments.repeat))
         print(f"{split:12} {every * 1e6:10.1f} us a call, {one / every:.2f} times the throughput")
