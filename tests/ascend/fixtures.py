@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Iterator
 
 import pytest
@@ -33,19 +32,21 @@ def standin(standin_libraries: StandIn, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @pytest.fixture(scope="session")
-def harness_library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """`harness.cc`, compiled."""
+def _harness(
+    standin_libraries: StandIn, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Harness]:
     library = tmp_path_factory.mktemp("harness") / "harness.so"
     compile_cc(library, [HERE / "harness.cc"], "-shared")
-    return library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LIBRARY_PATH, str(standin_libraries.directory))
+        harness = Harness(library, standin_libraries)
+        yield harness
+        harness.close()
 
 
 @pytest.fixture(scope="module")
-def harness(standin_libraries: StandIn, harness_library: pathlib.Path) -> Iterator[Harness]:
+def harness(_harness: Harness) -> Iterator[Harness]:
     """The device route's handler, as the implementation `DeviceRoute.NAME`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(LIBRARY_PATH, str(standin_libraries.directory))
-        harness = Harness(harness_library, standin_libraries)
-        patch.setitem(backends.ALL, DeviceRoute.NAME, DeviceRoute(harness))
-        yield harness
-        harness.close()
+        patch.setitem(backends.ALL, DeviceRoute.NAME, DeviceRoute(_harness))
+        yield _harness
