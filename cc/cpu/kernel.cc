@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kGranule = kPositionGranule;
 constexpr int64_t kSteps = 32;     // of words of value rows, packed at once
 constexpr int64_t kChain = 32;     // float32 products that are added one after another
+constexpr int64_t kLoopsPerStep = 16 / kAccumulators;  // inner loops in a step of Ahead
 constexpr float kNoPeak = -1e38f;  // below every score, and finite
 constexpr float kLog2E = 1.44269504f;
 
@@ -49,7 +50,7 @@ struct Scratch {
     };
     const auto floats = [&](int64_t words) { return reinterpret_cast<float*>(take(words)); };
     const auto operands = [&](int64_t words) { return reinterpret_cast<uint32_t*>(take(words)); };
-    query = operands(heads * PaddedWords(plan.problem.head_size) * rows);
+    query = operands(heads * PaddedWords(plan.problem.head_size) * padded_rows);
     history = floats(heads * kGranule * padded_rows);
     weights = floats((kGranule + plan.tile_size + kGranule) * padded_rows + kLanes);
     pairs = operands(plan.tile_size * padded_rows);
@@ -87,6 +88,61 @@ inline void StoreSome(void* target, int64_t count, Float a, Float b) {
   }
 }
 
+// Rows of memory.
+struct Rows {
+  const char* first;
+  int64_t stride;  // bytes from one to the next
+  int64_t bytes;   // of each
+  int64_t count;
+};
+
+// Fetches the keys, then the values, of the next tile while the present one is worked on, all kv
+// heads of a row together: a straight line through memory, whatever order the heads are read in.
+// The inner loops call Step after each few instructions, so that memory is always busy and never
+// stalls them.
+class Ahead {
+ public:
+  // To be fetched in `steps` calls of Step.
+  Ahead(const Rows& keys, const Rows& values, int64_t steps)
+      : row_(Join(keys)), next_(Join(values)) {
+    line_ = row_.first;
+    rate_ = (Lines(row_) + Lines(next_)) * kUnit / steps + 1;
+  }
+
+  void Step(int64_t steps = 1) {
+    for (due_ += steps * rate_; due_ >= kUnit; due_ -= kUnit) FetchLine();
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kUnit = 1 << 16;
+
+  // Rows that touch are one.
+  static Rows Join(const Rows& rows) {
+    return rows.bytes == rows.stride ? Rows{rows.first, 0, rows.bytes * rows.count, rows.count > 0}
+                                     : rows;
+  }
+  static int64_t Lines(const Rows& rows) { return rows.count * ((rows.bytes + kLine - 1) / kLine); }
+
+  void FetchLine() {
+    if (line_ >= row_.first + row_.bytes) {
+      if (row_.count > 1) {
+        --row_.count;
+        row_.first += row_.stride;
+      } else {
+        row_ = next_;
+        next_.count = next_.bytes = 0;
+      }
+      line_ = row_.first;
+    }
+    if (row_.count > 0) __builtin_prefetch(line_, 0, 2);
+    line_ += kLine;
+  }
+
+  Rows row_, next_;  // row_.first is the present one
+  const char* line_;
+  int64_t rate_, due_ = 0;
+};
+
 // How operands of an element type become words.
 template <class Type, class Products>
 struct Operands {
@@ -116,16 +172,26 @@ struct Operands {
     }
   }
 
+  static Word LoadWords(const char* source, int64_t count) {
+    if (count >= 2 * kLanes) return Load<Word>(source);
+    uint16_t elements[2 * kLanes] = {};
+    __builtin_memcpy(elements, source, count * kElementSize);
+    return Load<Word>(elements);
+  }
+
+  static int64_t PackSteps(int64_t size) { return (size + 4 * kLanes - 1) / (4 * kLanes); }
+
   // Packs up to Products::kElements value rows into the words of one step, [padded value size] in
   // the order of Type::Load; `second` may be null.
-  static void StepWords(const char* first, const char* second, int64_t size, uint32_t* words) {
+  static void StepWords(const char* first, const char* second, int64_t size, uint32_t* words,
+                        Ahead& ahead) {
+    ahead.Step(PackSteps(size));
     for (int64_t c = 0; c < size; c += 2 * kLanes) {
       if constexpr (kPairs) {
-        Float low_a, low_b, high_a = {}, high_b = {};
-        LoadSome<Type>(first + c * kElementSize, size - c, &low_a, &low_b);
-        if (second) LoadSome<Type>(second + c * kElementSize, size - c, &high_a, &high_b);
-        Store(words + c, ((Word)low_a >> 16) | (Word)high_a);
-        Store(words + c + kLanes, ((Word)low_b >> 16) | (Word)high_b);
+        const Word low = LoadWords(first + c * kElementSize, size - c);
+        const Word high = second ? LoadWords(second + c * kElementSize, size - c) : Word{};
+        Store(words + c, (low & 0xffff) | (high << 16));
+        Store(words + c + kLanes, (low >> 16) | (high & 0xffff0000));
       } else {
         Float a, b;
         LoadSome<Type>(first + c * kElementSize, size - c, &a, &b);
@@ -136,75 +202,115 @@ struct Operands {
   }
 };
 
-// Scores of `positions` keys for `vectors` vectors of rows; `repeat` words of a key at a time meet
-// as many of each row. query: [groups][query_stride]; scores: [position][padded_rows], added to if
-// `add`.
-template <class Products, int repeat, int vectors, int positions>
-inline void ScoreBlock(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
-                       int64_t query_stride, bool add, float* scores, int64_t padded_rows) {
-  Float sums[positions][vectors] = {};
+// Keys that are multiplied at once: as many as leave registers for their addresses and sums.
+constexpr int KeysAtOnce(int vectors) {
+  return kAccumulators / vectors < 8 ? kAccumulators / vectors : 8;
+}
+
+// Products of `keys` keys with `vectors` vectors of rows, `repeat` words of a key at a time with as
+// many of each row. query: [groups][query_stride].
+template <class Products, int repeat, int vectors, int count>
+inline void MultiplyKeys(const char* keys, int64_t key_stride, int64_t groups,
+                         const uint32_t* query, int64_t query_stride, Ahead& ahead,
+                         Float (&sums)[count][vectors]) {
+  Float block[count][vectors] = {};
   for (int64_t g = 0; g < groups; ++g) {
+    if (g % kLoopsPerStep == 0) ahead.Step();
     Word q[vectors];
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) q[v] = Load<Word>(query + g * query_stride + v * kLanes);
-#pragma GCC unroll 16
-    for (int p = 0; p < positions; ++p) {
+#pragma GCC unroll 8
+    for (int p = 0; p < count; ++p) {
       const Word k = Repeat<repeat>(keys + p * key_stride + g * 4 * repeat);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[p][v] = Products::MultiplyAdd(k, q[v], sums[p][v]);
+      for (int v = 0; v < vectors; ++v) block[p][v] = Products::MultiplyAdd(k, q[v], block[p][v]);
     }
   }
-  const auto put = [add](float* target, Float sum) {
-    Store(target, add ? Load<Float>(target) + sum : sum);
-  };
-  if constexpr (repeat == 1) {
-#pragma GCC unroll 16
-    for (int p = 0; p < positions; ++p) {
+#pragma GCC unroll 8
+  for (int p = 0; p < count; ++p) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) put(scores + p * padded_rows + v * kLanes, sums[p][v]);
-    }
-  } else {
-    static_assert(vectors == 1 && positions % repeat == 0);
-#pragma GCC unroll 16
-    for (int p = 0; p < positions; p += repeat) {
-      Float run[repeat];
-      for (int e = 0; e < repeat; ++e) run[e] = sums[p + e][0];
-      put(scores + p * padded_rows, TransposeRuns<repeat>(FoldRuns<repeat>(run)));
+    for (int v = 0; v < vectors; ++v) sums[p][v] = block[p][v];
+  }
+}
+
+// Scores of kGranule keys for a panel that is no wider than a vector. Its rows fill `vectors`
+// vectors as `repeat` lanes each, whose sums are folded in the end: the wider a repeated load, the
+// fewer there are.
+template <class Products, int repeat, int vectors>
+void ScoreNarrow(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
+                 bool add, float* scores, Ahead& ahead) {
+  constexpr int kKeys = KeysAtOnce(vectors);
+  Float sums[kGranule][vectors];
+  for (int64_t p = 0; p < kGranule; p += kKeys) {
+    MultiplyKeys<Products, repeat>(keys + p * key_stride, key_stride, groups, query,
+                                   vectors * kLanes, ahead,
+                                   reinterpret_cast<Float(&)[kKeys][vectors]>(sums[p]));
+  }
+  for (int64_t i = 0; i < kGranule * vectors; i += repeat) {
+    const Float sum = TransposeRuns<repeat>(FoldRuns<repeat>(&sums[0][0] + i));
+    float* const target = scores + i / repeat * kLanes;
+    Store(target, add ? Load<Float>(target) + sum : sum);
+  }
+}
+
+// Scores of kGranule keys for `vectors` vectors of rows.
+template <class Products, int vectors>
+void ScoreWide(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
+               bool add, float* scores, int64_t padded_rows, Ahead& ahead) {
+  constexpr int kKeys = KeysAtOnce(vectors);
+  for (int64_t p = 0; p < kGranule; p += kKeys) {
+    Float sums[kKeys][vectors];
+    MultiplyKeys<Products, 1>(keys + p * key_stride, key_stride, groups, query, padded_rows, ahead,
+                              sums);
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) {
+        float* const target = scores + (p + i) * padded_rows + v * kLanes;
+        Store(target, add ? Load<Float>(target) + sums[i][v] : sums[i][v]);
+      }
     }
   }
 }
 
-// Scores of kGranule keys for a whole panel.
+// Words of a key that are multiplied at once with as many of each row.
+int64_t KeyRepeat(int64_t padded_rows) {
+  return padded_rows > kLanes ? 1 : Least(kLanes, 2 * kLanes / padded_rows);
+}
+
+// How often scoring kGranule keys takes a step ahead for each group of words.
+int64_t ScoreSteps(int64_t padded_rows) {
+  const int64_t vectors = padded_rows * KeyRepeat(padded_rows) / kLanes;
+  return Most(kGranule / 8, kGranule * vectors / kAccumulators);
+}
+
+// Scores of kGranule keys for a whole panel: [position][padded_rows], added to if `add`.
 template <class Products>
 void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query, bool add,
-           float* scores, int64_t padded_rows) {
-  const auto narrow = [&](auto repeat) {
-    constexpr int kRepeat = decltype(repeat)::value;
-    for (int64_t p = 0; p < kGranule; p += kAccumulators) {
-      ScoreBlock<Products, kRepeat, 1, kAccumulators>(keys + p * key_stride, key_stride, groups,
-                                                      query, kLanes, add, scores + p * padded_rows,
-                                                      padded_rows);
-    }
+           float* scores, int64_t padded_rows, Ahead& ahead) {
+  const auto narrow = [&](auto repeat, auto vectors) {
+    ScoreNarrow<Products, decltype(repeat)::value, decltype(vectors)::value>(
+        keys, key_stride, groups, query, add, scores, ahead);
   };
-  const auto wide = [&](auto count, int64_t r) {
-    constexpr int kVectors = decltype(count)::value, kPositions = kAccumulators / kVectors;
-    for (int64_t p = 0; p < kGranule; p += kPositions) {
-      ScoreBlock<Products, 1, kVectors, kPositions>(keys + p * key_stride, key_stride, groups,
-                                                    query + r, padded_rows, add,
-                                                    scores + p * padded_rows + r, padded_rows);
-    }
+  const auto wide = [&](auto vectors, int64_t r) {
+    ScoreWide<Products, decltype(vectors)::value>(keys, key_stride, groups, query + r, add,
+                                                  scores + r, padded_rows, ahead);
   };
-  if (padded_rows < kLanes) {
-    switch (kLanes / padded_rows) {
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  if (padded_rows == 1) return narrow(std::integral_constant<int, kLanes>{}, one);
+  if (padded_rows <= kLanes) {
+    switch (KeyRepeat(padded_rows)) {
       case 2:
-        return narrow(std::integral_constant<int, 2>{});
+        return narrow(two, two);
       case 4:
-        if constexpr (kLanes >= 4) return narrow(std::integral_constant<int, 4>{});
+        if constexpr (kLanes >= 4) return narrow(std::integral_constant<int, 4>{}, two);
         return;
       case 8:
-        if constexpr (kLanes >= 8) return narrow(std::integral_constant<int, 8>{});
+        if constexpr (kLanes >= 8) return narrow(std::integral_constant<int, 8>{}, two);
         return;
       case 16:
-        if constexpr (kLanes >= 16) return narrow(std::integral_constant<int, 16>{});
+        if constexpr (kLanes >= 16) return narrow(std::integral_constant<int, 16>{}, two);
         return;
     }
   }
@@ -212,17 +318,18 @@ void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t*
   for (; r + 4 * kLanes <= padded_rows && kAccumulators >= 16; r += 4 * kLanes) {
     wide(std::integral_constant<int, 4>{}, r);
   }
-  for (; r + 2 * kLanes <= padded_rows; r += 2 * kLanes) wide(std::integral_constant<int, 2>{}, r);
-  for (; r < padded_rows; r += kLanes) wide(std::integral_constant<int, 1>{}, r);
+  for (; r + 2 * kLanes <= padded_rows; r += 2 * kLanes) wide(two, r);
+  for (; r < padded_rows; r += kLanes) wide(one, r);
 }
 
 // Adds the products of `rows` rows of weights with `vectors` vectors of values.
 // weights: [steps][weight_stride]; values: [steps][value_stride]; sums: [rows][value_stride].
 template <class Products, int rows, int vectors>
 inline void WeightBlock(int64_t steps, const uint32_t* weights, int64_t weight_stride,
-                        const uint32_t* values, int64_t value_stride, float* sums) {
+                        const uint32_t* values, int64_t value_stride, float* sums, Ahead& ahead) {
   Float block[rows][vectors] = {};
   for (int64_t s = 0; s < steps; ++s) {
+    if (s % kLoopsPerStep == 0) ahead.Step();
     Word value[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
@@ -247,20 +354,26 @@ inline void WeightBlock(int64_t steps, const uint32_t* weights, int64_t weight_s
   }
 }
 
+// How often weighing values takes a step ahead for each step of words.
+int64_t WeightSteps(int64_t rows, int64_t value_stride) {
+  return RoundUp(value_stride, 4 * kLanes) / (4 * kLanes) *
+         (rows / (kAccumulators / 4) + rows % (kAccumulators / 4));
+}
+
 template <class Products>
 void Weight(int64_t steps, int64_t rows, const uint32_t* weights, int64_t weight_stride,
-            const uint32_t* values, int64_t value_stride, float* sums) {
+            const uint32_t* values, int64_t value_stride, float* sums, Ahead& ahead) {
   constexpr int kRows = kAccumulators / 4;
   const auto columns = [&](auto vectors, int64_t c) {
     constexpr int kVectors = decltype(vectors)::value;
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows) {
       WeightBlock<Products, kRows, kVectors>(steps, weights + r, weight_stride, values + c,
-                                             value_stride, sums + r * value_stride + c);
+                                             value_stride, sums + r * value_stride + c, ahead);
     }
     for (; r < rows; ++r) {
       WeightBlock<Products, 1, kVectors>(steps, weights + r, weight_stride, values + c,
-                                         value_stride, sums + r * value_stride + c);
+                                         value_stride, sums + r * value_stride + c, ahead);
     }
   };
   int64_t c = 0;
@@ -269,28 +382,6 @@ void Weight(int64_t steps, int64_t rows, const uint32_t* weights, int64_t weight
   }
   if (c < value_stride) columns(std::integral_constant<int, 2>{}, c);
 }
-
-// Fetches the keys and values of the next tile, row by row while the present one is worked on, all
-// kv heads of a row together: a straight line through memory, whatever order the heads are read in.
-class Ahead {
- public:
-  Ahead(const char* rows, int64_t stride, int64_t bytes, int64_t count)
-      : rows_(rows), stride_(stride), bytes_(bytes), count_(count) {}
-
-  // Fetches up to `share` of the rows.
-  void Fetch(int64_t part, int64_t parts) {
-    const int64_t target = part * count_ / parts;
-    for (; done_ < target; ++done_) {
-      for (int64_t byte = 0; byte < bytes_; byte += 64) {
-        __builtin_prefetch(rows_ + done_ * stride_ + byte, 0, 2);
-      }
-    }
-  }
-
- private:
-  const char* rows_;
-  int64_t stride_, bytes_, count_, done_ = 0;
-};
 
 // Positions of a page that are attended to at once.
 struct Tile {
@@ -407,6 +498,24 @@ void SumBlocks(const Plan& plan, const Unit& unit, const Tile& tile, const Parti
   }
 }
 
+// Of two vectors of positions, `rows` rows each: the rows of the even ones, or of the odd ones.
+template <int rows, bool odd, int... lane>
+inline Word EveryOther(Word a, Word b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (lane / rows * 2 * rows + odd * rows + lane % rows)...);
+}
+
+// Rounds weights in pairs of positions: [positions][rows] to [positions / 2][rows].
+template <int rows>
+void PairWeights(const float* weights, int64_t positions, int64_t padded_rows, uint32_t* pairs) {
+  for (int64_t i = 0; i < positions * rows; i += 2 * kLanes) {
+    const Word a = ToBFloat16(Load<Float>(weights + i));
+    const Word b = ToBFloat16(Load<Float>(weights + i + kLanes));
+    Store(pairs + i / 2, EveryOther<rows, false>(a, b, AllLanes{}) |
+                             (EveryOther<rows, true>(a, b, AllLanes{}) << 16));
+  }
+  (void)padded_rows;
+}
+
 // Weights as operands: themselves, or rounded in pairs of positions, [step][padded rows].
 template <class Products>
 const uint32_t* WeightWords(const float* weights, int64_t count, int64_t padded_rows,
@@ -415,25 +524,28 @@ const uint32_t* WeightWords(const float* weights, int64_t count, int64_t padded_
     return reinterpret_cast<const uint32_t*>(weights);
   } else {
     // Positions past `count` weigh zero, up to a multiple of kGranule.
-    const int64_t steps = RoundUp(count, kGranule) / 2;
-    if (padded_rows >= kLanes) {
-      for (int64_t s = 0; s < steps; ++s) {
-        for (int64_t r = 0; r < padded_rows; r += kLanes) {
-          const Float even = Load<Float>(weights + 2 * s * padded_rows + r);
-          const Float odd = Load<Float>(weights + (2 * s + 1) * padded_rows + r);
-          Store(pairs + s * padded_rows + r, ToBFloat16(even) | (ToBFloat16(odd) << 16));
+    const int64_t positions = RoundUp(count, kGranule);
+    switch (padded_rows) {
+      case 1:
+        PairWeights<1>(weights, positions, padded_rows, pairs);
+        break;
+      case 2:
+        PairWeights<2>(weights, positions, padded_rows, pairs);
+        break;
+      case 4:
+        PairWeights<4>(weights, positions, padded_rows, pairs);
+        break;
+      case 8:
+        PairWeights<8>(weights, positions, padded_rows, pairs);
+        break;
+      default:
+        for (int64_t s = 0; s < positions / 2; ++s) {
+          for (int64_t r = 0; r < padded_rows; r += kLanes) {
+            const Float even = Load<Float>(weights + 2 * s * padded_rows + r);
+            const Float odd = Load<Float>(weights + (2 * s + 1) * padded_rows + r);
+            Store(pairs + s * padded_rows + r, ToBFloat16(even) | (ToBFloat16(odd) << 16));
+          }
         }
-      }
-    } else {
-      uint32_t rounded[kLanes];
-      for (int64_t i = 0; i < 2 * steps * padded_rows; i += kLanes) {
-        Store(rounded, ToBFloat16(Load<Float>(weights + i)));
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const int64_t position = (i + lane) / padded_rows, r = (i + lane) % padded_rows;
-          uint32_t& pair = pairs[position / 2 * padded_rows + r];
-          pair = position % 2 == 0 ? rounded[lane] : pair | (rounded[lane] << 16);
-        }
-      }
     }
     return pairs;
   }
@@ -446,7 +558,7 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
   constexpr int64_t kElement = Key::kElementSize;
   const Problem& problem = plan.problem;
   const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
-  const int64_t repeat = padded_rows < kLanes ? kLanes / padded_rows : 1;
+  const int64_t repeat = KeyRepeat(padded_rows);
   const int64_t value_stride = PaddedWords(problem.value_size);
   const Scratch scratch(plan, unit.heads, padded_rows, memory);
 
@@ -498,10 +610,15 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
 
   for (Tile tile = Tile::At(plan, unit, 0), next; tile.count > 0; tile = next) {
     next = Tile::At(plan, unit, tile.index + 1);
-    Ahead next_keys(key_rows(next), key_stride, unit.heads * problem.head_size * kElement,
-                    next.count);
-    Ahead next_values(value_rows(next), value_row, unit.heads * problem.value_size * kElement,
-                      next.count);
+    const int64_t positions = RoundUp(tile.count, kGranule);
+    const int64_t steps = (tile.count + ValueProducts::kElements - 1) / ValueProducts::kElements;
+    Ahead ahead(
+        {key_rows(next), key_stride, unit.heads * problem.head_size * kElement, next.count},
+        {value_rows(next), value_row, unit.heads * problem.value_size * kElement, next.count},
+        unit.heads * (steps * Value::PackSteps(problem.value_size) +
+                      (positions / kGranule * groups * ScoreSteps(padded_rows) +
+                       steps * WeightSteps(rows, value_stride)) /
+                          kLoopsPerStep));
     for (int64_t h = 0; h < unit.heads; ++h) {
       const Partial& partial = partials[h];
       float* const history = scratch.history + h * kGranule * padded_rows;
@@ -523,9 +640,8 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
         for (int64_t g = 0; g < groups; g += chain) {
           Score<KeyProducts>(block + g * 4 * repeat, stride, Least(chain, groups - g),
                              scratch.query + h * query_size + g * repeat * padded_rows, g > 0,
-                             weights + i * padded_rows, padded_rows);
+                             weights + i * padded_rows, padded_rows, ahead);
         }
-        next_keys.Fetch(h * tile.count + Least(i + kGranule, tile.count), unit.heads * tile.count);
       }
 
       Softmax(plan, unit, tile, partial, scale, value_stride, scratch, history);
@@ -540,18 +656,16 @@ void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* m
       const uint32_t* const weight_words =
           WeightWords<ValueProducts>(weights, tile.count, padded_rows, scratch.pairs);
       const char* const values = value_rows(tile) + h * problem.value_size * kElement;
-      const int64_t steps = (tile.count + ValueProducts::kElements - 1) / ValueProducts::kElements;
       for (int64_t s = 0; s < steps; s += kSteps) {
         const int64_t count = Least(kSteps, steps - s);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t position = (s + i) * ValueProducts::kElements;
           const char* const row = values + position * value_row;
           Value::StepWords(row, position + 1 < tile.count ? row + value_row : nullptr,
-                           problem.value_size, scratch.value + i * value_stride);
+                           problem.value_size, scratch.value + i * value_stride, ahead);
         }
         Weight<ValueProducts>(count, rows, weight_words + s * padded_rows, padded_rows,
-                              scratch.value, value_stride, partial.attention);
-        next_values.Fetch(h * steps + s + count, unit.heads * steps);
+                              scratch.value, value_stride, partial.attention, ahead);
       }
     }
   }
