@@ -5,7 +5,8 @@
     python -m benchmarks --plot docs/roofline.png benchmarks/results/*.json
 
 Each run prints a table and writes a JSON file. On a CPU calls are timed one by one, on a GPU inside
-programs of many. All problem sets of a shape together exceed the caches and are used in turn.
+programs of many. All problem sets of a shape together exceed the caches and are used in turn (not
+those of `tiny`, which shows what a call costs that moves next to nothing).
 Figures are medians; the bandwidth is measured between the calls of the same run.
 """
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.devices b128
 
-Checks that the split program gives what one device gives, up to rounding, then times programs of many calls on one
-device and on all.
+Checks that the split program gives what one device gives, up to rounding, then times programs of
+many calls on one device and on all.
 """
 
 from __future__ import annotations

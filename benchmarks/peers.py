@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from benchmarks.shapes import HEAD_SIZE, VALUE_SIZE, Shape
 
@@ -19,19 +18,14 @@ def torch_attention(shape: Shape) -> Callable | None:
     if shape.ragged or jax.default_backend() != "cpu":
         return None
 
-    def tensor(array: jax.Array) -> torch.Tensor:
-        array = np.asarray(array)
-        if array.dtype.name == "bfloat16":
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
     def run(query, key, value, table, lengths):
         del lengths
-        pages = tensor(table).long()
+        query, key, value, table = map(torch.from_dlpack, (query, key, value, table))
+        pages = table.long()
         heads = shape.key_value_heads
-        k = tensor(key)[pages].view(shape.sequences, -1, heads, HEAD_SIZE).transpose(1, 2)
-        v = tensor(value)[pages].view(shape.sequences, -1, heads, VALUE_SIZE).transpose(1, 2)
-        q = tensor(query).transpose(1, 2)
+        k = key[pages].view(shape.sequences, -1, heads, HEAD_SIZE).transpose(1, 2)
+        v = value[pages].view(shape.sequences, -1, heads, VALUE_SIZE).transpose(1, 2)
+        q = query.transpose(1, 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     return run

@@ -86,7 +86,7 @@ def draw(indices: np.ndarray, probabilities: np.ndarray, importance: np.ndarray)
     )
     figure.suptitle(
         f"What one new token asks of its past: {len(indices)} of {blocks} blocks",
-        x=0.012, ha="left", fontsize=14, weight="bold",
+        x=0.011, ha="left", fontsize=14, weight="bold",
     )  # fmt: skip
 
     top.imshow(
@@ -107,7 +107,7 @@ def draw(indices: np.ndarray, probabilities: np.ndarray, importance: np.ndarray)
     bottom.set_xlim(0, blocks * size)
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (CHOSEN, ALWAYS, FAINT)]
     labels = ["chosen, with its rank", "always chosen: first and last two", "left out"]
-    bottom.legend(handles, labels, frameon=False, loc="upper right")
+    bottom.legend(handles, labels, facecolor="white", edgecolor="white", framealpha=1)
     for axes in (top, bottom):
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, colors=INK)
