@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 from ascend.device_route import DeviceRoute
+from ascend.domain import CANN
 from contract import CompressAttentionContract
-from problems import Domain
 
 pytest_plugins = ("ascend.fixtures",)
-
-# What CANN's kernel can do of the legal calls.
-CANN = Domain(
-    dtypes=("bfloat16", "float16"),
-    least_length=1,
-    least_tokens=1,
-    most_tokens=4,
-    pads_selection=False,
-    returns_lse=False,
-)
 
 
 @pytest.mark.usefixtures("standin")

@@ -63,7 +63,10 @@ def _build_library(directory: pathlib.Path, name: str, source: str, *options: st
 class StandIn:
     """The stand-in in this process: its counters, planned faults and record of violations."""
 
+    loaded = False  # whether this process has one, which is then its CANN for good
+
     def __init__(self, directory: pathlib.Path) -> None:
+        StandIn.loaded = True
         self.directory = directory
         self.runtime, self.tensors, self.operators = (
             ctypes.CDLL(str(directory / name)) for name in LIBRARIES
