@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def num_sets(self) -> int:
-        """Problem sets to rotate, so that no call (but those of `tiny`) finds its keys in a cache."""
+        """Problem sets to rotate, so that no call but those of `tiny` finds its keys in a cache."""
         full = self.sequences * self.length * self.row_bytes
         return min(64, max(2, math.ceil(ROTATED_BYTES / full)))
 
