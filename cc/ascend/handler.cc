@@ -17,13 +17,16 @@ namespace {
 
 constexpr size_t kElementSize = 2;  // of float16 and bfloat16
 
+ffi::Error Unimplemented(const std::string& reason) {
+  return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                    "nsa_compress_attention on implementation \"ascend\": " + reason);
+}
+
 // Decodes a call and refuses what CANN's kernel does not have, whatever the sequences are.
 ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
                                  const Attributes& attributes) {
-  const auto refuse = [](const char* reason) {
-    return ffi::Unexpected(
-        ffi::Error(ffi::ErrorCode::kUnimplemented,
-                   std::string("nsa_compress_attention on implementation \"ascend\": ") + reason));
+  const auto refuse = [](const std::string& reason) {
+    return ffi::Unexpected(Unimplemented(reason));
   };
   ffi::ErrorOr<Call> call = Decode(args, rets, attributes);
   if (call.has_error()) return call;
@@ -32,7 +35,7 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
   }
   if (call->arrays.lse != nullptr) return refuse("CANN's kernel gives no log-sum-exp");
   if (call->problem.sequences > kMaxSequences) {
-    return refuse("CANN's kernel takes at most 10000 sequences");
+    return refuse("CANN's kernel takes at most " + std::to_string(kMaxSequences) + " sequences");
   }
   return call;
 }
@@ -288,10 +291,8 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
   QueryLayout layout = QueryLayout::kPacked;
   if (problem.tokens > 0 && !full) {
     if (problem.tokens > kMaxTokens) {
-      return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                        "nsa_compress_attention on implementation \"ascend\": CANN's kernel takes "
-                        "at most 4 query rows for each sequence, got query with " +
-                            std::to_string(problem.tokens));
+      return Unimplemented("CANN's kernel takes at most " + std::to_string(kMaxTokens) +
+                           " query rows for each sequence, got " + std::to_string(problem.tokens));
     }
     layout = QueryLayout::kPadded;
     JAX_NSA_RETURN_IF_ERROR(FillResults(*call, 0, *context));
@@ -299,10 +300,8 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
     int64_t next = 0;
     for (int64_t b = 0; b < problem.sequences; ++b) {
       if (request.first_rows[b] != next) {
-        return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                          "nsa_compress_attention on implementation \"ascend\": query's rows must "
-                          "be consecutive, and first_rows[" +
-                              std::to_string(b) + "] leaves a gap");
+        return Unimplemented("query's rows must be consecutive, and first_rows[" +
+                             std::to_string(b) + "] leaves a gap");
       }
       next += request.token_counts[b];
     }
