@@ -7,15 +7,18 @@
 
 #include "cpu/kernel.h"
 
+#include "cpu/ahead.h"
+#include "cpu/multiply.h"
 #include "cpu/simd.h"
+#if defined(__AMX_BF16__) || defined(JAX_NSA_EMULATED_AMX)
+#define JAX_NSA_TILES
+#include "cpu/tiles.h"
+#endif
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
 constexpr int64_t kGranule = kPositionGranule;
-constexpr int64_t kSteps = 32;     // of words of value rows, packed at once
-constexpr int64_t kChain = 32;     // float32 products that are added one after another
-constexpr int64_t kLoopsPerStep = 16 / kAccumulators;  // inner loops in a step of Ahead
 constexpr float kNoPeak = -1e38f;  // below every score, and finite
 constexpr float kLog2E = 1.44269504f;
 
@@ -26,44 +29,12 @@ constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
 constexpr int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Words of a row of `size` elements in scratch memory, for products of any type.
-constexpr int64_t PaddedWords(int64_t size) { return RoundUp(size, 2 * kLanes); }
-
-// The memory of one unit. Sizes in words of 4 bytes.
-struct Scratch {
-  uint32_t* query;  // [heads][words / repeat][padded rows * repeat]
-  float* history;   // [heads][kGranule][padded rows], weights of the positions before the tile
-  float* weights;   // [kGranule + tile + kGranule][padded rows]: history, scores or weights, zeros
-  uint32_t* pairs;  // [tile][padded rows], weights as operands
-  uint32_t* key;    // [kGranule][padded words]
-  uint32_t* value;  // [kSteps][padded value size]
-  float* factors;   // [padded rows]
-  int64_t size;
-
-  Scratch(const Plan& plan, int64_t heads, int64_t padded_rows, void* memory) {
-    const int64_t rows = Most(padded_rows, kLanes);
-    char* next = static_cast<char*>(memory);
-    const auto take = [&](int64_t words) {
-      char* const taken = next;
-      next += RoundUp(4 * words, kTileAlignment);
-      return taken;
-    };
-    const auto floats = [&](int64_t words) { return reinterpret_cast<float*>(take(words)); };
-    const auto operands = [&](int64_t words) { return reinterpret_cast<uint32_t*>(take(words)); };
-    query = operands(heads * PaddedWords(plan.problem.head_size) * padded_rows);
-    history = floats(heads * kGranule * padded_rows);
-    weights = floats((kGranule + plan.tile_size + kGranule) * padded_rows + kLanes);
-    pairs = operands(plan.tile_size * padded_rows);
-    key = operands(kGranule * PaddedWords(plan.problem.head_size));
-    value = operands(kSteps * PaddedWords(plan.problem.value_size));
-    factors = floats(rows);
-    size = next - static_cast<char*>(memory);
-  }
-};
-
 void Fill(float* target, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) target[i] = value;
 }
+
+// Words of a row of `size` elements in scratch memory, by any multiplier.
+constexpr int64_t PaddedWords(int64_t size) { return RoundUp(size, 2 * kLanes); }
 
 // Calls Type::Load on `count` elements, those past them zero.
 template <class Type>
@@ -88,300 +59,96 @@ inline void StoreSome(void* target, int64_t count, Float a, Float b) {
   }
 }
 
-// Rows of memory.
-struct Rows {
-  const char* first;
-  int64_t stride;  // bytes from one to the next
-  int64_t bytes;   // of each
-  int64_t count;
-};
-
-// Fetches the keys, then the values, of the next tile while the present one is worked on, all kv
-// heads of a row together: a straight line through memory, whatever order the heads are read in.
-// The inner loops call Step after each few instructions, so that memory is always busy and never
-// stalls them.
-class Ahead {
- public:
-  // To be fetched in `steps` calls of Step.
-  Ahead(const Rows& keys, const Rows& values, int64_t steps)
-      : row_(Join(keys)), next_(Join(values)) {
-    line_ = row_.first;
-    rate_ = (Lines(row_) + Lines(next_)) * kUnit / steps + 1;
-  }
-
-  void Step(int64_t steps = 1) {
-    for (due_ += steps * rate_; due_ >= kUnit; due_ -= kUnit) FetchLine();
-  }
-
- private:
-  static constexpr int64_t kLine = 64, kUnit = 1 << 16;
-
-  // Rows that touch are one.
-  static Rows Join(const Rows& rows) {
-    return rows.bytes == rows.stride ? Rows{rows.first, 0, rows.bytes * rows.count, rows.count > 0}
-                                     : rows;
-  }
-  static int64_t Lines(const Rows& rows) { return rows.count * ((rows.bytes + kLine - 1) / kLine); }
-
-  void FetchLine() {
-    if (line_ >= row_.first + row_.bytes) {
-      if (row_.count > 1) {
-        --row_.count;
-        row_.first += row_.stride;
-      } else {
-        row_ = next_;
-        next_.count = next_.bytes = 0;
-      }
-      line_ = row_.first;
-    }
-    if (row_.count > 0) __builtin_prefetch(line_, 0, 2);
-    line_ += kLine;
-  }
-
-  Rows row_, next_;  // row_.first is the present one
-  const char* line_;
-  int64_t rate_, due_ = 0;
-};
-
-// How operands of an element type become words.
-template <class Type, class Products>
+// How rows of elements become words for a multiplier of `elements` elements in a word.
+template <class Type, int elements>
 struct Operands {
-  static constexpr bool kPairs = Products::kElements == 2;
-  // Whether the words of a row are its bytes in memory.
-  static constexpr bool kInPlace = kPairs || sizeof(typename Type::Bits) == 4;
+  static constexpr bool kPairs = elements == 2;
   static constexpr int64_t kElementSize = sizeof(typename Type::Bits);
+  // Whether the words of a row are its bytes in memory.
+  static constexpr bool kInPlace = kElementSize * elements == 4;
+  static constexpr int64_t kChunk = 2 * kLanes;  // elements that are converted at once
 
-  // The words of a row, padded with zeros to a multiple of kLanes; returns how many. The same order
-  // for queries and keys.
-  static int64_t RowWords(const void* row, int64_t size, uint32_t* words) {
-    const char* source = static_cast<const char*>(row);
-    if constexpr (kPairs) {
-      typename Type::Bits* elements = reinterpret_cast<typename Type::Bits*>(words);
-      const int64_t padded = RoundUp(size, 2 * kLanes);
-      __builtin_memcpy(elements, source, size * kElementSize);
-      for (int64_t c = size; c < padded; ++c) elements[c] = 0;
-      return padded / 2;
-    } else {
-      for (int64_t c = 0; c < size; c += 2 * kLanes) {
-        Float a, b;
-        LoadSome<Type>(source + c * kElementSize, size - c, &a, &b);
-        Store(words + c, a);
-        Store(words + c + kLanes, b);
+  static constexpr int64_t RowWords(int64_t size) { return RoundUp(size, kChunk) / elements; }
+
+  // Writes the RowWords(size) words of a row, zeros past its end; keys and queries in one order.
+  static void PackRow(const char* row, int64_t size, uint32_t* words) {
+    for (int64_t c = 0; c < size; c += kChunk) {
+      if constexpr (kPairs) {
+        Store(words + c / 2, LoadPairs(row + c * kElementSize, size - c));
+      } else {
+        Convert(row + c * kElementSize, size - c, words + c);
       }
-      return RoundUp(size, 2 * kLanes);
     }
   }
 
-  static Word LoadWords(const char* source, int64_t count) {
-    if (count >= 2 * kLanes) return Load<Word>(source);
-    uint16_t elements[2 * kLanes] = {};
-    __builtin_memcpy(elements, source, count * kElementSize);
-    return Load<Word>(elements);
-  }
+  static constexpr int64_t StepWords(int64_t size) { return RoundUp(size, kChunk); }
 
-  static int64_t PackSteps(int64_t size) { return (size + 4 * kLanes - 1) / (4 * kLanes); }
-
-  // Packs up to Products::kElements value rows into the words of one step, [padded value size] in
-  // the order of Type::Load; `second` may be null.
-  static void StepWords(const char* first, const char* second, int64_t size, uint32_t* words,
-                        Ahead& ahead) {
-    ahead.Step(PackSteps(size));
-    for (int64_t c = 0; c < size; c += 2 * kLanes) {
+  // Writes the StepWords(size) words of a step, in the order of Type::Load: one value row, or two,
+  // of which the second may be null.
+  static void PackStep(const char* first, const char* second, int64_t size, uint32_t* words) {
+    for (int64_t c = 0; c < size; c += kChunk) {
       if constexpr (kPairs) {
-        const Word low = LoadWords(first + c * kElementSize, size - c);
-        const Word high = second ? LoadWords(second + c * kElementSize, size - c) : Word{};
+        const Word low = LoadPairs(first + c * kElementSize, size - c);
+        const Word high = second ? LoadPairs(second + c * kElementSize, size - c) : Word{};
         Store(words + c, (low & 0xffff) | (high << 16));
         Store(words + c + kLanes, (low >> 16) | (high & 0xffff0000));
       } else {
-        Float a, b;
-        LoadSome<Type>(first + c * kElementSize, size - c, &a, &b);
-        Store(words + c, a);
-        Store(words + c + kLanes, b);
+        Convert(first + c * kElementSize, size - c, words + c);
       }
     }
+  }
+
+  // How many steps of Ahead take the time of PackStep.
+  static constexpr int64_t PackSteps(int64_t size) { return StepWords(size) / (2 * kChunk) + 1; }
+
+ private:
+  static void Convert(const char* source, int64_t count, uint32_t* words) {
+    Float a, b;
+    LoadSome<Type>(source, count, &a, &b);
+    Store(words, a);
+    Store(words + kLanes, b);
+  }
+
+  static Word LoadPairs(const char* source, int64_t count) {
+    if (count >= kChunk) return Load<Word>(source);
+    typename Type::Bits elements_here[kChunk] = {};
+    __builtin_memcpy(elements_here, source, count * kElementSize);
+    return Load<Word>(elements_here);
   }
 };
 
-// Keys that are multiplied at once: as many as leave registers for their addresses and sums.
-constexpr int KeysAtOnce(int vectors) {
-  return kAccumulators / vectors < 8 ? kAccumulators / vectors : 8;
-}
+// The memory of one unit.
+struct Scratch {
+  uint32_t* queries;  // [heads][words][padded rows], see Queries
+  float* history;     // [heads][kGranule][padded rows], weights of the positions before the tile
+  float* weights;     // [kGranule + tile + kGranule][padded rows]: history; scores, then weights
+  uint32_t* pairs;    // [steps of a tile][padded rows], weights as words
+  uint32_t* keys;     // [kGranule][words]
+  uint32_t* values;   // [kMostSteps][words]
+  float* factors;     // [padded rows]
+  int64_t size;       // bytes
 
-// Products of `keys` keys with `vectors` vectors of rows, `repeat` words of a key at a time with as
-// many of each row. query: [groups][query_stride].
-template <class Products, int repeat, int vectors, int count>
-inline void MultiplyKeys(const char* keys, int64_t key_stride, int64_t groups,
-                         const uint32_t* query, int64_t query_stride, Ahead& ahead,
-                         Float (&sums)[count][vectors]) {
-  Float block[count][vectors] = {};
-  for (int64_t g = 0; g < groups; ++g) {
-    if (g % kLoopsPerStep == 0) ahead.Step();
-    Word q[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) q[v] = Load<Word>(query + g * query_stride + v * kLanes);
-#pragma GCC unroll 8
-    for (int p = 0; p < count; ++p) {
-      const Word k = Repeat<repeat>(keys + p * key_stride + g * 4 * repeat);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) block[p][v] = Products::MultiplyAdd(k, q[v], block[p][v]);
-    }
+  Scratch(const Plan& plan, int64_t heads, int64_t padded_rows, void* memory) {
+    char* next = static_cast<char*>(memory);
+    const auto take = [&](int64_t words) {
+      char* const taken = next;
+      next += RoundUp(4 * words, kAlignment);
+      return taken;
+    };
+    const auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n)); };
+    const auto words = [&](int64_t n) { return reinterpret_cast<uint32_t*>(take(n)); };
+    const int64_t row_words = PaddedWords(plan.problem.head_size);
+    queries = words(heads * row_words * padded_rows);
+    history = floats(heads * kGranule * padded_rows);
+    // Sums over few rows read a vector past the end.
+    weights = floats((kGranule + plan.tile_size + kGranule) * padded_rows + kLanes);
+    pairs = words(RoundUp(plan.tile_size, kMostSteps) * padded_rows);
+    keys = words(kGranule * row_words);
+    values = words(kMostSteps * PaddedWords(plan.problem.value_size));
+    factors = floats(Most(padded_rows, kLanes));
+    size = next - static_cast<char*>(memory);
   }
-#pragma GCC unroll 8
-  for (int p = 0; p < count; ++p) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sums[p][v] = block[p][v];
-  }
-}
-
-// Scores of kGranule keys for a panel that is no wider than a vector. Its rows fill `vectors`
-// vectors as `repeat` lanes each, whose sums are folded in the end: the wider a repeated load, the
-// fewer there are.
-template <class Products, int repeat, int vectors>
-void ScoreNarrow(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
-                 bool add, float* scores, Ahead& ahead) {
-  constexpr int kKeys = KeysAtOnce(vectors);
-  Float sums[kGranule][vectors];
-  for (int64_t p = 0; p < kGranule; p += kKeys) {
-    MultiplyKeys<Products, repeat>(keys + p * key_stride, key_stride, groups, query,
-                                   vectors * kLanes, ahead,
-                                   reinterpret_cast<Float(&)[kKeys][vectors]>(sums[p]));
-  }
-  for (int64_t i = 0; i < kGranule * vectors; i += repeat) {
-    const Float sum = TransposeRuns<repeat>(FoldRuns<repeat>(&sums[0][0] + i));
-    float* const target = scores + i / repeat * kLanes;
-    Store(target, add ? Load<Float>(target) + sum : sum);
-  }
-}
-
-// Scores of kGranule keys for `vectors` vectors of rows.
-template <class Products, int vectors>
-void ScoreWide(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query,
-               bool add, float* scores, int64_t padded_rows, Ahead& ahead) {
-  constexpr int kKeys = KeysAtOnce(vectors);
-  for (int64_t p = 0; p < kGranule; p += kKeys) {
-    Float sums[kKeys][vectors];
-    MultiplyKeys<Products, 1>(keys + p * key_stride, key_stride, groups, query, padded_rows, ahead,
-                              sums);
-#pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        float* const target = scores + (p + i) * padded_rows + v * kLanes;
-        Store(target, add ? Load<Float>(target) + sums[i][v] : sums[i][v]);
-      }
-    }
-  }
-}
-
-// Words of a key that are multiplied at once with as many of each row.
-int64_t KeyRepeat(int64_t padded_rows) {
-  return padded_rows > kLanes ? 1 : Least(kLanes, 2 * kLanes / padded_rows);
-}
-
-// How often scoring kGranule keys takes a step ahead for each group of words.
-int64_t ScoreSteps(int64_t padded_rows) {
-  const int64_t vectors = padded_rows * KeyRepeat(padded_rows) / kLanes;
-  return Most(kGranule / 8, kGranule * vectors / kAccumulators);
-}
-
-// Scores of kGranule keys for a whole panel: [position][padded_rows], added to if `add`.
-template <class Products>
-void Score(const char* keys, int64_t key_stride, int64_t groups, const uint32_t* query, bool add,
-           float* scores, int64_t padded_rows, Ahead& ahead) {
-  const auto narrow = [&](auto repeat, auto vectors) {
-    ScoreNarrow<Products, decltype(repeat)::value, decltype(vectors)::value>(
-        keys, key_stride, groups, query, add, scores, ahead);
-  };
-  const auto wide = [&](auto vectors, int64_t r) {
-    ScoreWide<Products, decltype(vectors)::value>(keys, key_stride, groups, query + r, add,
-                                                  scores + r, padded_rows, ahead);
-  };
-  constexpr std::integral_constant<int, 1> one;
-  constexpr std::integral_constant<int, 2> two;
-  if (padded_rows == 1) return narrow(std::integral_constant<int, kLanes>{}, one);
-  if (padded_rows <= kLanes) {
-    switch (KeyRepeat(padded_rows)) {
-      case 2:
-        return narrow(two, two);
-      case 4:
-        if constexpr (kLanes >= 4) return narrow(std::integral_constant<int, 4>{}, two);
-        return;
-      case 8:
-        if constexpr (kLanes >= 8) return narrow(std::integral_constant<int, 8>{}, two);
-        return;
-      case 16:
-        if constexpr (kLanes >= 16) return narrow(std::integral_constant<int, 16>{}, two);
-        return;
-    }
-  }
-  int64_t r = 0;
-  for (; r + 4 * kLanes <= padded_rows && kAccumulators >= 16; r += 4 * kLanes) {
-    wide(std::integral_constant<int, 4>{}, r);
-  }
-  for (; r + 2 * kLanes <= padded_rows; r += 2 * kLanes) wide(two, r);
-  for (; r < padded_rows; r += kLanes) wide(one, r);
-}
-
-// Adds the products of `rows` rows of weights with `vectors` vectors of values.
-// weights: [steps][weight_stride]; values: [steps][value_stride]; sums: [rows][value_stride].
-template <class Products, int rows, int vectors>
-inline void WeightBlock(int64_t steps, const uint32_t* weights, int64_t weight_stride,
-                        const uint32_t* values, int64_t value_stride, float* sums, Ahead& ahead) {
-  Float block[rows][vectors] = {};
-  for (int64_t s = 0; s < steps; ++s) {
-    if (s % kLoopsPerStep == 0) ahead.Step();
-    Word value[vectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      value[v] = Load<Word>(values + s * value_stride + v * kLanes);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; ++r) {
-      const Word weight = Repeat<1>(weights + s * weight_stride + r);
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        block[r][v] = Products::MultiplyAdd(weight, value[v], block[r][v]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      float* const sum = sums + r * value_stride + v * kLanes;
-      Store(sum, Load<Float>(sum) + block[r][v]);
-    }
-  }
-}
-
-// How often weighing values takes a step ahead for each step of words.
-int64_t WeightSteps(int64_t rows, int64_t value_stride) {
-  return RoundUp(value_stride, 4 * kLanes) / (4 * kLanes) *
-         (rows / (kAccumulators / 4) + rows % (kAccumulators / 4));
-}
-
-template <class Products>
-void Weight(int64_t steps, int64_t rows, const uint32_t* weights, int64_t weight_stride,
-            const uint32_t* values, int64_t value_stride, float* sums, Ahead& ahead) {
-  constexpr int kRows = kAccumulators / 4;
-  const auto columns = [&](auto vectors, int64_t c) {
-    constexpr int kVectors = decltype(vectors)::value;
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows) {
-      WeightBlock<Products, kRows, kVectors>(steps, weights + r, weight_stride, values + c,
-                                             value_stride, sums + r * value_stride + c, ahead);
-    }
-    for (; r < rows; ++r) {
-      WeightBlock<Products, 1, kVectors>(steps, weights + r, weight_stride, values + c,
-                                         value_stride, sums + r * value_stride + c, ahead);
-    }
-  };
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= value_stride; c += 4 * kLanes) {
-    columns(std::integral_constant<int, 4>{}, c);
-  }
-  if (c < value_stride) columns(std::integral_constant<int, 2>{}, c);
-}
+};
 
 // Positions of a page that are attended to at once.
 struct Tile {
@@ -418,268 +185,310 @@ inline int64_t BlocksEnd(const Plan& plan, const Unit& unit, const Partial& part
              : Most(partial.first_block, Least(partial.last_block, FirstClosing(plan, end)));
 }
 
-// Turns the scores of a tile into weights relative to the greatest score so far; what was summed
-// before is rescaled if that grew.
-void Softmax(const Plan& plan, const Unit& unit, const Tile& tile, const Partial& partial,
-             float scale, int64_t value_stride, const Scratch& scratch, float* history) {
-  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
-  float* const weights = scratch.weights + kGranule * padded_rows;
-  Fill(weights + tile.count * padded_rows,
-       (RoundUp(tile.count, kGranule) - tile.count) * padded_rows, -__builtin_inff());
-  if (tile.begin + tile.count == unit.length && unit.early > 0) {
-    Fill(weights + (tile.count - 1) * padded_rows, Least(unit.early * plan.group, rows),
-         -__builtin_inff());
-  }
-  const int64_t floats = RoundUp(tile.count, kGranule) * padded_rows;
-  const int64_t stride = Most(padded_rows, kLanes);
-  bool grew = false;
-  for (int64_t v = 0; v < stride; v += kLanes) {
-    Float peak = Set(-__builtin_inff());
-    for (int64_t i = v; i < floats; i += stride) peak = Max(Load<Float>(weights + i), peak);
-    peak *= scale;
-    // A vector of several positions: the greatest of each row, in all its lanes.
-    for (int64_t turn = padded_rows; turn < kLanes; turn *= 2) {
-      float twice[2 * kLanes];
-      Store(twice, peak);
-      Store(twice + kLanes, peak);
-      peak = Max(Load<Float>(twice + turn), peak);
-    }
-    const Float old_peak = Load<Float>(partial.peak + v);
-    peak = Max(peak, old_peak);
-    Store(partial.peak + v, peak);
-    const Float factor = Exp2(old_peak - peak);
-    Store(scratch.factors + v, factor);
-    for (int lane = 0; lane < kLanes; ++lane) grew |= factor[lane] != 1.0f;
+inline int64_t BlocksBegin(const Plan& plan, const Unit& unit, const Partial& partial,
+                           const Tile& tile) {
+  return tile.index == 0 ? partial.first_block : BlocksEnd(plan, unit, partial, tile.begin);
+}
 
-    Float total = {};
-    for (int64_t i = v; i < floats; i += stride) {
-      const Float weight = Exp2(Load<Float>(weights + i) * scale - peak);
-      Store(weights + i, weight);
-      total += weight;
-    }
-    Store(partial.total + v, Load<Float>(partial.total + v) * factor + total);
+// Attends with the panels of one unit. KeysBy and ValuesBy are the multipliers.
+template <class Type, class KeysBy, class ValuesBy>
+class Attention {
+ public:
+  Attention(const Plan& plan, const Unit& unit, const Partial* partials, void* memory)
+      : plan_(plan),
+        unit_(unit),
+        partials_(partials),
+        scratch_(plan, unit.heads, unit.padded_rows, memory),
+        weights_(scratch_.weights + kGranule * unit.padded_rows) {
+    const Problem& problem = plan.problem;
+    const int64_t granule = 4 * KeysBy::WordGranule(padded_rows_);
+    in_place_ = Key::kInPlace && head_size_ * kElement % granule == 0;
+    key_words_ = in_place_ ? head_size_ * kElement / 4 : Key::RowWords(head_size_);
+    key_stride_ = problem.key_value_heads * head_size_ * kElement;
+    value_stride_ = problem.key_value_heads * value_size_ * kElement;
   }
-  for (int64_t r = 0; r < padded_rows; ++r) {
-    partial.tile_peaks[tile.index * padded_rows + r] = partial.peak[r];
-  }
-  if (grew) {
-    for (int64_t r = 0; r < rows; ++r) {
-      const float factor = scratch.factors[r];
-      if (factor == 1.0f) continue;
-      float* const row = partial.attention + r * value_stride;
-      for (int64_t c = 0; c < value_stride; c += kLanes) {
-        Store(row + c, Load<Float>(row + c) * factor);
+
+  void Run() {
+    PackQueries();
+    for (int64_t h = 0; h < unit_.heads; ++h) Begin(h);
+    for (Tile tile = Tile::At(plan_, unit_, 0), next; tile.count > 0; tile = next) {
+      next = Tile::At(plan_, unit_, tile.index + 1);
+      Ahead ahead(
+          {KeyRow(next, 0), key_stride_, unit_.heads * head_size_ * kElement, next.count},
+          {ValueRow(next, 0), value_stride_, unit_.heads * value_size_ * kElement, next.count},
+          StepsAhead(tile));
+      for (int64_t h = 0; h < unit_.heads; ++h) {
+        Score(tile, h, ahead);
+        Softmax(tile, h);
+        SumBlocks(tile, h);
+        Weigh(tile, h, ahead);
       }
+    }
+    for (int64_t h = 0; h < unit_.heads; ++h) End(h);
+  }
+
+ private:
+  using Key = Operands<Type, KeysBy::kElements>;
+  using Value = Operands<Type, ValuesBy::kElements>;
+  static constexpr int64_t kElement = Key::kElementSize;
+
+  // The query heads of the panels as words, their scale but for its size folded in.
+  void PackQueries() {
+    // A negative scale changes their sign, so that the greatest product is the peak; a zero one
+    // clears them.
+    const float scale = plan_.problem.scale;
+    const uint32_t sign = scale < 0 ? (Key::kPairs ? 0x80008000u : 0x80000000u) : 0;
+    const uint32_t keep = scale == 0 ? 0 : ~0u;
+    const int64_t repeat = KeysBy::Repeat(padded_rows_);
+    for (int64_t h = 0; h < unit_.heads; ++h) {
+      uint32_t* const queries = scratch_.queries + h * key_words_ * padded_rows_;
+      for (int64_t i = 0; i < key_words_ * padded_rows_; ++i) queries[i] = 0;
+      for (int64_t r = 0; r < rows_; ++r) {
+        const int64_t head = (unit_.first_head + h) * plan_.group + r % plan_.group;
+        const int64_t row = (unit_.first_row + r / plan_.group) * plan_.problem.heads + head;
+        uint32_t* const words = scratch_.keys;
+        Key::PackRow(static_cast<const char*>(plan_.arrays.query) + row * head_size_ * kElement,
+                     head_size_, words);
+        for (int64_t w = 0; w < key_words_; w += repeat) {
+          for (int64_t e = 0; e < repeat; ++e) {
+            queries[w * padded_rows_ + r * repeat + e] = (words[w + e] ^ sign) & keep;
+          }
+        }
+      }
+    }
+  }
+
+  void Begin(int64_t h) {
+    const Partial& partial = partials_[h];
+    Fill(partial.attention, padded_rows_ * columns_, 0);
+    Fill(partial.peak, Most(padded_rows_, kLanes), kNoPeak);
+    Fill(partial.total, Most(padded_rows_, kLanes), 0);
+    Fill(scratch_.history + h * kGranule * padded_rows_, kGranule * padded_rows_, 0);
+  }
+
+  // Scores of all positions of the tile, and of those up to a multiple of kGranule.
+  void Score(const Tile& tile, int64_t h, Ahead& ahead) {
+    const Queries queries = {scratch_.queries + h * key_words_ * padded_rows_, padded_rows_};
+    const char* const first = KeyRow(tile, h);
+    const int64_t count = RoundUp(tile.count, kGranule);
+    if (in_place_) {
+      KeysBy::Score({first, key_stride_, count, key_words_}, queries, weights_, ahead);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += kGranule) {
+      for (int64_t p = 0; p < kGranule; ++p) {
+        Key::PackRow(first + (i + p) * key_stride_, head_size_, scratch_.keys + p * key_words_);
+      }
+      KeysBy::Score(
+          {reinterpret_cast<const char*>(scratch_.keys), 4 * key_words_, kGranule, key_words_},
+          queries, weights_ + i * padded_rows_, ahead);
+    }
+  }
+
+  // Turns scores into weights relative to the greatest score so far; what was summed before is
+  // rescaled if that grew.
+  void Softmax(const Tile& tile, int64_t h) {
+    const Partial& partial = partials_[h];
+    const float scale =
+        plan_.problem.scale == 0 ? 1 : __builtin_fabsf(plan_.problem.scale) * kLog2E;
+    Mask(tile);
+    const int64_t end = RoundUp(tile.count, kGranule) * padded_rows_;
+    const int64_t stride = Most(padded_rows_, kLanes);
+    bool grew = false;
+    for (int64_t v = 0; v < stride; v += kLanes) {
+      Float peak = Set(-__builtin_inff());
+      for (int64_t i = v; i < end; i += stride) peak = Max(Load<Float>(weights_ + i), peak);
+      // Where a vector holds several positions: the greatest of each row, in all its lanes.
+      for (int64_t turn = padded_rows_; turn < kLanes; turn *= 2) {
+        float twice[2 * kLanes];
+        Store(twice, peak);
+        Store(twice + kLanes, peak);
+        peak = Max(Load<Float>(twice + turn), peak);
+      }
+      const Float old_peak = Load<Float>(partial.peak + v);
+      peak = Max(peak * scale, old_peak);
+      const Float factor = Exp2(old_peak - peak);
+      for (int lane = 0; lane < kLanes; ++lane) grew |= factor[lane] != 1.0f;
+
+      Float total = {};
+      for (int64_t i = v; i < end; i += stride) {
+        const Float weight = Exp2(Load<Float>(weights_ + i) * scale - peak);
+        Store(weights_ + i, weight);
+        total += weight;
+      }
+      Store(partial.total + v, Load<Float>(partial.total + v) * factor + total);
+      Store(partial.peak + v, peak);
+      Store(scratch_.factors + v, factor);
+    }
+    __builtin_memcpy(partial.tile_peaks + tile.index * padded_rows_, partial.peak,
+                     4 * padded_rows_);
+    if (grew) Rescale(partial, scratch_.history + h * kGranule * padded_rows_);
+  }
+
+  // Scores of what a row does not see become -inf: positions past the end, and the last of the
+  // sequence for the rows of early tokens.
+  void Mask(const Tile& tile) {
+    const float hidden = -__builtin_inff();
+    Fill(weights_ + tile.count * padded_rows_,
+         (RoundUp(tile.count, kGranule) - tile.count) * padded_rows_, hidden);
+    if (tile.begin + tile.count == unit_.length) {
+      Fill(weights_ + (tile.count - 1) * padded_rows_, unit_.early * plan_.group, hidden);
+    }
+  }
+
+  void Rescale(const Partial& partial, float* history) {
+    for (int64_t r = 0; r < rows_; ++r) {
+      const float factor = scratch_.factors[r];
+      if (factor == 1.0f) continue;
+      float* const row = partial.attention + r * columns_;
+      for (int64_t c = 0; c < columns_; c += kLanes) Store(row + c, Load<Float>(row + c) * factor);
     }
     for (int64_t i = 0; i < kGranule; ++i) {
-      for (int64_t r = 0; r < padded_rows; ++r) history[i * padded_rows + r] *= scratch.factors[r];
-    }
-  }
-}
-
-// Sums the weights into the blocks that close in the tile.
-void SumBlocks(const Plan& plan, const Unit& unit, const Tile& tile, const Partial& partial,
-               const float* weights) {
-  const int64_t padded_rows = unit.padded_rows;
-  const int64_t first =
-      tile.index == 0 ? partial.first_block : BlocksEnd(plan, unit, partial, tile.begin);
-  const int64_t last = BlocksEnd(plan, unit, partial, tile.begin + tile.count);
-  for (int64_t j = first; j < last; ++j) {
-    const float* const closing =
-        weights + (plan.strides_per_select_block * (j + 1) - tile.begin) * padded_rows;
-    // Of few rows, the lanes past them are of later positions, and the next block's overwrite them.
-    for (int64_t r = 0; r < padded_rows; r += kLanes) {
-      Float sum = {};
-      for (int64_t o = 0; o < plan.num_taps; ++o) {
-        sum += plan.weights[o] * Load<Float>(closing - o * padded_rows + r);
-      }
-      Store(partial.scores + (j - partial.first_block) * padded_rows + r, sum);
-    }
-  }
-}
-
-// Of two vectors of positions, `rows` rows each: the rows of the even ones, or of the odd ones.
-template <int rows, bool odd, int... lane>
-inline Word EveryOther(Word a, Word b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, (lane / rows * 2 * rows + odd * rows + lane % rows)...);
-}
-
-// Rounds weights in pairs of positions: [positions][rows] to [positions / 2][rows].
-template <int rows>
-void PairWeights(const float* weights, int64_t positions, int64_t padded_rows, uint32_t* pairs) {
-  for (int64_t i = 0; i < positions * rows; i += 2 * kLanes) {
-    const Word a = ToBFloat16(Load<Float>(weights + i));
-    const Word b = ToBFloat16(Load<Float>(weights + i + kLanes));
-    Store(pairs + i / 2, EveryOther<rows, false>(a, b, AllLanes{}) |
-                             (EveryOther<rows, true>(a, b, AllLanes{}) << 16));
-  }
-  (void)padded_rows;
-}
-
-// Weights as operands: themselves, or rounded in pairs of positions, [step][padded rows].
-template <class Products>
-const uint32_t* WeightWords(const float* weights, int64_t count, int64_t padded_rows,
-                            uint32_t* pairs) {
-  if constexpr (Products::kElements == 1) {
-    return reinterpret_cast<const uint32_t*>(weights);
-  } else {
-    // Positions past `count` weigh zero, up to a multiple of kGranule.
-    const int64_t positions = RoundUp(count, kGranule);
-    switch (padded_rows) {
-      case 1:
-        PairWeights<1>(weights, positions, padded_rows, pairs);
-        break;
-      case 2:
-        PairWeights<2>(weights, positions, padded_rows, pairs);
-        break;
-      case 4:
-        PairWeights<4>(weights, positions, padded_rows, pairs);
-        break;
-      case 8:
-        PairWeights<8>(weights, positions, padded_rows, pairs);
-        break;
-      default:
-        for (int64_t s = 0; s < positions / 2; ++s) {
-          for (int64_t r = 0; r < padded_rows; r += kLanes) {
-            const Float even = Load<Float>(weights + 2 * s * padded_rows + r);
-            const Float odd = Load<Float>(weights + (2 * s + 1) * padded_rows + r);
-            Store(pairs + s * padded_rows + r, ToBFloat16(even) | (ToBFloat16(odd) << 16));
-          }
-        }
-    }
-    return pairs;
-  }
-}
-
-template <class Type, class KeyProducts, class ValueProducts>
-void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* memory) {
-  using Key = Operands<Type, KeyProducts>;
-  using Value = Operands<Type, ValueProducts>;
-  constexpr int64_t kElement = Key::kElementSize;
-  const Problem& problem = plan.problem;
-  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
-  const int64_t repeat = KeyRepeat(padded_rows);
-  const int64_t value_stride = PaddedWords(problem.value_size);
-  const Scratch scratch(plan, unit.heads, padded_rows, memory);
-
-  // A negative scale changes the sign of the query, so that the greatest product is the peak;
-  // a zero one clears it, so that masked scores stay -inf.
-  const float scale = problem.scale == 0 ? 1 : __builtin_fabsf(problem.scale) * kLog2E;
-  const uint32_t sign = problem.scale < 0 ? (Key::kPairs ? 0x80008000u : 0x80000000u) : 0;
-  const uint32_t keep = problem.scale == 0 ? 0 : ~0u;
-
-  // Keys are read where they lie if their words are whole groups of `repeat`.
-  const bool in_place = Key::kInPlace && problem.head_size * kElement % (4 * repeat) == 0;
-  const int64_t words = in_place ? problem.head_size * kElement / 4
-                                 : RoundUp(problem.head_size, 2 * kLanes) / KeyProducts::kElements;
-  const int64_t groups = words / repeat;
-  const int64_t query_size = words * Most(padded_rows, 1);
-
-  for (int64_t h = 0; h < unit.heads; ++h) {
-    uint32_t* const query = scratch.query + h * query_size;
-    for (int64_t i = 0; i < query_size; ++i) query[i] = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t head = (unit.first_head + h) * plan.group + r % plan.group;
-      const int64_t row = (unit.first_row + r / plan.group) * problem.heads + head;
-      Key::RowWords(
-          static_cast<const char*>(plan.arrays.query) + row * problem.head_size * kElement,
-          problem.head_size, scratch.key);
-      for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t e = 0; e < repeat; ++e) {
-          query[(g * padded_rows + r) * repeat + e] = (scratch.key[g * repeat + e] ^ sign) & keep;
-        }
+      for (int64_t r = 0; r < padded_rows_; ++r) {
+        history[i * padded_rows_ + r] *= scratch_.factors[r];
       }
     }
-    const Partial& partial = partials[h];
-    Fill(partial.attention, rows * value_stride, 0);
-    Fill(partial.peak, Most(padded_rows, kLanes), kNoPeak);
-    Fill(partial.total, Most(padded_rows, kLanes), 0);
-    Fill(scratch.history + h * kGranule * padded_rows, kGranule * padded_rows, 0);
   }
 
-  const int64_t key_stride = problem.key_value_heads * problem.head_size * kElement;
-  const int64_t value_row = problem.key_value_heads * problem.value_size * kElement;
-  const auto key_rows = [&](const Tile& tile) {
-    return static_cast<const char*>(plan.arrays.key) + tile.first_row * key_stride +
-           unit.first_head * problem.head_size * kElement;
-  };
-  const auto value_rows = [&](const Tile& tile) {
-    return static_cast<const char*>(plan.arrays.value) + tile.first_row * value_row +
-           unit.first_head * problem.value_size * kElement;
-  };
+  // Sums the weights into the blocks that close in the tile.
+  void SumBlocks(const Tile& tile, int64_t h) {
+    const Partial& partial = partials_[h];
+    float* const history = scratch_.history + h * kGranule * padded_rows_;
+    __builtin_memcpy(scratch_.weights, history, 4 * kGranule * padded_rows_);
+    if (tile.begin + tile.count == unit_.end) {
+      Fill(weights_ + tile.count * padded_rows_, kGranule * padded_rows_, 0);
+    }
+    const int64_t last = BlocksEnd(plan_, unit_, partial, tile.begin + tile.count);
+    for (int64_t j = BlocksBegin(plan_, unit_, partial, tile); j < last; ++j) {
+      const float* const closing =
+          weights_ + (plan_.strides_per_select_block * (j + 1) - tile.begin) * padded_rows_;
+      float* const scores = partial.scores + (j - partial.first_block) * padded_rows_;
+      // Of few rows, the lanes past them are of later positions; the next block overwrites them.
+      for (int64_t r = 0; r < padded_rows_; r += kLanes) {
+        Float sum = {};
+        for (int64_t o = 0; o < plan_.num_taps; ++o) {
+          sum += plan_.weights[o] * Load<Float>(closing - o * padded_rows_ + r);
+        }
+        Store(scores + r, sum);
+      }
+    }
+    __builtin_memcpy(history, weights_ + (tile.count - kGranule) * padded_rows_,
+                     4 * kGranule * padded_rows_);
+  }
 
-  for (Tile tile = Tile::At(plan, unit, 0), next; tile.count > 0; tile = next) {
-    next = Tile::At(plan, unit, tile.index + 1);
+  // Adds the weighted values of the tile.
+  void Weigh(const Tile& tile, int64_t h, Ahead& ahead) {
+    const int64_t steps = Steps(tile);
+    const uint32_t* const weights = WeightWords(tile);
+    const char* const first = ValueRow(tile, h);
+    for (int64_t s = 0; s < steps; s += kMostSteps) {
+      const int64_t count = Least(kMostSteps, steps - s);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t position = (s + i) * ValuesBy::kElements;
+        const char* const row = first + position * value_stride_;
+        Value::PackStep(row, position + 1 < tile.count ? row + value_stride_ : nullptr, value_size_,
+                        scratch_.values + i * columns_);
+        ahead.Step(Value::PackSteps(value_size_));
+      }
+      const int64_t whole = RoundUp(count, ValuesBy::kStepGranule);
+      for (int64_t i = count * columns_; i < whole * columns_; ++i) scratch_.values[i] = 0;
+      ValuesBy::Weigh({weights + s * padded_rows_, padded_rows_, scratch_.values, columns_, count},
+                      rows_, partials_[h].attention, ahead);
+    }
+  }
+
+  // Weights as words, [step][padded rows]: themselves, or rounded in pairs of positions.
+  const uint32_t* WeightWords(const Tile& tile) {
+    if constexpr (!Value::kPairs) {
+      return reinterpret_cast<const uint32_t*>(weights_);
+    } else {
+      switch (padded_rows_) {
+        case 1:
+          PairWeights<1>(tile);
+          break;
+        case 2:
+          PairWeights<2>(tile);
+          break;
+        case 4:
+          PairWeights<4>(tile);
+          break;
+        case 8:
+          PairWeights<8>(tile);
+          break;
+        default:
+          PairWeights<kLanes>(tile);
+      }
+      const int64_t whole = RoundUp(Steps(tile), ValuesBy::kStepGranule);
+      for (int64_t i = RoundUp(tile.count, kGranule) / 2 * padded_rows_; i < whole * padded_rows_;
+           ++i) {
+        scratch_.pairs[i] = 0;
+      }
+      return scratch_.pairs;
+    }
+  }
+
+  // With `rows` rows to a position in a vector.
+  template <int rows>
+  void PairWeights(const Tile& tile) {
     const int64_t positions = RoundUp(tile.count, kGranule);
-    const int64_t steps = (tile.count + ValueProducts::kElements - 1) / ValueProducts::kElements;
-    Ahead ahead(
-        {key_rows(next), key_stride, unit.heads * problem.head_size * kElement, next.count},
-        {value_rows(next), value_row, unit.heads * problem.value_size * kElement, next.count},
-        unit.heads * (steps * Value::PackSteps(problem.value_size) +
-                      (positions / kGranule * groups * ScoreSteps(padded_rows) +
-                       steps * WeightSteps(rows, value_stride)) /
-                          kLoopsPerStep));
-    for (int64_t h = 0; h < unit.heads; ++h) {
-      const Partial& partial = partials[h];
-      float* const history = scratch.history + h * kGranule * padded_rows;
-      float* const weights = scratch.weights + kGranule * padded_rows;
-
-      const char* const keys = key_rows(tile) + h * problem.head_size * kElement;
-      for (int64_t i = 0; i < tile.count; i += kGranule) {
-        const char* block = keys + i * key_stride;
-        int64_t stride = key_stride;
-        if (!in_place) {
-          for (int64_t p = 0; p < kGranule; ++p) {
-            Key::RowWords(block + p * stride, problem.head_size, scratch.key + p * words);
-          }
-          block = reinterpret_cast<const char*>(scratch.key);
-          stride = 4 * words;
-        }
-        // Float32 adds up at most kChain products one after another, then the sums.
-        const int64_t chain = Key::kElementSize == 4 ? kChain : groups;
-        for (int64_t g = 0; g < groups; g += chain) {
-          Score<KeyProducts>(block + g * 4 * repeat, stride, Least(chain, groups - g),
-                             scratch.query + h * query_size + g * repeat * padded_rows, g > 0,
-                             weights + i * padded_rows, padded_rows, ahead);
-        }
-      }
-
-      Softmax(plan, unit, tile, partial, scale, value_stride, scratch, history);
-      __builtin_memcpy(scratch.weights, history, 4 * kGranule * padded_rows);
-      if (tile.begin + tile.count == unit.end) {
-        Fill(weights + tile.count * padded_rows, kGranule * padded_rows, 0);
-      }
-      SumBlocks(plan, unit, tile, partial, weights);
-      __builtin_memcpy(history, weights + (tile.count - kGranule) * padded_rows,
-                       4 * kGranule * padded_rows);
-
-      const uint32_t* const weight_words =
-          WeightWords<ValueProducts>(weights, tile.count, padded_rows, scratch.pairs);
-      const char* const values = value_rows(tile) + h * problem.value_size * kElement;
-      for (int64_t s = 0; s < steps; s += kSteps) {
-        const int64_t count = Least(kSteps, steps - s);
-        for (int64_t i = 0; i < count; ++i) {
-          const int64_t position = (s + i) * ValueProducts::kElements;
-          const char* const row = values + position * value_row;
-          Value::StepWords(row, position + 1 < tile.count ? row + value_row : nullptr,
-                           problem.value_size, scratch.value + i * value_stride, ahead);
-        }
-        Weight<ValueProducts>(count, rows, weight_words + s * padded_rows, padded_rows,
-                              scratch.value, value_stride, partial.attention, ahead);
+    const int64_t apart = Most(padded_rows_, kLanes);  // from even vectors to odd ones
+    for (int64_t s = 0; s < positions * padded_rows_; s += 2 * apart) {
+      for (int64_t r = 0; r < apart; r += kLanes) {
+        const Word a = ToBFloat16(Load<Float>(weights_ + s + r));
+        const Word b = ToBFloat16(Load<Float>(weights_ + s + r + apart));
+        Store(scratch_.pairs + s / 2 + r, Alternate<rows>(a, b) | (AlternateOdd<rows>(a, b) << 16));
       }
     }
   }
 
-  // Several lanes hold the total of a row where a vector has several positions.
-  for (int64_t h = 0; h < unit.heads; ++h) {
-    float* const total = partials[h].total;
-    for (int64_t r = 0; r < padded_rows; ++r) {
-      for (int64_t lane = r + padded_rows; lane < kLanes; lane += padded_rows) {
+  // Several lanes hold the total of a row where a vector holds several positions.
+  void End(int64_t h) {
+    float* const total = partials_[h].total;
+    for (int64_t r = 0; r < padded_rows_; ++r) {
+      for (int64_t lane = r + padded_rows_; lane < kLanes; lane += padded_rows_) {
         total[r] += total[lane];
       }
     }
   }
-}
+
+  static int64_t Steps(const Tile& tile) {
+    return RoundUp(tile.count, ValuesBy::kElements) / ValuesBy::kElements;
+  }
+
+  // How many steps ahead the work on a tile takes.
+  int64_t StepsAhead(const Tile& tile) const {
+    const int64_t steps = Steps(tile);
+    const Keys keys = {nullptr, 0, RoundUp(tile.count, kGranule), key_words_};
+    return unit_.heads *
+           (KeysBy::ScoreSteps(keys, padded_rows_) + steps * Value::PackSteps(value_size_) +
+            ValuesBy::WeighSteps(rows_, columns_, steps));
+  }
+
+  const char* KeyRow(const Tile& tile, int64_t h) const {
+    return static_cast<const char*>(plan_.arrays.key) + tile.first_row * key_stride_ +
+           (unit_.first_head + h) * head_size_ * kElement;
+  }
+
+  const char* ValueRow(const Tile& tile, int64_t h) const {
+    return static_cast<const char*>(plan_.arrays.value) + tile.first_row * value_stride_ +
+           (unit_.first_head + h) * value_size_ * kElement;
+  }
+
+  const Plan& plan_;
+  const Unit& unit_;
+  const Partial* const partials_;
+  const Scratch scratch_;
+  float* const weights_;  // of the tile's first position
+  const int64_t padded_rows_ = unit_.padded_rows;
+  const int64_t rows_ = unit_.tokens * plan_.group;
+  const int64_t head_size_ = plan_.problem.head_size;
+  const int64_t value_size_ = plan_.problem.value_size;
+  const int64_t columns_ = PaddedWords(value_size_);  // of partials
+  bool in_place_;                                     // keys are read where they lie
+  int64_t key_words_;                                 // of a key, as it is read
+  int64_t key_stride_;                                // bytes, in the pool
+  int64_t value_stride_;
+};
 
 // Adds each row's scores of the blocks [first, last), times `factors`, to block_scores and, over
 // the heads of the group, to the importance.
@@ -815,18 +624,40 @@ int64_t ScratchSize(const Plan& plan, int64_t heads, int64_t padded_rows) {
   return Scratch(plan, heads, padded_rows, nullptr).size;
 }
 
+template <class Type, class KeysBy, class ValuesBy>
+void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
+  Attention<Type, KeysBy, ValuesBy>(plan, unit, partials, scratch).Run();
+}
+
+using ByFloats = Vectors<FloatProducts>;
+// Sums of many products hold float32's accuracy if they are added up in parts.
+using ByFloatsInParts = Vectors<FloatProducts, 32>;
+using ByPairs = Vectors<BFloat16Products>;
+
+void AttendBFloat16(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
+  // Weights are rounded for products of pairs; short rows of values would not average that away.
+  const bool exact = plan.problem.value_size < 16;
+#if defined(JAX_NSA_TILES)
+  const TileScope tiles(unit.padded_rows);
+  // Values need a tile of rows to pay.
+  const auto attend = exact                          ? Attend<BFloat16, Tiles, ByFloats>
+                      : unit.padded_rows < kTileRows ? Attend<BFloat16, Tiles, ByPairs>
+                                                     : Attend<BFloat16, Tiles, Tiles>;
+#else
+  const auto attend =
+      exact ? Attend<BFloat16, ByPairs, ByFloats> : Attend<BFloat16, ByPairs, ByPairs>;
+#endif
+  attend(plan, unit, partials, scratch);
+}
+
 void AttendAny(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
   switch (plan.problem.dtype) {
     case DataType::kBFloat16:
-      // Weights are rounded for products of pairs; short rows would not average that away.
-      return plan.problem.value_size < 16
-                 ? Attend<BFloat16, BFloat16Products, FloatProducts>(plan, unit, partials, scratch)
-                 : Attend<BFloat16, BFloat16Products, BFloat16Products>(plan, unit, partials,
-                                                                        scratch);
+      return AttendBFloat16(plan, unit, partials, scratch);
     case DataType::kFloat16:
-      return Attend<Float16, FloatProducts, FloatProducts>(plan, unit, partials, scratch);
+      return Attend<Float16, ByFloats, ByFloats>(plan, unit, partials, scratch);
     case DataType::kFloat32:
-      return Attend<Float32, FloatProducts, FloatProducts>(plan, unit, partials, scratch);
+      return Attend<Float32, ByFloatsInParts, ByFloats>(plan, unit, partials, scratch);
   }
 }
 

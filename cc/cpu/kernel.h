@@ -21,7 +21,7 @@ namespace jax_nsa::cpu {
 constexpr int64_t kMaxRows = 128;         // of a panel
 constexpr int64_t kMaxTaps = 16;          // positions that add to one block, at most
 constexpr int64_t kPositionGranule = 16;  // page sizes and tiles are multiples of it
-constexpr int64_t kTileAlignment = 64;    // bytes; of scratch memory and of partials
+constexpr int64_t kAlignment = 64;        // bytes; of scratch memory and of partials
 
 // What is the same for all units of a call.
 struct Plan {
@@ -53,7 +53,8 @@ struct Unit {
 
 // The result of one unit for one kv head. Scores are exponents to base 2.
 struct Partial {
-  float* attention;   // [rows, padded value size], weights relative to `peak`, order of the kernel
+  float* attention;   // [padded rows, padded value size], weights relative to `peak`, order of the
+                      // kernel
   float* peak;        // [padded rows] greatest score
   float* total;       // [padded rows] sum of the weights
   float* tile_peaks;  // [tiles, padded rows] greatest score up to each tile

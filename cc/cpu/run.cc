@@ -170,11 +170,11 @@ Run::Layout Run::LayOut(const Group& group) const {
   int64_t size = 0;
   const auto take = [&](int64_t floats) {
     const int64_t offset = size;
-    size += RoundUp(floats * static_cast<int64_t>(sizeof(float)), kTileAlignment);
+    size += RoundUp(floats * static_cast<int64_t>(sizeof(float)), kAlignment);
     return reinterpret_cast<float*>(memory + offset);
   };
   const Unit& whole = group.unit;
-  const int64_t rows = whole.tokens * plan_.group, padded_rows = whole.padded_rows;
+  const int64_t padded_rows = whole.padded_rows;
   const int64_t lanes = kernel_.lanes, state = std::max(padded_rows, lanes);
   const int64_t value_size = RoundUp(plan_.problem.value_size, 2 * lanes);
   const int64_t tiles = group.pages_per_split * plan_.tiles_per_page;
@@ -187,7 +187,7 @@ Run::Layout Run::LayOut(const Group& group) const {
         std::max(first, std::min(whole.num_blocks, (unit.end - 2 + plan_.num_taps) / stride));
     for (int64_t head = 0; head < whole.heads; ++head) {
       Partial partial;
-      partial.attention = take(rows * value_size);
+      partial.attention = take(padded_rows * value_size);
       partial.peak = take(state);
       partial.total = take(state);
       // Kernels read whole vectors of these.
@@ -207,7 +207,7 @@ Run::Layout Run::LayOut(const Group& group) const {
 
 Run::Memory Run::TakeWorkspace() {
   if (free_workspaces_.empty()) {
-    return Memory(static_cast<char*>(std::aligned_alloc(kTileAlignment, workspace_size_)));
+    return Memory(static_cast<char*>(std::aligned_alloc(kAlignment, workspace_size_)));
   }
   Memory memory = std::move(free_workspaces_.back());
   free_workspaces_.pop_back();
@@ -215,7 +215,7 @@ Run::Memory Run::TakeWorkspace() {
 }
 
 bool Run::Work() {
-  const Memory scratch(static_cast<char*>(std::aligned_alloc(kTileAlignment, scratch_size_)));
+  const Memory scratch(static_cast<char*>(std::aligned_alloc(kAlignment, scratch_size_)));
   int64_t done = 0;  // units finished here and not yet counted
   bool last = false;
   for (std::unique_lock<std::mutex> lock(mutex_);; lock.lock()) {

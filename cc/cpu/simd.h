@@ -37,6 +37,12 @@ using Float = float __attribute__((vector_size(4 * kLanes)));
 using Word = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Int = int32_t __attribute__((vector_size(4 * kLanes)));
 
+// A number as a type.
+template <int n>
+struct Constant {
+  constexpr int operator()() const { return n; }
+};
+
 template <typename V>
 inline V Load(const void* source) {
   V vector;
@@ -72,7 +78,7 @@ inline Float Exp2(Float x) {
 
 // Repeats the `count` words at `source` over a vector.
 template <int count>
-inline Word Repeat(const void* source) {
+inline Word Repeated(const void* source) {
   static_assert(kLanes % count == 0);
   if constexpr (count == kLanes) {
     return Load<Word>(source);
@@ -99,10 +105,12 @@ inline Word Repeat(const void* source) {
 
 using AllLanes = std::make_integer_sequence<int, kLanes>;
 
+// Exchanges the lanes of `a` that have bit h with those of `b` that have not, h lanes before.
 template <int h, int... lane>
-inline Float FoldStep(Float a, Float b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, (lane & h ? kLanes + lane - h : lane)...) +
-         __builtin_shufflevector(a, b, (lane & h ? kLanes + lane : lane + h)...);
+inline void Exchange(Float* a, Float* b, std::integer_sequence<int, lane...>) {
+  const Float low = __builtin_shufflevector(*a, *b, (lane & h ? kLanes + lane - h : lane)...);
+  *b = __builtin_shufflevector(*a, *b, (lane & h ? kLanes + lane : lane + h)...);
+  *a = low;
 }
 
 // Sums runs of `size` lanes: lane r * size + e of the result is the sum of lanes
@@ -112,8 +120,20 @@ inline Float FoldRuns(const Float* vectors) {
   if constexpr (h >= size) {
     return vectors[0];
   } else {
-    return FoldStep<h>(FoldRuns<size, 2 * h>(vectors), FoldRuns<size, 2 * h>(vectors + h),
-                       AllLanes{});
+    Float a = FoldRuns<size, 2 * h>(vectors), b = FoldRuns<size, 2 * h>(vectors + h);
+    Exchange<h>(&a, &b, AllLanes{});
+    return a + b;
+  }
+}
+
+// Transposes a matrix of kLanes rows.
+template <int h = 1>
+inline void Transpose(Float* rows) {
+  if constexpr (h < kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & h) == 0) Exchange<h>(&rows[i], &rows[i + h], AllLanes{});
+    }
+    Transpose<2 * h>(rows);
   }
 }
 
@@ -128,6 +148,22 @@ template <int size>
 inline Float TransposeRuns(Float a) {
   if constexpr (size == 1 || size == kLanes) return a;
   return TransposeRuns<size>(a, AllLanes{});
+}
+
+template <int rows, bool odd, int... lane>
+inline Word Alternate(Word a, Word b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, (lane / rows * 2 * rows + odd * rows + lane % rows)...);
+}
+
+// Of the runs of `rows` lanes in two vectors: every other one, from the first or from the second.
+template <int rows>
+inline Word Alternate(Word a, Word b) {
+  return Alternate<rows, false>(a, b, AllLanes{});
+}
+
+template <int rows>
+inline Word AlternateOdd(Word a, Word b) {
+  return Alternate<rows, true>(a, b, AllLanes{});
 }
 
 template <int... lane>

@@ -1,0 +1,73 @@
+// Fetching memory ahead of its use.
+
+#ifndef JAX_NSA_CPU_AHEAD_H_
+#define JAX_NSA_CPU_AHEAD_H_
+
+#include <cstdint>
+
+namespace jax_nsa::cpu::JAX_NSA_ISA {
+namespace {
+
+// Rows of memory, all kv heads of a unit side by side in each.
+struct Rows {
+  const char* first;
+  int64_t stride;  // bytes from one to the next
+  int64_t bytes;   // of each
+  int64_t count;
+};
+
+// Fetches the keys, then the values, of the next tile while the present one is worked on: a
+// straight line through memory, whatever order the heads are read in. The inner loops call Step
+// every few instructions, so that memory is always busy and never stalls them.
+class Ahead {
+ public:
+  // To be fetched by `steps` steps.
+  Ahead(const Rows& keys, const Rows& values, int64_t steps)
+      : rows_(Join(keys)), later_(Join(values)), line_(rows_.first) {
+    rate_ = (Lines(rows_) + Lines(later_)) * kLine / (steps > 0 ? steps : 1) + 1;
+  }
+
+  inline void Step(int64_t steps = 1) {
+    for (due_ += steps * rate_; due_ >= kLine; due_ -= kLine) FetchLine();
+  }
+
+ private:
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr int64_t kLine = 1 << 16;  // unit of rate_ and due_
+
+  // Rows that touch are one.
+  static Rows Join(const Rows& rows) {
+    if (rows.bytes != rows.stride || rows.count == 0) return rows;
+    return {rows.first, 0, rows.bytes * rows.count, 1};
+  }
+
+  static int64_t Lines(const Rows& rows) {
+    return rows.count * ((rows.bytes + kLineBytes - 1) / kLineBytes);
+  }
+
+  inline void FetchLine() {
+    if (line_ >= rows_.first + rows_.bytes) NextRow();
+    if (rows_.count > 0) __builtin_prefetch(line_, 0, 2);
+    line_ += kLineBytes;
+  }
+
+  void NextRow() {
+    if (rows_.count > 1) {
+      --rows_.count;
+      rows_.first += rows_.stride;
+    } else {
+      rows_ = later_;
+      later_.count = 0;
+    }
+    line_ = rows_.first;
+  }
+
+  Rows rows_, later_;  // what is left
+  const char* line_;
+  int64_t rate_, due_ = 0;
+};
+
+}  // namespace
+}  // namespace jax_nsa::cpu::JAX_NSA_ISA
+
+#endif  // JAX_NSA_CPU_AHEAD_H_
