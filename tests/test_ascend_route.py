@@ -21,6 +21,7 @@ from problems import Geometry, build
 
 from jax_nsa import backends, native, nsa_compress_attention_infer
 from jax_nsa.backends import ascend
+from jax_nsa.problem import Problem, Window
 
 pytest_plugins = ("ascend.fixtures",)
 
@@ -253,6 +254,31 @@ class TestMemory:
         harness_waits = 1
         assert standin.counter("aclrtSynchronizeStream") - before - harness_waits == waits
 
+    def test_growing_waits_for_what_still_runs(self, harness):
+        """A launch returns at once: memory it uses may not go for a larger call's sake."""
+
+        def run(heads):
+            query = np.ones((1, 1, heads, 16), np.float16)
+            pool = np.ones((1, 16, 16), np.float16)
+            table, lengths = np.zeros((1, 1), np.int32), np.full(1, 8, np.int32)
+            problem = Problem(Window(32, 16, 64), 1.0, key_value_heads=1, select_block_count=2)
+            results = [
+                jax.ShapeDtypeStruct((1, 1, heads, 16), np.float16),
+                jax.ShapeDtypeStruct((1, 1, 1, 2), np.int32),
+            ]
+            attention, indices = harness.run(
+                problem, (query, pool, pool, table, lengths), results, host_lengths=(8,)
+            )
+            np.testing.assert_array_equal(attention, np.ones_like(attention))
+            assert indices.tolist() == [[[[0, 1]]]]
+
+        def larger():
+            harness.on_exit = None
+            run(heads=64)
+
+        harness.on_exit = larger
+        run(heads=1)
+
     def test_release_gives_everything_back(self, standin):
         streams, executors = standin.live()["stream"], standin.counter("live executor")
         call(build(USUAL))
@@ -288,6 +314,13 @@ class TestDevices:
         current = ctypes.c_int32(-1)
         assert standin.runtime.aclrtGetDevice(ctypes.byref(current)) == 0
         assert current.value == DEVICE
+
+    def test_xla_names_the_device_to_a_thread_without_one(self, harness):
+        harness.in_new_thread = True
+        try:
+            check(build(USUAL), DeviceRoute.NAME)
+        finally:
+            harness.in_new_thread = False
 
     def test_many_threads(self, standin):
         geometries = [replace(USUAL, seed=s, lengths=(150 - 9 * s, 33, 97)) for s in range(6)]

@@ -7,8 +7,10 @@ calls the front door can be run through it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import pathlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -43,10 +45,11 @@ class Harness:
         self.standin = standin
         self.acl = standin.runtime
         self.handler = _pointer(native.module().registrations()["ascend"][ascend.TARGET][1])
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a hook below may run another call
         # What a test does right before and after the handler runs.
         self.on_entry: Callable[[], None] | None = None
         self.on_exit: Callable[[], None] | None = None
+        self.in_new_thread = False  # whether the handler runs on one, which has set no device
         self.stream = ctypes.c_void_p()
         self.acl.aclInit(None)
         assert self.acl.aclrtSetDevice(DEVICE) == 0
@@ -97,9 +100,14 @@ class Harness:
             message = ctypes.create_string_buffer(4096)
             if self.on_entry:
                 self.on_entry()
-            code = self.frames.frame_run(
-                frame, self.handler, message, ctypes.c_size_t(len(message))
+            call = functools.partial(
+                self.frames.frame_run, frame, self.handler, message, ctypes.c_size_t(len(message))
             )
+            if self.in_new_thread:
+                with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                    code = pool.submit(call).result()
+            else:
+                code = call()
             if self.on_exit:
                 self.on_exit()
             synchronized = self.acl.aclrtSynchronizeStream(self.stream)
