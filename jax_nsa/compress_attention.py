@@ -228,7 +228,7 @@ def _axis_size(context_axis: Hashable) -> int:
     """Devices along `context_axis`, which must be manual here."""
     try:
         return jax.lax.axis_size(context_axis)
-    except NameError:
+    except (NameError, TypeError, ValueError):
         raise ValueError(
             f"context_axis must be a mesh axis of the enclosing jax.shard_map, got {context_axis!r}"
         ) from None

@@ -27,6 +27,7 @@ from jax_nsa.problem import Problem
 _ABSENT, _PRESENT, _NAN, _FAULTY = range(4)
 
 
+@reference.with_usual_promotion
 def merge_parts(
     *operands: jax.Array,
     problem: Problem,
@@ -92,10 +93,12 @@ def merge_parts(
     state = jnp.where(jnp.isnan(lse), jnp.where(chosen, _NAN, _FAULTY), state)
     state = lax.pmax(state, axis_name)
 
-    peak = lax.pmax(lse, axis_name)
+    peak = lax.pmax(lax.stop_gradient(lse), axis_name)  # any other would give the same result
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
-    whole = peak + jnp.log(lax.psum(jnp.exp(lse - peak), axis_name))
-    known = jnp.where(whole == -jnp.inf, 0.0, whole)  # rows that see nothing keep zeros
+    total = lax.psum(jnp.exp(lse - peak), axis_name)
+    empty = total == 0.0
+    known = peak + jnp.log(jnp.where(empty, 1.0, total))  # rows that see nothing keep zeros
+    whole = jnp.where(empty, -jnp.inf, known)
     whole = jnp.where(state >= _NAN, jnp.nan, whole)
     factor = jnp.where(state >= _NAN, jnp.nan, jnp.exp(lse - known))
     attention = lax.psum(attention * factor[..., None], axis_name)
@@ -105,7 +108,10 @@ def merge_parts(
     grouped = scores.reshape(*scores.shape[:-2], problem.key_value_heads, group, -1)
     importance = jnp.sum(grouped, axis=-2)
     whole_importance, importance = _compat.vary_alike(
-        jnp.zeros((*importance.shape[:-1], 1 + window.num_blocks(devices * part))), importance
+        jnp.zeros(
+            (*importance.shape[:-1], 1 + window.num_blocks(devices * part)), importance.dtype
+        ),
+        importance,
     )
     whole_importance = lax.dynamic_update_slice_in_dim(
         whole_importance, importance, start // stride, axis=-1

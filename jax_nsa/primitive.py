@@ -176,7 +176,9 @@ def _batch(operands: Any, dims: Any, *, problem: Problem, **params: Any) -> Any:
         table = jnp.where(legal, offset(table, num_pages), jnp.minimum(table, -1))
     tokens = [fold(x, d) for x, d in zip(tokens, token_dims, strict=True)]
     if len(tokens) == 3:
-        tokens[2] = offset(tokens[2], query.shape[0] // size)
+        # Nor may a first row past its own query's end become a row of a neighbour's.
+        rows = query.shape[0] // size
+        tokens[2] = offset(jnp.minimum(tokens[2], rows), rows)
     host_lengths = params.pop("host_lengths")
     results = bind(
         query, key, value, table, fold(lengths, lengths_dim), *tokens,

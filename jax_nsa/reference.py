@@ -6,13 +6,34 @@ length); it exists to be read, to run on any XLA platform, and to be differentia
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jax_nsa.problem import Problem, Window
 
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
+
+def with_usual_promotion(
+    function: Callable[_Parameters, _Result],
+) -> Callable[_Parameters, _Result]:
+    """Makes `function` mean the same however strict the user wants promotion in their own code."""
+
+    @functools.wraps(function)
+    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@with_usual_promotion
 def compress_attention(
     query: jax.Array,
     key: jax.Array,
@@ -35,7 +56,9 @@ def compress_attention(
         rows = query[:, None]
         sequence = sequence_of_rows(first_rows, query.shape[0])
         token = (jnp.arange(query.shape[0], dtype=jnp.int32) - first_rows[sequence])[:, None]
-        bad_tokens = ((counts < 0) | (counts > query.shape[0] - first_rows))[sequence]
+        rows_end = jnp.full((1,), query.shape[0], jnp.int32)
+        bounds = jnp.minimum(jnp.concatenate([first_rows, rows_end]), rows_end)
+        bad_tokens = ((counts < 0) | (counts > jnp.diff(bounds)))[sequence]
         block_table, lengths = block_table[sequence], lengths[sequence]
         counts, early = counts[sequence], early[sequence]
 

@@ -126,6 +126,19 @@ class TestVmap:
             assert np.all(np.asarray(indices[v, b]) == -1)
         assert np.all(np.isfinite(attention[0, 1]))
 
+    @pytest.mark.parametrize("counts", [[3, 3, 0], [9, 0, 1], [0, 6, 0], [2, -1, 2]], ids=str)
+    def test_faulty_token_counts_spoil_neither_more_nor_less_than_alone(self, counts):
+        call, arrays = operator(SEVERAL_TOKENS, "reference")
+        variants = jnp.stack([jnp.array(counts), arrays[5], jnp.array(counts)])
+
+        def of_counts(counts):
+            return call(*arrays[:5], counts, *arrays[6:])
+
+        results = jax.vmap(of_counts)(variants)
+        assert np.all(np.isfinite(results[0][1]))
+        for i in range(3):
+            assert_close([r[i] for r in results], of_counts(variants[i]))
+
     def test_static_lengths(self, implementation):
         arguments = build(GEOMETRY)
         queries = np.stack([arguments["query"], 2 * arguments["query"]])
@@ -140,6 +153,21 @@ class TestVmap:
         results = jax.vmap(call)(queries)
         for i in range(2):
             assert_close([r[i] for r in results], call(queries[i]))
+
+
+@pytest.mark.parametrize("geometry", [GEOMETRY, SEVERAL_TOKENS], ids=["one token", "several"])
+@pytest.mark.parametrize(
+    "strictness", [lambda: jax.numpy_rank_promotion("raise"),
+                   lambda: jax.numpy_dtype_promotion("strict")], ids=["ranks", "dtypes"]
+)  # fmt: skip
+def test_strict_promotion(implementation, geometry, strictness):
+    """A user's strictness about their own code is not applied to the operator's."""
+    call, arrays = operator(geometry, implementation)
+    expected = call(*arrays)
+    stacked = [jnp.stack([a, a]) for a in arrays]
+    with strictness():
+        assert_close(jax.jit(call)(*arrays), expected)
+        assert_close([r[1] for r in jax.jit(jax.vmap(call))(*stacked)], expected)
 
 
 class TestDifferentiation:

@@ -178,7 +178,32 @@ class TestContextParallel:
         with pytest.raises(ValueError, match=r"multiple of .* = 3 positions, got .* 2 columns"):
             run(replace(USUAL, window=(48, 16, 48)), "reference")
 
-    def test_outside_shard_map(self):
+    @pytest.mark.parametrize("axis", ["context", 3, ["context"]], ids=str)
+    def test_outside_shard_map(self, axis):
         arguments, _ = split(USUAL)
-        with pytest.raises(ValueError, match=r"context_axis must be a mesh axis .* got 'context'"):
-            nsa_compress_attention_infer(**arguments, context_axis="context")
+        with pytest.raises(ValueError, match=r"context_axis must be a mesh axis .* got .*"):
+            nsa_compress_attention_infer(**arguments, context_axis=axis)
+
+    def test_in_double_precision_mode(self, implementation):
+        with jax.enable_x64(True):
+            arguments, results = run(USUAL, implementation)
+        expected = oracle.compress_attention(**arguments)
+        assert_agrees(results, expected, attention_tolerance=1e-5)
+
+    def test_derivative(self):
+        arguments, tables = split(USUAL)
+        floats = [jnp.asarray(arguments.pop(n)) for n in ("query", "key", "value")]
+        weights = np.random.default_rng(0).standard_normal((5, 4, 16)).astype(np.float32)
+        parts = context_parallel(arguments, "reference")
+
+        def whole(*floats):
+            return nsa_compress_attention_infer(*floats, **arguments, implementation="reference")
+
+        def loss(operator, *floats):
+            attention, _, lse = operator(*floats)
+            return (attention * weights).sum() + jnp.where(jnp.isfinite(lse), lse, 0.0).sum()
+
+        actual = jax.grad(lambda *f: loss(lambda *g: parts(*g, tables), *f), (0, 1, 2))(*floats)
+        expected = jax.grad(lambda *f: loss(whole, *f), (0, 1, 2))(*floats)
+        for one, other in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
