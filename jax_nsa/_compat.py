@@ -32,12 +32,12 @@ def tell_devices(primitive: core.Primitive) -> None:
 def is_automatically_partitioned(ctx: mlir.LoweringRuleContext) -> bool:
     """Whether XLA will split this program over several devices that are known now.
 
-    False inside a fully manual `jax.shard_map`, and for an exported program, whose devices are not
-    known: there XLA gathers the operands of an operator it cannot split.
+    False inside `jax.shard_map`, and for an exported program, whose devices are not known: there
+    XLA gathers what is still split of the operands of an operator that it cannot split.
     """
     if ctx.module_context.lowering_parameters.for_export:
         return False
     context: Any = ctx.module_context.axis_context
     if getattr(context, "mesh", None) is not None:
-        return set(context.manual_axes) != set(context.mesh.axis_names)
+        return not context.manual_axes
     return len(getattr(context, "device_assignment", None) or ()) > 1

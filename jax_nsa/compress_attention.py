@@ -271,7 +271,8 @@ class _Integers:
         if len(array.shape) != rank:
             raise ValueError(f"{name} must have rank {rank}, got shape {tuple(array.shape)}")
         empty = self.host is not None and array.size == 0  # an empty list's dtype is no choice
-        if not empty and not jnp.issubdtype(array.dtype, jnp.integer):
+        integral = jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.kind != "m"  # timedelta
+        if not empty and not integral:
             raise TypeError(f"{name} must hold integers, got dtype {array.dtype.name}: {values!r}")
         self.shape: tuple[Any, ...] = tuple(array.shape)
         self.dtype = array.dtype

@@ -65,7 +65,9 @@ def result_shardings(operands: Sequence[Any], num_results: int) -> list[Any]:
     sequence_axes = query.sharding.spec[0] if query.ndim == 4 else None
     head_axes = query.sharding.spec[-2]
     expected = specs(operand_axes, sequence_axes, head_axes)
-    names = ("query", "key", "value", "block_table", "lengths", *["token operand"] * 3)
+    names = (
+        "query", "key", "value", "block_table", "actual_cmp_seq_kvlen", *["actual_seq_qlen"] * 3,
+    )  # fmt: skip
     for name, operand, spec in zip(names, operands, expected, strict=False):
         actual = operand.sharding.spec
         if any(actual) and actual != spec:  # a whole operand is cut without a collective

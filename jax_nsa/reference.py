@@ -137,7 +137,8 @@ def compress_attention(
 def sequence_of_rows(first_rows: jax.Array, rows: int) -> jax.Array:
     """The sequence that owns each of the ragged rows: int32[rows]."""
     row = jnp.arange(rows, dtype=jnp.int32)
-    return jnp.searchsorted(first_rows, row, side="right") - 1
+    # Not jnp.searchsorted, which takes no symbolic number of sequences.
+    return jnp.sum(first_rows[None, :] <= row[:, None], axis=1, dtype=jnp.int32) - 1
 
 
 def select(importance: jax.Array, num_blocks: jax.Array, count: int) -> jax.Array:

@@ -318,6 +318,22 @@ class TestShardMap:
         program = split.lower(*arrays).compile().as_text()
         assert not re.findall("|".join(COLLECTIVES), program)
 
+    def test_manual_over_some_axes_only(self, implementation, mesh):
+        call, arrays = operator(GEOMETRY, implementation)
+        row, whole = PartitionSpec("batch"), PartitionSpec()
+        split = jax.jit(
+            jax.shard_map(
+                call, mesh=mesh, in_specs=(row, whole, whole, row, row), out_specs=row,
+                axis_names={"batch"},
+            )
+        )  # fmt: skip
+        pages = PartitionSpec(None, None, "heads")
+        specs = (PartitionSpec("batch", "heads"), pages, pages, row, row)
+        placed = [
+            jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs, strict=True)
+        ]
+        assert_close(split(*placed), call(*arrays))
+
     @pytest.mark.parametrize("axis", ["batch", "heads"])
     def test_wrong_out_specs_are_refused(self, mesh, axis):
         part, arrays = operator(GEOMETRY, "reference", head_num=4, key_value_head_num=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -89,6 +90,28 @@ def test_symbolic_batch(implementation):
             a if n in ("key", "value") else a[:size] for n, a in zip(NAMES, arrays, strict=True)
         ]
         assert_same(exported.call(*batch), call(*batch))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+def test_symbolic_tokens(implementation):
+    """Ragged tokens of a symbolic number, of sequences of a symbolic number."""
+    arguments = build(dataclasses.replace(GEOMETRY, token_counts=(2, 0, 3)))
+    names = (*NAMES, "actual_seq_qlen")
+    arrays = [jnp.asarray(arguments.pop(n)) for n in names]
+
+    def call(*arrays):
+        return jax_nsa.nsa_compress_attention_infer(
+            **arguments, **dict(zip(names, arrays, strict=True)), implementation=implementation
+        )
+
+    t, b = jax.export.symbolic_shape("t, b")
+    leading = {"query": t, "block_table": b, "actual_cmp_seq_kvlen": b, "actual_seq_qlen": b}
+    shapes = [
+        jax.ShapeDtypeStruct((leading.get(n, a.shape[0]), *a.shape[1:]), a.dtype)
+        for n, a in zip(names, arrays, strict=True)
+    ]
+    exported = jax.export.deserialize(export(call, *shapes).serialize())
+    assert_same(exported.call(*arrays), call(*arrays))
 
 
 def test_several_platforms_in_one_artefact():

@@ -194,6 +194,7 @@ REFUSED = [
             ({name: []}, ValueError, rf"{name} must have an entry for .* 2 .* shape \(0,\)"),
             ({name: [40.0, 7.0]}, TypeError, rf"{name} must hold integers, got .*\[40.0, 7.0\]"),
             ({name: [True, False]}, TypeError, f"{name} must hold integers, got dtype bool"),
+            ({name: np.ones(2, "m8[s]")}, TypeError, f"{name} must hold integers, .*timedelta64"),
             ({name: jnp.ones(2)}, TypeError, f"{name} must hold integers, got dtype float32"),
             ({name: [40, None]}, TypeError, f"{name} must hold integers, got .*None"),
             ({name: [40, [7]]}, TypeError, f"{name} must be an array or nested lists"),
