@@ -13,11 +13,6 @@
 
 #include "xla/ffi/api/c_api.h"
 
-struct XLA_FFI_ExecutionContext {
-  void* stream;
-  int32_t device_ordinal;
-};
-
 struct XLA_FFI_Error {
   std::string message;
   XLA_FFI_Error_Code code;
@@ -59,7 +54,7 @@ class CallFrame {
     XLA_FFI_CallFrame frame = {};
     frame.struct_size = XLA_FFI_CallFrame_STRUCT_SIZE;
     frame.api = Api();
-    frame.ctx = &context_;
+    frame.ctx = reinterpret_cast<decltype(frame.ctx)>(&context_);
     frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
     frame.args.struct_size = XLA_FFI_Args_STRUCT_SIZE;
     frame.args.size = static_cast<int64_t>(arguments.size());
@@ -74,6 +69,12 @@ class CallFrame {
   }
 
  private:
+  // What XLA's opaque context of an execution stands for here.
+  struct Context {
+    void* stream;
+    int32_t device_ordinal;
+  };
+
   struct Attribute {
     XLA_FFI_AttrType type;
     void* value;
@@ -143,18 +144,15 @@ class CallFrame {
       api.XLA_FFI_Error_Create = [](XLA_FFI_Error_Create_Args* args) {
         return std::make_unique<XLA_FFI_Error>(XLA_FFI_Error{args->message, args->errc}).release();
       };
-      api.XLA_FFI_Error_GetMessage = [](XLA_FFI_Error_GetMessage_Args* args) {
-        args->message = args->error->message.c_str();
-      };
       api.XLA_FFI_Error_Destroy = [](XLA_FFI_Error_Destroy_Args* args) {
         const std::unique_ptr<XLA_FFI_Error> error(args->error);
       };
       api.XLA_FFI_Stream_Get = [](XLA_FFI_Stream_Get_Args* args) -> XLA_FFI_Error* {
-        args->stream = args->ctx->stream;
+        args->stream = reinterpret_cast<Context*>(args->ctx)->stream;
         return nullptr;
       };
       api.XLA_FFI_DeviceOrdinal_Get = [](XLA_FFI_DeviceOrdinal_Get_Args* args) -> XLA_FFI_Error* {
-        args->device_ordinal = args->ctx->device_ordinal;
+        args->device_ordinal = reinterpret_cast<Context*>(args->ctx)->device_ordinal;
         return nullptr;
       };
       return api;
@@ -162,7 +160,7 @@ class CallFrame {
     return &api;
   }
 
-  XLA_FFI_ExecutionContext context_ = {};
+  Context context_ = {};
   std::deque<Buffer> buffers_;
   std::vector<Buffer*> arguments_, results_;
   std::deque<int64_t> integers_;
