@@ -10,4 +10,4 @@ class TestCuda(CompressAttentionContract):
     implementation = "cuda"
     # The kernel rounds probabilities to the inputs' dtype before they meet the values, as CANN's
     # does: an error of up to the output's own rounding, once more.
-    attention_tolerance = {"bfloat16": 8e-3, "float16": 1.2e-3, "float32": 1e-5}
+    attention_tolerance = MappingProxyType({"bfloat16": 8e-3, "float16": 1.2e-3, "float32": 1e-5})

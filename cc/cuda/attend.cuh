@@ -16,11 +16,12 @@
 namespace jax_nsa::cuda {
 
 // One warp's 16 rows while it goes through the tiles of a part.
-template <typename T>
+template <typename T, int kHeadSize, int kValueSize>
 class WarpRows {
  public:
   static constexpr bool kPlain = std::is_same_v<T, float>;
-  static constexpr int kSteps = kMaxHeadSize / 16, kColumns = kMaxValueSize / 8;
+  using Stage = cuda::Stage<T, kHeadSize, kValueSize>;
+  static constexpr int kSteps = kHeadSize / 16, kColumns = kValueSize / 8;
 
   float sums[kColumns][4];  // exponentials times values
   float maxima[2];          // of the scaled scores, in powers of two
@@ -43,18 +44,18 @@ class WarpRows {
       const int token = part.first_token + (exists ? row >> params.group_log2 : 0);
       visible_[r] = exists ? part.sequence.Visible(token) : 0;
       const int64_t query = int64_t{part.sequence.first_row + token} * params.heads +
-                            (part.head << params.group_log2) + (row & (params.group() - 1));
+                            (part.head << params.group_log2) +
+                            (exists ? row & (params.group() - 1) : 0);
       query_row_[r] = static_cast<const T*>(params.arrays.query) + query * params.head_size;
     }
     if constexpr (!kPlain) LoadQuery();
   }
 
   // Adds a tile's positions, from `first_position` on. `record` is the tile's in the workspace.
-  __device__ void Attend(const char* keys, const char* values, int first_position,
-                         const uint32_t* weights, uint64_t* release, int releases, float* record,
-                         int record_rows) {
+  __device__ void Attend(const Stage& stage, int first_position, const uint32_t* weights,
+                         uint64_t* release, int releases, float* record, int record_rows) {
     float p[4][4];  // scores, then their exponentials
-    Scores(keys, p);
+    Scores(stage.keys(), p);
     const float scale = params_.scale_log2;
     float peak[2] = {-INFINITY, -INFINITY};
 #pragma unroll
@@ -93,7 +94,7 @@ class WarpRows {
         for (int c = 0; c < 4; ++c) sums[n][c] *= shrink[c / 2];
       }
     }
-    AddValues(values, p);
+    AddValues(stage.values(), p);
     __syncwarp();
     if (lane() == 0) {
       for (int i = 0; i < releases; ++i) BarrierArrive(release);
@@ -108,72 +109,71 @@ class WarpRows {
   __device__ void LoadQuery() {
     const int column = 2 * (lane() % 4);
     const T* rows[2] = {query_row_[0] + column, query_row_[1] + column};
-    // How many columns from there on exist; none of rows that see nothing.
-    const int rest[2] = {visible_[0] > 0 ? params_.head_size - column : 0,
-                         visible_[1] > 0 ? params_.head_size - column : 0};
-    if (params_.aligned) {
+    if (params_.aligned && params_.head_size == kHeadSize) {
 #pragma unroll
       for (int i = 0; i < 4 * kSteps; ++i) {
-        const int row = i % 2, d = 8 * (i / 2);
-        query_[i / 4][i % 4] =
-            d < rest[row] ? *reinterpret_cast<const uint32_t*>(rows[row] + d) : 0;
+        query_[i / 4][i % 4] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + 8 * (i / 2));
       }
     } else {
+      const int rest = params_.head_size - column;  // columns from there on
 #pragma unroll
       for (int i = 0; i < 4 * kSteps; ++i) {
         const int row = i % 2, d = 8 * (i / 2);
         const uint16_t* pair = reinterpret_cast<const uint16_t*>(rows[row] + d);
         query_[i / 4][i % 4] =
-            (d < rest[row] ? pair[0] : 0) | (d + 1 < rest[row] ? uint32_t{pair[1]} << 16 : 0);
+            (d < rest ? pair[0] : 0) | (d + 1 < rest ? uint32_t{pair[1]} << 16 : 0);
       }
     }
   }
 
   // p[16 rows, 32 positions] = query keys^T
   __device__ void Scores(const char* keys, float (&p)[4][4]) {
-    const int head_size = params_.head_size;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (float& score : p[n]) score = 0.0f;
     }
     if constexpr (kPlain) {
-      const char* row = keys + 2 * (lane() % 4) * params_.key_pitch;
+      const char* row = keys + 2 * (lane() % 4) * Stage::kKeyPitch;
 #pragma unroll 1
-      for (int d = 0; d < head_size; ++d) {
+      for (int d = 0; d < params_.head_size; ++d) {
         const float q[2] = {query_row_[0][d], query_row_[1][d]};
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            const float k =
-                reinterpret_cast<const float*>(row + (8 * n + c) * params_.key_pitch)[d];
+            const float k = reinterpret_cast<const float*>(row + (8 * n + c) * Stage::kKeyPitch)[d];
             p[n][c] += q[0] * k;
             p[n][2 + c] += q[1] * k;
           }
         }
       }
     } else {
-      // Of four matrices: two times 8 positions, each with two times 8 columns.
-      const uint32_t row = SharedAddress(keys) +
-                           (lane() % 8 + lane() / 16 * 8) * params_.key_pitch + lane() / 8 % 2 * 16;
+      // Of four matrices: two times 8 positions, each with two times 8 columns. Those of the next
+      // step are fetched while this one's multiply.
+      const uint32_t row = SharedAddress(keys) + (lane() % 8 + lane() / 16 * 8) * Stage::kKeyPitch +
+                           lane() / 8 % 2 * 16;
+      const uint32_t rows[2] = {row, row + 16 * Stage::kKeyPitch};
+      uint32_t k[2][2][4];
+      LoadMatrices(k[0][0], rows[0]);
+      LoadMatrices(k[0][1], rows[1]);
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        if (16 * s >= head_size) break;
+#pragma unroll
+        for (int half = 0; half < 2 && s + 1 < kSteps; ++half) {
+          LoadMatrices(k[(s + 1) % 2][half], rows[half] + 32 * (s + 1));
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          uint32_t k[4];
-          LoadMatrices(k, row + 16 * half * params_.key_pitch + 32 * s);
-          MultiplyAdd<T>(p[2 * half], query_[s], k[0], k[1]);
-          MultiplyAdd<T>(p[2 * half + 1], query_[s], k[2], k[3]);
+          MultiplyAdd<T>(p[2 * half], query_[s], k[s % 2][half][0], k[s % 2][half][1]);
+          MultiplyAdd<T>(p[2 * half + 1], query_[s], k[s % 2][half][2], k[s % 2][half][3]);
         }
       }
     }
   }
 
-  // sums[16 rows, value_size] += p[16 rows, 32 positions] values
+  // sums[16 rows, kValueSize] += p[16 rows, 32 positions] values
   __device__ void AddValues(const char* values, const float (&p)[4][4]) {
-    const int value_size = params_.value_size;
     if constexpr (kPlain) {
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
@@ -185,10 +185,10 @@ class WarpRows {
             const float p0 = __shfl_sync(~0u, p[n][c], source);
             const float p1 = __shfl_sync(~0u, p[n][2 + c], source);
             const float* row = reinterpret_cast<const float*>(values + (8 * n + 2 * owner + c) *
-                                                                           params_.value_pitch);
+                                                                           Stage::kValuePitch);
 #pragma unroll
             for (int v = 0; v < kColumns; ++v) {
-              if (8 * v >= value_size) break;
+              if (8 * v >= params_.value_size) break;
               const float2 pair = *reinterpret_cast<const float2*>(row + 8 * v + 2 * (lane() % 4));
               sums[v][0] += p0 * pair.x;
               sums[v][1] += p0 * pair.y;
@@ -201,20 +201,21 @@ class WarpRows {
     } else {
       // Of four matrices: two times 8 positions of 8 columns, then of the next 8.
       const uint32_t row =
-          SharedAddress(values) + lane() % 16 * params_.value_pitch + lane() / 16 * 16;
+          SharedAddress(values) + lane() % 16 * Stage::kValuePitch + lane() / 16 * 16;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float (&low)[4] = p[2 * half];
         const float (&high)[4] = p[2 * half + 1];
         const uint32_t a[4] = {Pack<T>(low[0], low[1]), Pack<T>(low[2], low[3]),
                                Pack<T>(high[0], high[1]), Pack<T>(high[2], high[3])};
+        const uint32_t half_row = row + 16 * half * Stage::kValuePitch;
+        uint32_t b[2][4];
+        LoadMatricesTransposed(b[0], half_row);
 #pragma unroll
         for (int v = 0; v < kColumns; v += 2) {
-          if (8 * v >= value_size) break;
-          uint32_t b[4];
-          LoadMatricesTransposed(b, row + 16 * half * params_.value_pitch + 16 * v);
-          MultiplyAdd<T>(sums[v], a, b[0], b[1]);
-          MultiplyAdd<T>(sums[v + 1], a, b[2], b[3]);
+          if (v + 2 < kColumns) LoadMatricesTransposed(b[v / 2 % 2 ^ 1], half_row + 16 * (v + 2));
+          MultiplyAdd<T>(sums[v], a, b[v / 2 % 2][0], b[v / 2 % 2][1]);
+          MultiplyAdd<T>(sums[v + 1], a, b[v / 2 % 2][2], b[v / 2 % 2][3]);
         }
       }
     }

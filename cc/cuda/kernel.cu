@@ -5,6 +5,7 @@
 // take 16 rows of a tile of 32 positions (attend.cuh), and when a part of an item is through they
 // merge it with the others and select (merge.cuh, selection.cuh).
 
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -30,8 +31,9 @@ struct alignas(128) Shared {
   WorkStart start;
 };
 
-template <typename T>
-__device__ void Compute(const Params& params, const Ring& ring, WorkList work, Shared& shared) {
+template <typename T, int kHeadSize, int kValueSize>
+__device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring,
+                        WorkList work, Shared& shared) {
   const int warp = threadIdx.x / 32;
   RingPosition start;
   Part part;
@@ -46,7 +48,7 @@ __device__ void Compute(const Params& params, const Ring& ring, WorkList work, S
     const int own_group = warp & (row_groups - 1), own_turn = warp / row_groups;
     const int turns = min(kConsumers / row_groups, params.stages);
     const int padded_rows = kRowTile * row_groups, tile_floats = params.tile_floats(padded_rows);
-    WarpRows<T> rows(params, part, own_group * kRowTile);
+    WarpRows<T, kHeadSize, kValueSize> rows(params, part, own_group * kRowTile);
     float* records = params.tiles(part.own_region());
     bool faulty = false;
     RingPosition position = start;
@@ -57,9 +59,8 @@ __device__ void Compute(const Params& params, const Ring& ring, WorkList work, S
       const int slot = position.slot;
       BarrierWait(&ring.barriers->full[slot], position.parity);
       faulty |= ring.barriers->faulty[slot] != 0;
-      rows.Attend(ring.Keys(params, slot), ring.Values(params, slot), tile * kTile,
-                  shared.state.weights, &ring.barriers->empty[slot], releases,
-                  records + int64_t{tile - part.begin} * tile_floats, padded_rows);
+      rows.Attend(ring[slot], tile * kTile, shared.state.weights, &ring.barriers->empty[slot],
+                  releases, records + int64_t{tile - part.begin} * tile_floats, padded_rows);
       position.Advance(turns, params.stages);
     }
     start.Advance(part.end - part.begin, params.stages);
@@ -70,32 +71,55 @@ __device__ void Compute(const Params& params, const Ring& ring, WorkList work, S
   }
 }
 
-template <typename T>
+template <typename T, int kHeadSize, int kValueSize>
 __global__ void __launch_bounds__(kThreads, 1)
     CompressAttention(const __grid_constant__ Params params) {
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const Ring ring = {memory + sizeof(Shared), &shared.barriers};
+  const Ring<T, kHeadSize, kValueSize> ring = {memory + sizeof(Shared), &shared.barriers};
   InitRing(params, ring);
   if (threadIdx.x < kWeightPairs) shared.state.weights[threadIdx.x] = params.weights[threadIdx.x];
   const WorkList work(params, shared.start);  // synchronises
   if (threadIdx.x / 32 >= kConsumers) {
-    Load<T>(params, ring, work);
+    ShrinkRegisters<56>();
+    Load<T, kHeadSize, kValueSize>(params, ring, work);
   } else {
-    Compute<T>(params, ring, work, shared);
+    GrowRegisters<224>();
+    Compute<T, kHeadSize, kValueSize>(params, ring, work, shared);
   }
 }
 
-const void* Kernel(DataType dtype) {
-  switch (dtype) {
-    case DataType::kBFloat16:
-      return reinterpret_cast<const void*>(&CompressAttention<__nv_bfloat16>);
-    case DataType::kFloat16:
-      return reinterpret_cast<const void*>(&CompressAttention<__half>);
-    case DataType::kFloat32:
-      return reinterpret_cast<const void*>(&CompressAttention<float>);
+// A kernel, compiled for head sizes up to its own; smaller ones are padded with zeros in shared
+// memory.
+struct Kernel {
+  DataType dtype;
+  int head_size, value_size, stage_bytes;
+  const void* function;
+};
+template <typename T, int kHeadSize, int kValueSize>
+Kernel MakeKernel(DataType dtype) {
+  return {dtype, kHeadSize, kValueSize, Stage<T, kHeadSize, kValueSize>::kBytes,
+          reinterpret_cast<const void*>(&CompressAttention<T, kHeadSize, kValueSize>)};
+}
+const Kernel kKernels[] = {
+    MakeKernel<__nv_bfloat16, 64, 64>(DataType::kBFloat16),
+    MakeKernel<__nv_bfloat16, 128, 128>(DataType::kBFloat16),
+    MakeKernel<__nv_bfloat16, 192, 128>(DataType::kBFloat16),
+    MakeKernel<__half, 64, 64>(DataType::kFloat16),
+    MakeKernel<__half, 128, 128>(DataType::kFloat16),
+    MakeKernel<__half, 192, 128>(DataType::kFloat16),
+    MakeKernel<float, 192, 128>(DataType::kFloat32),
+};
+
+// The first that fits.
+const Kernel& ChooseKernel(const Problem& problem) {
+  for (const Kernel& kernel : kKernels) {
+    if (kernel.dtype == problem.dtype && kernel.head_size >= problem.head_size &&
+        kernel.value_size >= problem.value_size) {
+      return kernel;
+    }
   }
-  return nullptr;
+  std::abort();  // Refuses() has seen to it
 }
 
 // What a launch needs to know of a device.
@@ -121,8 +145,8 @@ cudaError_t FindDevice(const Device** found) {
     check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id));
     check(
         cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-    for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
-      check(cudaFuncSetAttribute(Kernel(dtype), cudaFuncAttributeMaxDynamicSharedMemorySize,
+    for (const Kernel& kernel : kKernels) {
+      check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  device.shared_bytes));
     }
   });
@@ -188,27 +212,23 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
     };
     params.weights[i] = weight(i - kWeightsBefore) | weight(i - kWeightsBefore - 1) << 16;
   }
-  const auto pitch = [&](int64_t size) {
-    return static_cast<int32_t>(CeilDiv(size, 16) * 16 * element + 16);
-  };
-  params.key_pitch = pitch(problem.head_size);
-  params.value_pitch = pitch(problem.value_size);
+  const Kernel& kernel = ChooseKernel(problem);
   const auto aligned = [&](const void* array, int64_t size) {
     return reinterpret_cast<uintptr_t>(array) % 16 == 0 && size * element % 16 == 0;
   };
   params.aligned = aligned(arrays.key, problem.head_size) &&
                    aligned(arrays.value, problem.value_size) &&
                    aligned(arrays.query, problem.head_size);
-  const int stage_bytes = kTile * (params.key_pitch + params.value_pitch);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
-  if (room < stage_bytes) return cudaErrorInvalidConfiguration;
-  for (params.stages = 1; 2 * params.stages * stage_bytes <= room && params.stages < kMaxStages;) {
+  if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
+  for (params.stages = 1;
+       2 * params.stages * kernel.stage_bytes <= room && params.stages < kMaxStages;) {
     params.stages *= 2;
   }
 
   void* arguments[] = {&params};
-  return cudaLaunchKernel(Kernel(problem.dtype), dim3(params.plan.ctas), dim3(kThreads), arguments,
-                          sizeof(Shared) + params.stages * stage_bytes, stream);
+  return cudaLaunchKernel(kernel.function, dim3(params.plan.ctas), dim3(kThreads), arguments,
+                          sizeof(Shared) + params.stages * kernel.stage_bytes, stream);
 }
 
 }  // namespace jax_nsa::cuda

@@ -36,8 +36,9 @@ struct ConsumerState {
 __device__ inline float Shrink(float a, float b) { return b == -INFINITY ? 0.0f : Exp2(a - b); }
 
 // Adds up the sums of the warps that have the same rows, into the part's region.
-template <typename T>
-__device__ void StorePart(const Params& params, const Part& part, WarpRows<T>& rows, bool faulty,
+template <typename T, int kHeadSize, int kValueSize>
+__device__ void StorePart(const Params& params, const Part& part,
+                          WarpRows<T, kHeadSize, kValueSize>& rows, bool faulty,
                           ConsumerState& state, MergeScratch& scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row_groups = RowGroups(part.rows(params));  // a power of two
@@ -54,21 +55,25 @@ __device__ void StorePart(const Params& params, const Part& part, WarpRows<T>& r
   }
   if (lane == 0) state.warp_faulty[warp] = faulty;
   SyncConsumers();
-  bool any_faulty = false;
-  for (int w = 0; w < kConsumers; ++w) any_faulty |= state.warp_faulty[w] != 0;
+  const auto same_rows = [&](int w) { return ((w ^ warp) & (row_groups - 1)) == 0; };
   float shrink[2];
   for (int r = 0; r < 2; ++r) {
-    float maximum = -INFINITY, total = 0.0f;
-#pragma unroll 1
-    for (int w = (warp & (row_groups - 1)); w < kConsumers; w += row_groups) {
-      maximum = fmaxf(maximum, state.warp_max[w][g + 8 * r]);
-    }
-#pragma unroll 1
-    for (int w = (warp & (row_groups - 1)); w < kConsumers; w += row_groups) {
-      total += state.warp_total[w][g + 8 * r] * Shrink(state.warp_max[w][g + 8 * r], maximum);
+    float maximum = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) {
+      if (same_rows(w)) maximum = fmaxf(maximum, state.warp_max[w][g + 8 * r]);
     }
     shrink[r] = Shrink(rows.maxima[r], maximum);
     if (warp < row_groups && t == 0) {
+      float total = 0.0f;
+      bool any_faulty = false;
+#pragma unroll
+      for (int w = 0; w < kConsumers; ++w) {
+        any_faulty |= state.warp_faulty[w] != 0;
+        if (same_rows(w)) {
+          total += state.warp_total[w][g + 8 * r] * Shrink(state.warp_max[w][g + 8 * r], maximum);
+        }
+      }
       const int row = kRowTile * warp + g + 8 * r;
       params.part_max(region)[row] = maximum;
       params.part_sum(region)[row] = any_faulty ? -1.0f : total;
@@ -78,11 +83,11 @@ __device__ void StorePart(const Params& params, const Part& part, WarpRows<T>& r
   const int columns = params.value_columns;
   float* attention = params.part_attention(region);
 #pragma unroll
-  for (int chunk = 0; chunk < kMaxValueSize / kMergedColumns; ++chunk) {
-    if (chunk * kMergedColumns >= columns) break;
+  for (int chunk = 0; chunk < kValueSize; chunk += kMergedColumns) {
+    if (chunk >= columns) break;
 #pragma unroll
     for (int n = 0; n < kMergedColumns / 8; ++n) {
-      const float (&sums)[4] = rows.sums[chunk * kMergedColumns / 8 + n];
+      const float (&sums)[4] = rows.sums[chunk / 8 + n];
       float* to = &scratch.sums[warp][g][8 * n + 2 * t];
       *reinterpret_cast<float2*>(to) = {sums[0] * shrink[0], sums[1] * shrink[0]};
       *reinterpret_cast<float2*>(to + 8 * kMergePitch) = {sums[2] * shrink[1], sums[3] * shrink[1]};
@@ -92,15 +97,17 @@ __device__ void StorePart(const Params& params, const Part& part, WarpRows<T>& r
     for (int i = thread; i < row_groups * kRowTile * kMergedColumns / 4; i += kComputeThreads) {
       const int row = i / (kMergedColumns / 4), column = i % (kMergedColumns / 4) * 4;
       float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
-      for (int w = row / kRowTile; w < kConsumers; w += row_groups) {
-        const float4 own =
-            *reinterpret_cast<const float4*>(&scratch.sums[w][row % kRowTile][column]);
-        sum = {sum.x + own.x, sum.y + own.y, sum.z + own.z, sum.w + own.w};
+#pragma unroll
+      for (int turn = 0; turn < kConsumers; ++turn) {
+        const int w = row / kRowTile + turn * row_groups;
+        if (w < kConsumers) {
+          const float4 own =
+              *reinterpret_cast<const float4*>(&scratch.sums[w][row % kRowTile][column]);
+          sum = {sum.x + own.x, sum.y + own.y, sum.z + own.z, sum.w + own.w};
+        }
       }
-      if (chunk * kMergedColumns + column < columns) {
-        *reinterpret_cast<float4*>(attention + row * columns + chunk * kMergedColumns + column) =
-            sum;
+      if (chunk + column < columns) {
+        *reinterpret_cast<float4*>(attention + row * columns + chunk + column) = sum;
       }
     }
     SyncConsumers();
@@ -184,15 +191,19 @@ __device__ inline int64_t ResultRow(const Params& params, const Part& part, int 
          (row & (params.group() - 1));
 }
 
-// Merges the parts' maxima and sums: a warp for each row, a lane for each part.
+// Merges the parts' maxima and sums: as many lanes for each row as there are parts, if a warp has
+// them.
 __device__ inline void MergeNorms(const Params& params, const Part& part, ConsumerState& state) {
-  const int lane = threadIdx.x % 32, parts = part.parts;
+  const int lane = threadIdx.x % 32, rows = part.rows(params);
+  const int lanes = part.parts >= 32 ? 32 : 1 << (32 - __clz(part.parts - 1));
+  const int per_warp = 32 / lanes;
 #pragma unroll 1
-  for (int row = threadIdx.x / 32; row < part.rows(params); row += kConsumers) {
+  for (int first = threadIdx.x / 32 * per_warp; first < rows; first += kConsumers * per_warp) {
+    const int own = first + lane / lanes, row = min(own, rows - 1);
     float maximum = -INFINITY, total = 0.0f;
     bool faulty = false;
 #pragma unroll 1
-    for (int p = lane; p < parts; p += 32) {
+    for (int p = lane & (lanes - 1); p < part.parts; p += lanes) {
       const float part_max = params.part_max(part.Region(p))[row];
       const float part_sum = params.part_sum(part.Region(p))[row];
       const float larger = fmaxf(maximum, part_max);
@@ -200,22 +211,22 @@ __device__ inline void MergeNorms(const Params& params, const Part& part, Consum
       maximum = larger;
       faulty |= part_sum < 0.0f;
     }
-    for (int step = 16; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(~0u, maximum, step);
-      const float larger = fmaxf(maximum, other);
+#pragma unroll 1
+    for (int step = lanes / 2; step > 0; step /= 2) {
+      const float larger = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
       total *= Shrink(maximum, larger);
       total += __shfl_xor_sync(~0u, total, step);
       maximum = larger;
     }
     faulty = __any_sync(~0u, faulty);
-    if (lane == 0) {
+    if ((lane & (lanes - 1)) == 0 && own < rows) {
+      // A row that sees nothing has sums of 0 and maxima of -inf.
       const bool empty = total == 0.0f;
-      state.norms.maximum[row] = empty ? 0.0f : maximum;
-      state.norms.inverse[row] = empty ? 0.0f : 1.0f / total;
+      const float log2_sum = maximum + log2f(total);
+      state.norms.log2_sum[row] = empty ? 0.0f : log2_sum;
       if (row == 0) state.faulty = faulty;
       if (params.arrays.lse) {
-        params.arrays.lse[ResultRow(params, part, row)] =
-            empty ? -INFINITY : (maximum + log2f(total)) * kLn2;
+        params.arrays.lse[ResultRow(params, part, row)] = empty ? -INFINITY : log2_sum * kLn2;
       }
     }
   }
@@ -237,33 +248,42 @@ __device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
   }
 }
 
+// Merges the parts' attention and writes it out.
 template <typename T>
 __device__ void MergeAttention(const Params& params, const Part& part, const RowNorms& norms) {
-  static_assert(kMaxValueSize <= 4 * 32);  // a warp for each row, a lane for four columns
-  const int column = threadIdx.x % 32 * 4;
+  static_assert(kMaxValueSize <= 4 * 32);  // a lane for four columns
+  const int column = threadIdx.x % 32 * 4, rows = part.rows(params);
   if (column >= params.value_columns) return;
+  // A warp takes two rows at a time, to have more loads in flight.
 #pragma unroll 1
-  for (int row = threadIdx.x / 32; row < part.rows(params); row += kConsumers) {
-    const float maximum = norms.maximum[row];
-    float sum[4] = {};
-#pragma unroll 4
+  for (int first = threadIdx.x / 32; first < rows; first += 2 * kConsumers) {
+    const int row[2] = {first, min(first + kConsumers, rows - 1)};
+    float sum[2][4] = {};
+#pragma unroll 8
     for (int p = 0; p < part.parts; ++p) {
       const int region = part.Region(p);
-      const float factor = Exp2(params.part_max(region)[row] - maximum);
-      const float4 own = *reinterpret_cast<const float4*>(params.part_attention(region) +
-                                                          row * params.value_columns + column);
-      sum[0] += own.x * factor;
-      sum[1] += own.y * factor;
-      sum[2] += own.z * factor;
-      sum[3] += own.w * factor;
+      const float* maxima = params.part_max(region);
+      const float* attention = params.part_attention(region) + column;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float4 own =
+            *reinterpret_cast<const float4*>(attention + row[r] * params.value_columns);
+        const float factor = Exp2(maxima[row[r]] - norms.log2_sum[row[r]]);
+        sum[r][0] += own.x * factor;
+        sum[r][1] += own.y * factor;
+        sum[r][2] += own.z * factor;
+        sum[r][3] += own.w * factor;
+      }
     }
-    for (float& x : sum) x *= norms.inverse[row];
-    const int64_t at = ResultRow(params, part, row) * params.value_size + column;
-    const int columns = params.value_size - column;
-    if (params.problem.attention_dtype == DataType::kFloat32) {
-      StoreColumns(static_cast<float*>(params.arrays.attention) + at, sum, columns);
-    } else {
-      StoreColumns(static_cast<T*>(params.arrays.attention) + at, sum, columns);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t at = ResultRow(params, part, row[r]) * params.value_size + column;
+      const int columns = params.value_size - column;
+      if (params.problem.attention_dtype == DataType::kFloat32) {
+        StoreColumns(static_cast<float*>(params.arrays.attention) + at, sum[r], columns);
+      } else {
+        StoreColumns(static_cast<T*>(params.arrays.attention) + at, sum[r], columns);
+      }
     }
   }
 }

@@ -40,11 +40,9 @@ struct Params {
   Arrays arrays;
   Plan plan;
   char* workspace;
-  int32_t stages;       // of the pipeline
-  int32_t key_pitch;    // bytes from row to row of a stage's keys
-  int32_t value_pitch;  // of its values
-  bool aligned;         // rows of keys, values and query start at multiples of 16 bytes
-  float scale_log2;     // makes powers of two of scores
+  int32_t stages;    // of the pipeline
+  bool aligned;      // rows of keys, values and query start at multiples of 16 bytes
+  float scale_log2;  // makes powers of two of scores
   int32_t heads, key_value_heads, head_size, value_size;
   int32_t value_columns;    // value_size rounded up to a multiple of 4
   int32_t group_log2;       // of group(), a power of two
@@ -79,7 +77,8 @@ struct Params {
   }
   __device__ int tile_floats(int rows) const { return rows * (1 + plan.slots); }
   __device__ char* selection() const {
-    return workspace + plan.selection_offset + blockIdx.x * (8 * plan.sorted + 4 * plan.keys);
+    return workspace + plan.selection_offset +
+           blockIdx.x * (8 * plan.sorted + 4 * plan.importances);
   }
 };
 

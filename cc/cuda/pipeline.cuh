@@ -35,73 +35,79 @@ struct RingPosition {
   }
 };
 
-// The stages. A pitch is an odd multiple of 16 bytes, so that 8 rows lie in different banks.
+// Where a stage's rows lie. A pitch is an odd multiple of 16 bytes, so that 8 rows lie in different
+// banks.
+template <typename T, int kHeadSize, int kValueSize>
+struct Stage {
+  static constexpr int kKeyPitch = kHeadSize * sizeof(T) + 16;
+  static constexpr int kValuePitch = kValueSize * sizeof(T) + 16;
+  static constexpr int kBytes = kTile * (kKeyPitch + kValuePitch);
+
+  char* memory;
+
+  __device__ char* keys() const { return memory; }
+  __device__ char* values() const { return memory + kTile * kKeyPitch; }
+};
+
+template <typename T, int kHeadSize, int kValueSize>
 struct Ring {
+  using Stage = cuda::Stage<T, kHeadSize, kValueSize>;
   char* memory;
   Barriers* barriers;
 
-  __device__ char* Keys(const Params& params, int slot) const {
-    return memory + slot * (kTile * (params.key_pitch + params.value_pitch));
-  }
-  __device__ char* Values(const Params& params, int slot) const {
-    return Keys(params, slot) + kTile * params.key_pitch;
-  }
+  __device__ Stage operator[](int slot) const { return {memory + slot * Stage::kBytes}; }
 };
 
-// Prepares the ring, by all threads. Columns between head_size and the next multiple of 16 enter
-// the products, so they are made zero; no copy ever touches them.
-__device__ inline void InitRing(const Params& params, const Ring& ring) {
+// Prepares the ring, by all threads. The keys' columns from head_size to the pitch enter the
+// products, so they are made zero; no copy ever touches them.
+template <typename T, int kHeadSize, int kValueSize>
+__device__ void InitRing(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring) {
   if (threadIdx.x < params.stages) {
     BarrierInit(&ring.barriers->full[threadIdx.x], 32);
     BarrierInit(&ring.barriers->empty[threadIdx.x], kConsumers);
   }
-  const int element = params.problem.dtype == DataType::kFloat32 ? 4 : 2;
-  const int used = params.head_size * element, padded = params.key_pitch - 16;
-  if (used == padded) return;
+  if (params.head_size == kHeadSize) return;
 #pragma unroll 1
   for (int row = threadIdx.x; row < params.stages * kTile; row += kThreads) {
-    char* start = ring.Keys(params, row / kTile) + row % kTile * params.key_pitch;
+    char* keys = ring[row / kTile].keys() + row % kTile * ring[0].kKeyPitch;
 #pragma unroll 1
-    for (int c = used; c < padded; c += 2) *reinterpret_cast<uint16_t*>(start + c) = 0;
+    for (int d = params.head_size; d < kHeadSize; ++d) reinterpret_cast<T*>(keys)[d] = T(0.0f);
   }
 }
 
-// How the lanes of a warp share a tile's rows in units of 16 bytes: neighbouring lanes copy
-// neighbouring chunks, going through the tile row by row.
-struct CopyPattern {
-  int row_bytes, pitch, chunks;
-  int row, chunk;            // where this lane starts
-  int row_step, chunk_step;  // to its next chunk
-
-  __device__ CopyPattern(int row_bytes, int pitch)
-      : row_bytes(row_bytes), pitch(pitch), chunks(row_bytes / 16) {
-    const int lane = threadIdx.x % 32, width = max(1, chunks);
-    row = lane / width;
-    chunk = lane - row * width;
-    row_step = 32 / width;
-    chunk_step = 32 - row_step * width;
-  }
-
-  // Copies a tile without waiting. `source` is the row for this lane's position, nothing is copied
-  // for a negative one.
-  __device__ void Copy(const void* pool, int source, uint32_t to, uint64_t policy) const {
-    int r = row, c = chunk;
-#pragma unroll 4
-    for (int i = 0; i < chunks; ++i) {
-      const int from = __shfl_sync(~0u, source, r);
-      if (from >= 0) {
-        CopyAsync16(to + r * pitch + c * 16,
-                    static_cast<const char*>(pool) + int64_t{from} * row_bytes + c * 16, policy);
+// Copies a tile's rows in units of 16 bytes, without waiting. `source` is the row for this lane's
+// position; nothing is copied for a negative one. Eight lanes copy 128 neighbouring bytes at a
+// time, so that a warp has four rows in hand. With kFull, all columns exist.
+template <bool kFull, typename T, int kHeadSize, int kValueSize>
+__device__ inline void CopyTile(const Params& params, const Stage<T, kHeadSize, kValueSize>& stage,
+                                int source, uint64_t policy) {
+  const int lane = threadIdx.x % 32, offset = lane % 8 * 16;
+  const int key_bytes = (kFull ? kHeadSize : params.head_size) * static_cast<int>(sizeof(T));
+  const int value_bytes = (kFull ? kValueSize : params.value_size) * static_cast<int>(sizeof(T));
+  const uint32_t keys = SharedAddress(stage.keys()) + lane / 8 * stage.kKeyPitch + offset;
+  const uint32_t values = SharedAddress(stage.values()) + lane / 8 * stage.kValuePitch + offset;
+  const char* key_pool = static_cast<const char*>(params.arrays.key) + offset;
+  const char* value_pool = static_cast<const char*>(params.arrays.value) + offset;
+#pragma unroll
+  for (int r = 0; r < kTile; r += 4) {
+    const int row = __shfl_sync(~0u, source, r + lane / 8);
+    if (row < 0) continue;
+    const char* key = key_pool + int64_t{row} * key_bytes;
+    const char* value = value_pool + int64_t{row} * value_bytes;
+#pragma unroll
+    for (int c = 0; c < kHeadSize * static_cast<int>(sizeof(T)); c += 128) {
+      if (kFull || offset + c < key_bytes) {
+        CopyAsync16(keys + r * stage.kKeyPitch + c, key + c, policy);
       }
-      r += row_step;
-      c += chunk_step;
-      if (c >= chunks) {
-        c -= chunks;
-        ++r;
+    }
+#pragma unroll
+    for (int c = 0; c < kValueSize * static_cast<int>(sizeof(T)); c += 128) {
+      if (kFull || offset + c < value_bytes) {
+        CopyAsync16(values + r * stage.kValuePitch + c, value + c, policy);
       }
     }
   }
-};
+}
 
 // The same one element at a time, for rows that start anywhere. Slow.
 template <typename T>
@@ -119,12 +125,11 @@ __device__ inline void CopyTileElements(const void* pool, int row, int row_size,
 }
 
 // A loading warp: fills its stages with its tile of the share.
-template <typename T>
-__device__ void Load(const Params& params, const Ring& ring, WorkList work) {
+template <typename T, int kHeadSize, int kValueSize>
+__device__ void Load(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring,
+                     WorkList work) {
   const Problem& problem = params.problem;
   const int lane = threadIdx.x % 32, heads = params.key_value_heads;
-  const CopyPattern key_pattern(params.head_size * sizeof(T), params.key_pitch);
-  const CopyPattern value_pattern(params.value_size * sizeof(T), params.value_pitch);
   const uint64_t policy = ReadOncePolicy();
   RingPosition position;
   const int loaders = min(kLoaders, params.stages);
@@ -150,26 +155,30 @@ __device__ void Load(const Params& params, const Ring& ring, WorkList work) {
           exists && legal ? ((page - column) * params.page_size + i) * heads + part.head : -1;
 
       const int slot = position.slot;
-      char* keys = ring.Keys(params, slot);
-      char* values = ring.Values(params, slot);
+      const auto stage = ring[slot];
       BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // none in the first round
       const bool faulty = __any_sync(~0u, !legal);
       if (lane == 0) ring.barriers->faulty[slot] = faulty;
       if (row < 0) {
         // A probability of zero must not meet a NaN. (Scores are masked whatever the keys.)
 #pragma unroll 1
-        for (int c = 0; c < params.value_pitch; c += 16) {
-          *reinterpret_cast<int4*>(values + lane * params.value_pitch + c) = int4{0, 0, 0, 0};
+        for (int c = 0; c < stage.kValuePitch; c += 16) {
+          *reinterpret_cast<int4*>(stage.values() + lane * stage.kValuePitch + c) =
+              int4{0, 0, 0, 0};
         }
       }
       if (params.aligned) {
-        key_pattern.Copy(params.arrays.key, row, SharedAddress(keys), policy);
-        value_pattern.Copy(params.arrays.value, row, SharedAddress(values), policy);
+        if (params.head_size == kHeadSize && params.value_size == kValueSize) {
+          CopyTile<true>(params, stage, row, policy);
+        } else {
+          CopyTile<false>(params, stage, row, policy);
+        }
         BarrierHoldForCopies(&ring.barriers->full[slot]);
       } else {
-        CopyTileElements<T>(params.arrays.key, row, params.head_size, keys, params.key_pitch);
-        CopyTileElements<T>(params.arrays.value, row, params.value_size, values,
-                            params.value_pitch);
+        CopyTileElements<T>(params.arrays.key, row, params.head_size, stage.keys(),
+                            stage.kKeyPitch);
+        CopyTileElements<T>(params.arrays.value, row, params.value_size, stage.values(),
+                            stage.kValuePitch);
       }
       BarrierArrive(&ring.barriers->full[slot]);
       position.Advance(loaders, params.stages);

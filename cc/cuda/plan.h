@@ -25,10 +25,10 @@ constexpr int kMaxHeadSize = 192, kMaxValueSize = 128;
 // the device is known.
 constexpr int kMaxCtas = 160;
 // Splitting a sequence more finely than this costs more in the merge than it saves.
-constexpr int kMinShare = 8;
+constexpr int kMinShare = 16;
 // Blocks whose importances, and chosen blocks whose order, shared memory holds; more of them go
 // through the workspace.
-constexpr int kSharedBlocks = 4096;
+constexpr int kSharedBlocks = 2048;
 constexpr int kSharedChosen = 1024;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -56,7 +56,7 @@ struct Plan {
   int64_t part_floats;  // of one region: attention [rows, value_size], maxima and sums
   int64_t
       region_floats;     // of one region's tiles: for each maxima [rows], window sums [slots, rows]
-  int64_t keys;          // of one thread block: importances beyond shared memory
+  int64_t importances;   // of one thread block: importances beyond shared memory
   int64_t sorted;        // of one thread block: chosen blocks beyond shared memory
   int64_t parts_offset;  // in bytes, like the next three
   int64_t tiles_offset;
@@ -95,7 +95,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
 
   plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
   plan.region_floats = int64_t{plan.region_tiles} * plan.rows * (1 + plan.slots);
-  plan.keys = problem.max_blocks() > kSharedBlocks ? CeilDiv(problem.max_blocks(), 2) * 2 : 0;
+  plan.importances = problem.max_blocks() > kSharedBlocks ? 2 * problem.max_blocks() : 0;
   // The candidates of a selection are at most an eighth more than it needs; sorting pads them to a
   // power of two.
   const int64_t most =
@@ -107,7 +107,8 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.parts_offset = AlignUp(2 * 8 * plan.ctas);
   plan.tiles_offset = plan.parts_offset + AlignUp(2 * 4 * plan.ctas * plan.part_floats);
   plan.selection_offset = plan.tiles_offset + AlignUp(2 * 4 * plan.ctas * plan.region_floats);
-  plan.bytes = plan.selection_offset + AlignUp(plan.ctas * (8 * plan.sorted + 4 * plan.keys));
+  plan.bytes =
+      plan.selection_offset + AlignUp(plan.ctas * (8 * plan.sorted + 4 * plan.importances));
   return plan;
 }
 

@@ -142,6 +142,20 @@ __device__ inline uint32_t Pack<__half>(float low, float high) {
 // Waits for all consumer warps; the loading ones go their own way.
 __device__ inline void SyncConsumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+// Gives up registers, or takes those that others gave up. All warps of an aligned group of four do.
+template <int kRegisters>
+__device__ inline void ShrinkRegisters() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ inline void GrowRegisters() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
 __device__ inline void FenceSequentially() { asm volatile("fence.sc.gpu;" ::: "memory"); }
 
 }  // namespace jax_nsa::cuda

@@ -18,11 +18,20 @@ constexpr int kHistogramBins = 1 << kHistogramBits;
 // So few candidates are ranked by comparing each with every other.
 constexpr int kFewCandidates = 128;
 
+// Where a tile's record lies, and the block of its slot 0; for kPlaces tiles at a time.
+struct TilePlace {
+  const float* record;
+  int first_block;
+};
+constexpr int kPlaces = kComputeThreads;
+static_assert(kPlaces % (2 * kConsumers) == 0);  // an even tile is always an even warp's
+
 struct SelectionScratch {
-  uint32_t keys[kSharedBlocks];
+  float importances[2 * kSharedBlocks];  // then keys
+  TilePlace places[kPlaces];
   uint32_t histogram[kHistogramBins];
   uint64_t chosen[kSharedChosen];
-  uint64_t warp_least[kConsumers], warp_most[kConsumers];
+  uint32_t warp_least[kConsumers], warp_most[kConsumers];
   int warp_counts[kConsumers];
   uint64_t least, most;  // orders that bracket the last candidate to be chosen
   int above;             // candidates above the bracket
@@ -51,26 +60,13 @@ __device__ inline uint64_t FindThreshold(const uint32_t* keys, int candidates, i
   const int enough = max(kFewCandidates, needed + needed / 8);
   if (candidates <= enough) return 0;
 
-  uint64_t least = ~uint64_t{0}, most = 0;
-#pragma unroll 1
-  for (int i = thread; i < candidates; i += kComputeThreads) {
-    const uint64_t order = Order(keys[1 + i], 1 + i);
-    least = min(least, order);
-    most = max(most, order);
-  }
-  for (int step = 16; step > 0; step /= 2) {
-    least = min(least, __shfl_xor_sync(~0u, least, step));
-    most = max(most, __shfl_xor_sync(~0u, most, step));
-  }
-  if (lane == 0) {
-    scratch.warp_least[warp] = least;
-    scratch.warp_most[warp] = most;
-  }
-  SyncConsumers();
+  uint32_t least_key = ~0u, most_key = 0;
+#pragma unroll
   for (int w = 0; w < kConsumers; ++w) {
-    least = min(least, scratch.warp_least[w]);
-    most = max(most, scratch.warp_most[w]);
+    least_key = min(least_key, scratch.warp_least[w]);
+    most_key = max(most_key, scratch.warp_most[w]);
   }
+  uint64_t least = uint64_t{least_key} << 32, most = uint64_t{most_key} << 32 | 0xffffffffu;
 
   int above = 0;
 #pragma unroll 1
@@ -78,12 +74,12 @@ __device__ inline uint64_t FindThreshold(const uint32_t* keys, int candidates, i
     // A histogram of the bracket, its highest orders in bin 0.
     const int bits = 64 - __clzll(static_cast<long long>(most - least));
     const int shift = max(0, bits - kHistogramBits);
-#pragma unroll 1
+#pragma unroll
     for (int bin = thread; bin < kHistogramBins; bin += kComputeThreads) {
       scratch.histogram[bin] = 0;
     }
     SyncConsumers();
-#pragma unroll 1
+#pragma unroll 4
     for (int i = thread; i < candidates; i += kComputeThreads) {
       const uint64_t order = Order(keys[1 + i], 1 + i);
       if (least <= order && order <= most) {
@@ -94,7 +90,7 @@ __device__ inline uint64_t FindThreshold(const uint32_t* keys, int candidates, i
     // The bin of the last one needed.
     constexpr int kEach = kHistogramBins / kComputeThreads;
     int own = 0;
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < kEach; ++i) own += scratch.histogram[thread * kEach + i];
     int up_to = own;
     for (int step = 1; step < 32; step *= 2) {
@@ -154,10 +150,34 @@ __device__ inline void SortDescending(uint64_t* orders, int size) {
   }
 }
 
+// Adds the importances' two terms to keys, in place, and finds the least and the most of those that
+// are not chosen anyhow.
+__device__ inline void MakeKeys(float* importances, int num_blocks, SelectionScratch& scratch) {
+  uint32_t* keys = reinterpret_cast<uint32_t*>(importances);
+  uint32_t least = ~0u, most = 0;
+#pragma unroll 4
+  for (int j = threadIdx.x; j < num_blocks; j += kComputeThreads) {
+    const uint32_t key = ImportanceKey(importances[j] + importances[num_blocks + j]);
+    keys[j] = key;
+    if (!AlwaysChosen(j, num_blocks)) {
+      least = min(least, key);
+      most = max(most, key);
+    }
+  }
+  least = __reduce_min_sync(~0u, least);
+  most = __reduce_max_sync(~0u, most);
+  if (threadIdx.x % 32 == 0) {
+    scratch.warp_least[threadIdx.x / 32] = least;
+    scratch.warp_most[threadIdx.x / 32] = most;
+  }
+  if (threadIdx.x == 0) scratch.listed = 0;
+  SyncConsumers();
+}
+
 // Writes the `count` most important of num_blocks blocks, by all consumer warps. `spill` has room
 // for the candidates that shared memory has none for.
-__device__ inline void SelectBlocks(const uint32_t* keys, int num_blocks, int count,
-                                    uint64_t* spill, SelectionScratch& scratch, int32_t* indices) {
+__device__ inline void SelectBlocks(float* importances, int num_blocks, int count, uint64_t* spill,
+                                    SelectionScratch& scratch, int32_t* indices) {
   const int thread = threadIdx.x;
   // The blocks always chosen come first: their importance is infinite, that of no other is.
   const int always = min(num_blocks, 3);
@@ -169,13 +189,14 @@ __device__ inline void SelectBlocks(const uint32_t* keys, int num_blocks, int co
   const int needed = min(num_blocks, count) - always;
   if (needed <= 0) return;
 
+  MakeKeys(importances, num_blocks, scratch);
+  const uint32_t* keys = reinterpret_cast<const uint32_t*>(importances);
   const int candidates = num_blocks - 3;
-  if (thread == 0) scratch.listed = 0;
   const uint64_t least = FindThreshold(keys, candidates, needed, scratch);
   SyncConsumers();
   const int room = max(kFewCandidates, needed + needed / 8);
   uint64_t* chosen = room <= kSharedChosen ? scratch.chosen : spill;
-#pragma unroll 1
+#pragma unroll 4
   for (int i = thread; i < candidates; i += kComputeThreads) {
     const uint64_t order = Order(keys[1 + i], 1 + i);
     if (order >= least) chosen[atomicAdd(&scratch.listed, 1)] = order;
@@ -211,104 +232,138 @@ __device__ inline void SelectBlocks(const uint32_t* keys, int num_blocks, int co
   SyncConsumers();
 }
 
-// What normalises an item's rows, in shared memory: exponentials are relative to `maximum`, and
-// `inverse` is one over their sum; 0 where a row sees no position.
+// What makes an item's exponentials probabilities, in shared memory: the logarithm of each row's
+// sum; 0 where a row sees no position.
 struct RowNorms {
-  float maximum[kMaxRows], inverse[kMaxRows];
+  float log2_sum[kMaxRows];
 };
 
-// Four rows of one token, or as many as it has.
-struct Quad {
-  float x[4];
-};
-__device__ inline Quad LoadQuad(const float* rows, int group) {
-  if (group >= 4) {
-    const float4 all = *reinterpret_cast<const float4*>(rows);
-    return {all.x, all.y, all.z, all.w};
-  }
-  return {rows[0], group > 1 ? rows[1] : 0.0f, 0.0f, 0.0f};
+// The record of a merged item's tile in its part's region, from row `row` on.
+__device__ inline const float* TileRecord(const Params& params, const Part& part, int tile,
+                                          int row) {
+  const int after = tile - part.first_tiles;
+  const int between = after < 0 ? -1 : Quotient(after, part.share);
+  const int in_part = after < 0 ? tile : after - between * part.share;
+  return params.tiles(part.Region(1 + between)) + row +
+         int64_t{in_part} * params.tile_floats(part.padded_rows(params));
 }
 
-// The sum over the heads of a token's scores of every block, as keys; block_scores if wanted.
+// Consecutive rows of one token.
+template <int kRows>
+struct Rows {
+  float x[kRows];
+};
+template <int kRows>
+constexpr int kLog2 = kRows == 8   ? 3
+                      : kRows == 4 ? 2
+                      : kRows == 2 ? 1
+                                   : 0;
+template <int kRows>
+__device__ inline Rows<kRows> LoadRows(const float* from) {
+  Rows<kRows> rows;
+  if constexpr (kRows < 4) {
+    for (int i = 0; i < kRows; ++i) rows.x[i] = from[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRows; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + i);
+      rows.x[i] = four.x, rows.x[i + 1] = four.y, rows.x[i + 2] = four.z, rows.x[i + 3] = four.w;
+    }
+  }
+  return rows;
+}
+
+// The sums over the heads of a token's scores of every block, in two terms: those of even tiles at
+// importances[j], those of odd ones at importances[num_blocks + j]. (A block has positions in two
+// neighbouring tiles at most.) A warp takes a tile at a time, a lane kRows heads of one of its
+// slots.
+template <int kRows>
 __device__ inline void SumImportances(const Params& params, const Part& part, int token,
-                                      int num_blocks, const RowNorms& norms, uint32_t* keys) {
-  const int m = params.block_positions, length = part.sequence.length, group = params.group();
-  const int rows = part.padded_rows(params), tile_floats = params.tile_floats(rows);
-  const int64_t max_blocks = params.max_blocks;
-
-  // Each lane adds up four heads, so that the lanes of a warp read whole lines.
-  const int lanes_log2 = max(0, params.group_log2 - 2), lanes = 1 << lanes_log2;
-  const int quad = threadIdx.x & (lanes - 1), first_row = token * group + 4 * quad;
-  const Quad maximum = LoadQuad(norms.maximum + first_row, group);
-  const Quad inverse = LoadQuad(norms.inverse + first_row, group);
-  float* block_scores = nullptr;
-  if (params.arrays.block_scores) {
-    const int64_t row = part.sequence.first_row + part.first_token + token;
-    block_scores = params.arrays.block_scores +
-                   (row * params.heads + part.head * group + 4 * quad) * max_blocks;
-  }
-
-  // A tile's record. Counts are below 2^24, so the quotient is off by one at most.
-  const float inverse_share = 1.0f / static_cast<float>(part.share);
-  const float* own_tiles = params.tiles(part.Region(0)) + first_row;
-  const auto tile_record = [&](int tile) -> const float* {
-    int after = tile - part.first_tiles;
-    if (after < 0) return own_tiles + int64_t{tile} * tile_floats;
-    int between = static_cast<int>(static_cast<float>(after) * inverse_share);
-    after -= between * part.share;
-    if (after < 0) --between, after += part.share;
-    if (after >= part.share) ++between, after -= part.share;
-    return params.tiles(part.Region(1 + between)) + first_row + int64_t{after} * tile_floats;
-  };
-  constexpr int kUnrolled = 4;  // blocks whose sums are fetched together
-  const int stride = kComputeThreads >> lanes_log2;
-  const int first_block = threadIdx.x >> lanes_log2;
+                                      int num_blocks, const RowNorms& norms,
+                                      TilePlace (&places)[kPlaces], float* importances) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = params.plan.slots;
+  const int lanes_log2 = max(0, params.group_log2 - kLog2<kRows>), lanes = 1 << lanes_log2;
+  const int part_of_slot = lane & (lanes - 1);
+  const int first_row = token * params.group() + kRows * part_of_slot;
+  const int rows = part.padded_rows(params);
+  const Rows<kRows> log2_sum = LoadRows<kRows>(norms.log2_sum + first_row);
+  float* own_importances = importances + (warp & 1) * num_blocks;
 #pragma unroll 1
-  for (int base = 0; base < num_blocks; base += kUnrolled * stride) {
-    Quad sums[kUnrolled][2] = {}, references[kUnrolled][2] = {};
-#pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      const int j = base + u * stride + first_block;
-      // Block j's positions lie in one tile or two; or past the sequence, in none.
-      const int first = max(0, m * (j + 1) - (params.taps - 1)),
-                last = min(length - 1, m * (j + 1));
-      if (j >= num_blocks || first > last) continue;
-      const int tiles[2] = {first / kTile, last / kTile};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (i == 1 && tiles[1] == tiles[0]) continue;
-        const float* record = tile_record(tiles[i]);
-        const int slot = j + 1 - params.by_block_positions(tiles[i] * kTile + m - 1);
-        references[u][i] = LoadQuad(record, group);
-        sums[u][i] = LoadQuad(record + (1 + slot) * rows, group);
-      }
+  for (int j = threadIdx.x; j < 2 * num_blocks; j += kComputeThreads) importances[j] = 0.0f;
+
+#pragma unroll 1
+  for (int batch = 0; batch < part.sequence.tiles; batch += kPlaces) {
+    const int tiles = min(part.sequence.tiles - batch, kPlaces);
+    SyncConsumers();
+    if (threadIdx.x < tiles) {
+      const int tile = batch + threadIdx.x;
+      places[threadIdx.x] = {
+          TileRecord(params, part, tile, 0),
+          params.by_block_positions(tile * kTile + params.block_positions - 1) - 1};
     }
+    SyncConsumers();
+    constexpr int kUnrolled = 4;  // tiles whose sums are fetched together
+#pragma unroll 1
+    for (int base = 0; base < slots; base += 32 >> lanes_log2) {
+      const int slot = base + (lane >> lanes_log2);
+      const int offset = first_row + (1 + min(slot, slots - 1)) * rows;
+#pragma unroll 1
+      for (int tile = warp; tile < tiles; tile += kUnrolled * kConsumers) {
+        Rows<kRows> sums[kUnrolled], references[kUnrolled];
+        int blocks[kUnrolled];
 #pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      const int j = base + u * stride + first_block;
-      float importance = 0.0f;
-#pragma unroll
-      for (int g = 0; g < 4; ++g) {
-        float score = 0.0f;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          score += sums[u][i].x[g] * Exp2(references[u][i].x[g] - maximum.x[g]);
+        for (int u = 0; u < kUnrolled; ++u) {
+          const TilePlace& place = places[min(tile + u * kConsumers, tiles - 1)];
+          blocks[u] = place.first_block + slot;
+          references[u] = LoadRows<kRows>(place.record + first_row);
+          sums[u] = LoadRows<kRows>(place.record + offset);
         }
-        score *= inverse.x[g];
-        importance += score;
-        if (block_scores && j < num_blocks && g < group) block_scores[g * max_blocks + j] = score;
-      }
+#pragma unroll
+        for (int u = 0; u < kUnrolled; ++u) {
+          float importance = 0.0f;
+#pragma unroll
+          for (int g = 0; g < kRows; ++g) {
+            importance += sums[u].x[g] * Exp2(references[u].x[g] - log2_sum.x[g]);
+          }
 #pragma unroll 1
-      for (int step = 1; step < lanes; step *= 2) {
-        importance += __shfl_xor_sync(~0u, importance, step);
+          for (int step = 1; step < lanes; step *= 2) {
+            importance += __shfl_xor_sync(~0u, importance, step);
+          }
+          if (part_of_slot == 0 && slot < slots && tile + u * kConsumers < tiles &&
+              static_cast<unsigned>(blocks[u]) < static_cast<unsigned>(num_blocks)) {
+            own_importances[blocks[u]] = importance;
+          }
+        }
       }
-      if (quad == 0 && j < num_blocks) keys[j] = ImportanceKey(importance);
     }
   }
+  SyncConsumers();
+}
+
+// Writes each head's own scores of every block. Slow, and not often wanted.
+__device__ inline void StoreBlockScores(const Params& params, const Part& part, int token,
+                                        int num_blocks, const RowNorms& norms) {
+  const int m = params.block_positions, group = params.group(), rows = part.padded_rows(params);
+  const int64_t row = part.sequence.first_row + part.first_token + token;
+  float* scores =
+      params.arrays.block_scores + (row * params.heads + part.head * group) * params.max_blocks;
 #pragma unroll 1
-  for (int j = num_blocks + first_block; block_scores && j < max_blocks; j += stride) {
+  for (int j = threadIdx.x; j < params.max_blocks; j += kComputeThreads) {
+    const int first = max(0, m * (j + 1) - (params.taps - 1));
+    const int last = min(part.sequence.length - 1, m * (j + 1));
 #pragma unroll 1
-    for (int g = 0; g < min(group, 4); ++g) block_scores[g * max_blocks + j] = 0.0f;
+    for (int g = 0; g < group; ++g) {
+      float score = 0.0f;
+      if (j < num_blocks) {
+#pragma unroll 1
+        for (int tile = first / kTile; first <= last && tile <= last / kTile; ++tile) {
+          const float* record = TileRecord(params, part, tile, token * group + g);
+          const int slot = j + 1 - params.by_block_positions(tile * kTile + m - 1);
+          score += record[(1 + slot) * rows] * Exp2(record[0] - norms.log2_sum[token * group + g]);
+        }
+      }
+      scores[int64_t{g} * params.max_blocks + j] = score;
+    }
   }
 }
 
@@ -318,14 +373,28 @@ __device__ inline void Select(const Params& params, const Part& part, const RowN
   const int num_blocks = static_cast<int>(params.problem.window.NumBlocks(part.sequence.length));
   const int count = static_cast<int>(params.problem.select_count);
   uint64_t* spill = reinterpret_cast<uint64_t*>(params.selection());
-  uint32_t* keys =
-      params.plan.keys > 0 ? reinterpret_cast<uint32_t*>(spill + params.plan.sorted) : scratch.keys;
+  float* importances = params.plan.importances > 0
+                           ? reinterpret_cast<float*>(spill + params.plan.sorted)
+                           : scratch.importances;
 #pragma unroll 1
   for (int token = 0; token < part.tokens; ++token) {
     const int64_t row = part.sequence.first_row + part.first_token + token;
-    SumImportances(params, part, token, num_blocks, norms, keys);
-    SyncConsumers();
-    SelectBlocks(keys, num_blocks, count, spill, scratch,
+    switch (min(params.group_log2, 3)) {
+      case 0:
+        SumImportances<1>(params, part, token, num_blocks, norms, scratch.places, importances);
+        break;
+      case 1:
+        SumImportances<2>(params, part, token, num_blocks, norms, scratch.places, importances);
+        break;
+      case 2:
+        SumImportances<4>(params, part, token, num_blocks, norms, scratch.places, importances);
+        break;
+      default:
+        SumImportances<8>(params, part, token, num_blocks, norms, scratch.places, importances);
+        break;
+    }
+    if (params.arrays.block_scores) StoreBlockScores(params, part, token, num_blocks, norms);
+    SelectBlocks(importances, num_blocks, count, spill, scratch,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);
     SyncConsumers();
   }

@@ -9,6 +9,17 @@
 
 namespace jax_nsa::cuda {
 
+// a / b for counts of tiles, which are below 2^30: a float's quotient is off by less than 2^7, the
+// next one exact.
+__device__ inline int Quotient(int a, int b) {
+  const float inverse = __frcp_rn(static_cast<float>(b));
+  int quotient = static_cast<int>(static_cast<float>(a) * inverse);
+  int rest = a - quotient * b;
+  quotient += static_cast<int>(floorf(static_cast<float>(rest) * inverse));
+  rest = a - quotient * b;
+  return quotient + (rest >= b) - (rest < 0);
+}
+
 // A sequence's place in the list.
 struct Sequence {
   int b;
@@ -72,8 +83,8 @@ struct Part {
 // Scratch of the WorkList's constructor, in shared memory.
 struct WorkStart {
   int warp_tiles[kThreads / 32];
-  int sequence;  // that holds the first tile of the share
-  int base;      // index of that sequence's first tile in the list
+  Sequence sequence;  // that holds the first tile of the share
+  int base;           // index of that sequence's first tile in the list
 };
 
 class WorkList {
@@ -85,8 +96,12 @@ class WorkList {
     const int first = min(sequences, static_cast<int>(threadIdx.x) * each);
     const int last = min(sequences, first + each);
     int own = 0;
+    Sequence sequence;
 #pragma unroll 1
-    for (int b = first; b < last; ++b) own += FindSequence(params, b).TotalTiles(params);
+    for (int b = first; b < last; ++b) {
+      sequence = FindSequence(params, b);
+      own += sequence.TotalTiles(params);
+    }
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int up_to = own;  // tiles of this and all earlier threads' sequences
@@ -110,20 +125,17 @@ class WorkList {
       base_ = up_to - own;
 #pragma unroll 1
       for (int b = first; b < last; ++b) {
-        const int tiles = FindSequence(params, b).TotalTiles(params);
-        if (next_ < base_ + tiles) {
-          start.sequence = b;
-          start.base = base_;
-          break;
-        }
+        if (each > 1) sequence = FindSequence(params, b);
+        const int tiles = sequence.TotalTiles(params);
+        if (next_ < base_ + tiles) break;
         base_ += tiles;
       }
+      start.sequence = sequence;
+      start.base = base_;
     }
     __syncthreads();
-    if (next_ < end_) {
-      base_ = start.base;
-      sequence_ = FindSequence(params, start.sequence);
-    }
+    base_ = start.base;
+    sequence_ = start.sequence;
   }
 
   // Finds the next part; false at the end of the share.
@@ -134,17 +146,17 @@ class WorkList {
       base_ += sequence_.TotalTiles(params_);
       sequence_ = FindSequence(params_, sequence_.b + 1);
     }
-    const int index = (next_ - base_) / sequence_.tiles;
+    const int index = Quotient(next_ - base_, sequence_.tiles);
     const int item = base_ + index * sequence_.tiles;  // its first tile in the list
     part->sequence = sequence_;
-    part->head = index / sequence_.chunks;
+    part->head = Quotient(index, sequence_.chunks);
     part->first_token = (index - part->head * sequence_.chunks) << params_.tokens_log2;
     part->tokens = min(params_.plan.tokens_per_chunk, sequence_.count - part->first_token);
     part->begin = next_ - item;
     part->end = min(sequence_.tiles, end_ - item);
-    part->first_cta = item / share_;
+    part->first_cta = Quotient(item, share_);
     part->first_tiles = (part->first_cta + 1) * share_ - item;
-    part->parts = (item + sequence_.tiles - 1) / share_ - part->first_cta + 1;
+    part->parts = Quotient(item + sequence_.tiles - 1, share_) - part->first_cta + 1;
     part->share = share_;
     next_ = item + part->end;
     return true;
