@@ -66,7 +66,13 @@ ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   const auto shared = std::make_shared<Shared>(*call, *kernel);
   ffi::Future future(shared->promise);
   const auto work = [shared] {
-    if (shared->run.Work()) shared->promise.SetAvailable();
+    if (!shared->run.Work()) return;
+    if (shared->run.out_of_memory()) {
+      shared->promise.SetError(
+          ffi::Error(ffi::ErrorCode::kResourceExhausted, "the CPU kernel ran out of memory"));
+    } else {
+      shared->promise.SetAvailable();
+    }
   };
   if (shared->run.num_units() == 0) {
     shared->promise.SetAvailable();

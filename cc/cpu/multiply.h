@@ -108,8 +108,7 @@ class Vectors {
   // one group of `repeat` words to the next.
   template <int repeat, int vectors, int count>
   static inline void MultiplyKeys(const char* first, const Keys& keys, const uint32_t* queries,
-                                  int64_t query_stride, Ahead& ahead,
-                                  Float (&sums)[count][vectors]) {
+                                  int64_t query_stride, Ahead& ahead, Float* sums) {
     Float block[count][vectors] = {};
     for (int64_t g = 0; g < keys.words / repeat; ++g) {
       if (g % kLoopsInStep == 0) ahead.Step();
@@ -130,7 +129,7 @@ class Vectors {
 #pragma GCC unroll 8
     for (int p = 0; p < count; ++p) {
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[p][v] = block[p][v];
+      for (int v = 0; v < vectors; ++v) sums[p * vectors + v] = block[p][v];
     }
   }
 
@@ -143,14 +142,13 @@ class Vectors {
   static void ScoreNarrow(const Keys& keys, const Queries& queries, bool add, float* scores,
                           Ahead& ahead) {
     constexpr int kKeys = KeysAtOnce(vectors);
-    Float sums[kPositionGranule][vectors];
+    Float sums[kPositionGranule * vectors];
     for (int64_t p = 0; p < kPositionGranule; p += kKeys) {
-      MultiplyKeys<repeat>(keys.first + p * keys.stride, keys, queries.words, vectors * kLanes,
-                           ahead, reinterpret_cast<Float(&)[kKeys][vectors]>(sums[p]));
+      MultiplyKeys<repeat, vectors, kKeys>(keys.first + p * keys.stride, keys, queries.words,
+                                           vectors * kLanes, ahead, sums + p * vectors);
     }
     for (int64_t i = 0; i < kPositionGranule * vectors; i += repeat) {
-      Put(TransposeRuns<repeat>(FoldRuns<repeat>(&sums[0][0] + i)), add,
-          scores + i / repeat * kLanes);
+      Put(TransposeRuns<repeat>(FoldRuns<repeat>(sums + i)), add, scores + i / repeat * kLanes);
     }
   }
 
@@ -160,14 +158,15 @@ class Vectors {
                         float* scores, Ahead& ahead) {
     constexpr int kKeys = KeysAtOnce(vectors);
     for (int64_t p = 0; p < kPositionGranule; p += kKeys) {
-      Float sums[kKeys][vectors];
-      MultiplyKeys<1>(keys.first + p * keys.stride, keys, queries.words + row, queries.padded_rows,
-                      ahead, sums);
+      Float sums[kKeys * vectors];
+      MultiplyKeys<1, vectors, kKeys>(keys.first + p * keys.stride, keys, queries.words + row,
+                                      queries.padded_rows, ahead, sums);
 #pragma GCC unroll 8
       for (int i = 0; i < kKeys; ++i) {
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-          Put(sums[i][v], add, scores + (p + i) * queries.padded_rows + row + v * kLanes);
+          Put(sums[i * vectors + v], add,
+              scores + (p + i) * queries.padded_rows + row + v * kLanes);
         }
       }
     }

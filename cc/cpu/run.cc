@@ -205,48 +205,51 @@ Run::Layout Run::LayOut(const Group& group) const {
   return layout;
 }
 
-Run::Memory Run::TakeWorkspace() {
-  if (free_workspaces_.empty()) {
-    return Memory(static_cast<char*>(std::aligned_alloc(kAlignment, workspace_size_)));
+Run::Memory Run::Allocate(int64_t size) {
+  return Memory(static_cast<char*>(std::aligned_alloc(kAlignment, size)));
+}
+
+// Takes the next unit, if there is one, and the memory of its group.
+Run::Group* Run::Take(int64_t* split) {
+  if (next_group_ == groups_.size()) return nullptr;
+  Group* const group = &groups_[next_group_];
+  if (next_split_ == 0) {
+    if (free_workspaces_.empty()) free_workspaces_.push_back(Allocate(workspace_size_));
+    group->workspace = std::move(free_workspaces_.back());
+    free_workspaces_.pop_back();
+    out_of_memory_ |= group->workspace == nullptr;
   }
-  Memory memory = std::move(free_workspaces_.back());
-  free_workspaces_.pop_back();
-  return memory;
+  *split = next_split_++;
+  if (next_split_ == group->splits) {
+    ++next_group_;
+    next_split_ = 0;
+  }
+  return group;
 }
 
 bool Run::Work() {
-  const Memory scratch(static_cast<char*>(std::aligned_alloc(kAlignment, scratch_size_)));
-  int64_t done = 0;  // units finished here and not yet counted
-  bool last = false;
-  for (std::unique_lock<std::mutex> lock(mutex_);; lock.lock()) {
-    finished_ += done;
-    last = done > 0 && finished_ == num_units_;
-    if (next_group_ == groups_.size()) break;
-    Group& group = groups_[next_group_];
-    if (next_split_ == 0) group.workspace = TakeWorkspace();
-    const Unit unit = Split(group, next_split_);
-    const int64_t split = next_split_;
-    if (++next_split_ == group.splits) {
-      ++next_group_;
-      next_split_ = 0;
-    }
-    lock.unlock();
-
-    const Layout layout = LayOut(group);
-    kernel_.attend(plan_, unit, layout.partials.data() + split * unit.heads, scratch.get());
-
-    lock.lock();
-    const bool merge = --group.unfinished == 0;
-    lock.unlock();
-    if (merge) {
-      Merge(group, layout);
-      lock.lock();
-      free_workspaces_.push_back(std::move(group.workspace));
+  Memory scratch;
+  int64_t split;
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (Group* const group = Take(&split)) {
+    if (!scratch) scratch = Allocate(scratch_size_);
+    out_of_memory_ |= scratch == nullptr;
+    if (!out_of_memory_) {
       lock.unlock();
+      const Layout layout = LayOut(*group);
+      kernel_.attend(plan_, Split(*group, split),
+                     layout.partials.data() + split * group->unit.heads, scratch.get());
+      lock.lock();
+      if (--group->unfinished == 0 && !out_of_memory_) {
+        lock.unlock();
+        Merge(*group, layout);
+        lock.lock();
+        free_workspaces_.push_back(std::move(group->workspace));
+      }
     }
-    done = 1;
+    if (++finished_ == num_units_) return true;
   }
-  return last;
+  return false;
 }
 
 void Run::Merge(const Group& group, const Layout& layout) {

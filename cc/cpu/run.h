@@ -30,6 +30,9 @@ class Run {
   // Does units until none is left to take. Returns true to the one caller that finishes the last.
   bool Work();
 
+  // Whether memory ran out, to be asked when the last unit is finished; there are no results then.
+  bool out_of_memory() const { return out_of_memory_; }
+
  private:
   struct FreeMemory {
     void operator()(void* memory) const { std::free(memory); }
@@ -57,7 +60,8 @@ class Run {
   void FillRows(int64_t first, int64_t end);
   Unit Split(const Group& group, int64_t split) const;
   Layout LayOut(const Group& group) const;
-  Memory TakeWorkspace();
+  static Memory Allocate(int64_t size);
+  Group* Take(int64_t* split);
   void Merge(const Group& group, const Layout& layout);
 
   Plan plan_;
@@ -74,6 +78,7 @@ class Run {
   size_t next_group_ = 0;
   int64_t next_split_ = 0;
   int64_t finished_ = 0;
+  bool out_of_memory_ = false;
   std::vector<Memory> free_workspaces_;
 };
 
