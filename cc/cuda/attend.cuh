@@ -95,10 +95,7 @@ class WarpRows {
       }
     }
     AddValues(stage.values(), p);
-    __syncwarp();
-    if (lane() == 0) {
-      for (int i = 0; i < releases; ++i) BarrierArrive(release);
-    }
+    BarrierArrive(release, releases);
     StoreWindowSums(p, first_position, weights, record, record_rows);
   }
 

@@ -58,6 +58,7 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
     for (int tile = part.begin + own_turn; own_turn < turns && tile < part.end; tile += turns) {
       const int slot = position.slot;
       BarrierWait(&ring.barriers->full[slot], position.parity);
+      BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // long over; for synccheck
       faulty |= ring.barriers->faulty[slot] != 0;
       rows.Attend(ring[slot], tile * kTile, shared.state.weights, &ring.barriers->empty[slot],
                   releases, records + int64_t{tile - part.begin} * tile_floats, padded_rows);

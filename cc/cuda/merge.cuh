@@ -120,10 +120,9 @@ __device__ void StorePart(const Params& params, const Part& part,
 // down, and it is the one that merges; it leaves no flag raised for the next launch.
 constexpr unsigned long long kArrived = 0x6a61785f6e736121ull, kClaimed = ~kArrived;
 
-// Whether this thread block is the one that merges the item.
+// Whether this thread block, whose part is stored, is the one that merges the item.
 __device__ inline bool Arrive(const Params& params, const Part& part, ConsumerState& state) {
   const int lane = threadIdx.x % 32, parts = part.parts;
-  SyncConsumers();  // the part is stored
   if (threadIdx.x < 32) {
     volatile unsigned long long* flags = params.flags();
     __threadfence();
@@ -138,7 +137,7 @@ __device__ inline bool Arrive(const Params& params, const Part& part, ConsumerSt
       unsigned long long* first = params.flags() + part.Region(0);
       state.is_last = all && atomicCAS(first, kArrived, kClaimed) == kArrived;
     }
-    __threadfence();
+    if (all) __threadfence();
   }
   SyncConsumers();
   const bool is_last = state.is_last != 0;

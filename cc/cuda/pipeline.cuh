@@ -18,7 +18,7 @@ constexpr int kMaxStages = 16;
 
 struct Barriers {
   uint64_t full[kMaxStages];   // each lane of a loading warp arrives
-  uint64_t empty[kMaxStages];  // kConsumers arrivals
+  uint64_t empty[kMaxStages];  // each lane of kConsumers warps, fewer warps more than once
   int faulty[kMaxStages];      // whether the stage's tile has a faulty page id
 };
 
@@ -63,8 +63,9 @@ struct Ring {
 template <typename T, int kHeadSize, int kValueSize>
 __device__ void InitRing(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring) {
   if (threadIdx.x < params.stages) {
+    ring.barriers->faulty[threadIdx.x] = 0;
     BarrierInit(&ring.barriers->full[threadIdx.x], 32);
-    BarrierInit(&ring.barriers->empty[threadIdx.x], kConsumers);
+    BarrierInit(&ring.barriers->empty[threadIdx.x], 32 * kConsumers);
   }
   if (params.head_size == kHeadSize) return;
 #pragma unroll 1
@@ -132,6 +133,7 @@ __device__ void Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   const int lane = threadIdx.x % 32, heads = params.key_value_heads;
   const uint64_t policy = ReadOncePolicy();
   RingPosition position;
+  unsigned faulty_slots = 0;  // what lane 0 last wrote of each slot
   const int loaders = min(kLoaders, params.stages);
   int turn = threadIdx.x / 32 - kConsumers;  // tiles until this warp's next
   if (turn >= loaders) return;
@@ -157,8 +159,8 @@ __device__ void Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
       const int slot = position.slot;
       const auto stage = ring[slot];
       BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // none in the first round
+      BarrierWait(&ring.barriers->full[slot], position.parity ^ 1);   // long over; for synccheck
       const bool faulty = __any_sync(~0u, !legal);
-      if (lane == 0) ring.barriers->faulty[slot] = faulty;
       if (row < 0) {
         // A probability of zero must not meet a NaN. (Scores are masked whatever the keys.)
 #pragma unroll 1
@@ -167,20 +169,26 @@ __device__ void Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
               int4{0, 0, 0, 0};
         }
       }
+      if (lane == 0 && faulty != ((faulty_slots >> slot & 1) != 0)) {
+        ring.barriers->faulty[slot] = faulty;
+        faulty_slots ^= 1u << slot;
+      }
+      // These stores, on a sequence's last tile, come before the copies' arrival.
+      if (row < 0 || faulty) __threadfence_block();
       if (params.aligned) {
         if (params.head_size == kHeadSize && params.value_size == kValueSize) {
           CopyTile<true>(params, stage, row, policy);
         } else {
           CopyTile<false>(params, stage, row, policy);
         }
-        BarrierHoldForCopies(&ring.barriers->full[slot]);
+        BarrierArriveAfterCopies(&ring.barriers->full[slot]);
       } else {
         CopyTileElements<T>(params.arrays.key, row, params.head_size, stage.keys(),
                             stage.kKeyPitch);
         CopyTileElements<T>(params.arrays.value, row, params.value_size, stage.values(),
                             stage.kValuePitch);
+        BarrierArrive(&ring.barriers->full[slot]);
       }
-      BarrierArrive(&ring.barriers->full[slot]);
       position.Advance(loaders, params.stages);
     }
     turn = tile - part.end;

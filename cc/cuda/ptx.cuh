@@ -21,13 +21,23 @@ __device__ inline void BarrierInit(uint64_t* barrier, int arrivals) {
                "r"(arrivals));
 }
 
-__device__ inline void BarrierArrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+__device__ inline void BarrierArrive(uint64_t* barrier, int count = 1) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+               "r"(count)
+               : "memory");
+#else
+  for (int i = 0; i < count; ++i) {
+    asm volatile("{\n .reg .b64 state;\n mbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(
+                     SharedAddress(barrier))
+                 : "memory");
+  }
+#endif
 }
 
-// Holds the phase until this thread's earlier CopyAsync16 are done.
-__device__ inline void BarrierHoldForCopies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
+// Arrives once this thread's earlier CopyAsync16 are done.
+__device__ inline void BarrierArriveAfterCopies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
                : "memory");
 }
 

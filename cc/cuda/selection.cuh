@@ -13,7 +13,7 @@
 namespace jax_nsa::cuda {
 
 constexpr int kComputeThreads = 32 * kConsumers;
-constexpr int kHistogramBits = 11;
+constexpr int kHistogramBits = 10;
 constexpr int kHistogramBins = 1 << kHistogramBits;
 // So few candidates are ranked by comparing each with every other.
 constexpr int kFewCandidates = 128;
