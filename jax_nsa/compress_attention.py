@@ -50,7 +50,8 @@ def nsa_compress_attention_infer(
     of `select_block_size` original tokens, and returns the `select_block_count` most important
     blocks. Block 0 and the last two are always among them.
 
-    It is pure: it works eagerly, under `jax.jit`, `jax.vmap` and in control flow. Lists, tuples
+    It is pure: it works eagerly, under `jax.jit`, `jax.vmap` and in control flow. (Environment
+    variables choose defaults when a program is traced; a compiled one keeps them.) Lists, tuples
     and NumPy arrays given for lengths or block table are checked before anything runs; values in
     JAX arrays are never waited for, and take effect by the run-time rules below.
 
@@ -83,7 +84,7 @@ def nsa_compress_attention_infer(
             `S` (None: all).
         actual_cmp_seq_kvlen: integers `[B]`, the compressed lengths `S_b`. Required.
         actual_sel_seq_kvlen: integers `[B]`, the original lengths, each satisfying
-            `S_b == (length - l) // d + 1`. Only read with `atten_mask`.
+            `S_b == (length - l) // d + 1`. Only `atten_mask` makes them count.
         layout: "TND" or "BSND", the layout of `query` and of the results.
         return_lse: also return the log-sum-exp of the scaled scores.
         implementation: None takes the best available for the platform that the program is

@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 
@@ -154,37 +155,41 @@ ad.primitive_jvps[compress_attention_p] = _jvp
 def _batch(operands: Any, dims: Any, *, problem: Problem, **params: Any) -> Any:
     """vmap: mapped operands fold into the sequences, mapped pages into one pool; one call."""
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-
-    def fold(array: jax.Array, dim: int | None) -> jax.Array:
-        """Merges the mapped axis, made up where there is none, into the first axis."""
-        front = batching.bdim_at_front(array, dim, size)
-        return front.reshape(-1, *front.shape[2:])
-
-    def offset(array: jax.Array, each: int) -> jax.Array:
-        """Adds `each` for every step along the folded axis."""
-        step = jnp.arange(array.shape[0], dtype=array.dtype) // (array.shape[0] // size)
-        return array + each * step.reshape(-1, *[1] * (array.ndim - 1))
-
-    query, key, value, block_table, lengths, *tokens = operands
-    query_dim, key_dim, value_dim, table_dim, lengths_dim, *token_dims = dims
-    query, table = fold(query, query_dim), fold(block_table, table_dim)
-    if key_dim is not None or value_dim is not None:
-        key, value = fold(key, key_dim), fold(value, value_dim)
-        num_pages = key.shape[0] // size
+    if size == 0:
+        raise ValueError("nsa_compress_attention_infer takes no empty arrays: vmap over size 0")
+    pages_are_mapped = dims[1] is not None or dims[2] is not None
+    query, key, value, table, lengths, *tokens = (
+        x if i in (1, 2) and not pages_are_mapped else batching.bdim_at_front(x, d, size)
+        for i, (x, d) in enumerate(zip(operands, dims, strict=True))
+    )
+    ragged = query.ndim == 4
+    step = jnp.arange(size, dtype=jnp.int32)
+    if pages_are_mapped:
+        num_pages = key.shape[1]
+        key, value = (pool.reshape(-1, *pool.shape[2:]) for pool in (key, value))
         # An id outside its own pool must not become one of a neighbour's.
         legal = (table >= 0) & (table < num_pages)
-        table = jnp.where(legal, offset(table, num_pages), jnp.minimum(table, -1))
-    tokens = [fold(x, d) for x, d in zip(tokens, token_dims, strict=True)]
-    if len(tokens) == 3:
+        table = jnp.where(legal, table + num_pages * step[:, None, None], jnp.minimum(table, -1))
+    if ragged:
         # Nor may a first row past its own query's end become a row of a neighbour's.
-        rows = query.shape[0] // size
-        tokens[2] = offset(jnp.minimum(tokens[2], rows), rows)
+        rows = query.shape[1]
+        tokens[2] = jnp.minimum(tokens[2], rows) + rows * step[:, None]
+    # Sequences, which may be sharded, must stay outermost; ragged rows keep their query's order.
+    axis = 0 if ragged else 1
+
+    def fold(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array, 0, axis).reshape(-1, *array.shape[2:])
+
     host_lengths = params.pop("host_lengths")
+    if host_lengths is not None:
+        repeated = np.broadcast_to(host_lengths, (size, len(host_lengths)))
+        host_lengths = tuple(np.moveaxis(repeated, 0, axis).ravel().tolist())
     results = bind(
-        query, key, value, table, fold(lengths, lengths_dim), *tokens,
-        problem=problem, host_lengths=host_lengths and host_lengths * size, **params,
+        fold(query), key, value, fold(table), fold(lengths), *map(fold, tokens),
+        problem=problem, host_lengths=host_lengths, **params,
     )  # fmt: skip
-    return [r.reshape(size, -1, *r.shape[1:]) for r in results], [0] * len(results)
+    split = (size, -1) if ragged else (-1, size)
+    return [r.reshape(*split, *r.shape[1:]) for r in results], [axis] * len(results)
 
 
 batching.primitive_batchers[compress_attention_p] = _batch

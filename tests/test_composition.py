@@ -139,6 +139,11 @@ class TestVmap:
         for i in range(3):
             assert_close([r[i] for r in results], of_counts(variants[i]))
 
+    def test_nothing_to_map(self):
+        call, arrays = operator(GEOMETRY, "reference")
+        with pytest.raises(ValueError, match="vmap over size 0"):
+            jax.vmap(call, in_axes=(0, *[None] * 4))(arrays[0][None][:0], *arrays[1:])
+
     def test_static_lengths(self, implementation):
         arguments = build(GEOMETRY)
         queries = np.stack([arguments["query"], 2 * arguments["query"]])
@@ -293,6 +298,21 @@ class TestSharding:
         split = jax.device_put(arrays[1], NamedSharding(mesh, PartitionSpec("batch", None, None)))
         with pytest.raises(ValueError, match=r"key is sharded as .*batch.* must be"):
             jax.jit(call)(placed[0], split, *placed[2:])
+
+    def test_vmap_on_an_explicit_mesh(self, implementation):
+        mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2)
+        call, arrays = operator(GEOMETRY, implementation)
+        pages = PartitionSpec(None, None, "heads")
+        specs = [PartitionSpec(None, "batch", "heads"), pages, pages, *[PartitionSpec("batch")] * 2]
+        queries = jnp.stack([arrays[0], -arrays[0], 2 * arrays[0]])
+        operands = [queries, *arrays[1:]]
+        placed = [
+            jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(operands, specs, strict=True)
+        ]
+        mapped = jax.vmap(call, in_axes=(0, *[None] * 4))
+        for results in (mapped(*placed), jax.jit(mapped)(*placed)):
+            for i in range(3):
+                assert_close([r[i] for r in results], call(queries[i], *arrays[1:]))
 
 
 class TestShardMap:
