@@ -1,5 +1,7 @@
 """The CUDA kernel: the contract on a GPU, and what is particular to it."""
 
+from types import MappingProxyType
+
 import pytest
 from contract import CompressAttentionContract
 
