@@ -434,9 +434,8 @@ class Attention {
     const int64_t apart = Most(padded_rows_, kLanes);  // from even vectors to odd ones
     for (int64_t s = 0; s < positions * padded_rows_; s += 2 * apart) {
       for (int64_t r = 0; r < apart; r += kLanes) {
-        const Word a = ToBFloat16(Load<Float>(weights_ + s + r));
-        const Word b = ToBFloat16(Load<Float>(weights_ + s + r + apart));
-        Store(scratch_.pairs + s / 2 + r, Alternate<rows>(a, b) | (AlternateOdd<rows>(a, b) << 16));
+        const Float a = Load<Float>(weights_ + s + r), b = Load<Float>(weights_ + s + r + apart);
+        Store(scratch_.pairs + s / 2 + r, Type::template RoundPairs<rows>(a, b));
       }
     }
   }

@@ -55,25 +55,26 @@ inline void Store(void* target, V vector) {
   __builtin_memcpy(target, &vector, sizeof vector);
 }
 
+// The greater; b if one is NaN.
 inline Float Max(Float a, Float b) { return a > b ? a : b; }
 
 inline Float Set(float value) { return Float{} + value; }
 
 // 2^x to 2 ulp; 0 below 2^-126. NaN stays NaN.
 inline Float Exp2(Float x) {
-  x = x < -127.0f ? Set(-127.0f) : x;
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
-  const Float shifted = x + 12582912.0f;
-  const Float f = x - (shifted - 12582912.0f);  // in [-1/2, 1/2]
-  Float p = Set(0x1.41d334p-13f);               // minimax polynomial of relative error 2e-9
-  p = p * f + 0x1.5f456ap-10f;
-  p = p * f + 0x1.3b2dbcp-7f;
-  p = p * f + 0x1.c6aed4p-5f;
-  p = p * f + 0x1.ebfbdap-3f;
-  p = p * f + 0x1.62e430p-1f;
+  x = Max(Set(-127.0f), x);
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits; adding the bias too
+  // makes them those of an exponent.
+  constexpr float kShift = 12582912.0f + 127.0f;
+  const Float shifted = x + kShift;
+  const Float f = x - (shifted - kShift);  // in [-1/2, 1/2]
+  Float p = Set(0x1.5c08e6p-10f);          // minimax polynomial of relative error 7.5e-8
+  p = p * f + 0x1.3d0c52p-7f;
+  p = p * f + 0x1.c6b6e4p-5f;
+  p = p * f + 0x1.ebf918p-3f;
+  p = p * f + 0x1.62e428p-1f;
   p = p * f + 1.0f;
-  const Int exponent = ((Int)shifted + (127 - 0x4b400000)) << 23;
-  return p * (Float)exponent;
+  return p * (Float)((Int)shifted << 23);
 }
 
 // Repeats the `count` words at `source` over a vector.
@@ -150,22 +151,6 @@ inline Float TransposeRuns(Float a) {
   return TransposeRuns<size>(a, AllLanes{});
 }
 
-template <int rows, bool odd, int... lane>
-inline Word Alternate(Word a, Word b, std::integer_sequence<int, lane...>) {
-  return __builtin_shufflevector(a, b, (lane / rows * 2 * rows + odd * rows + lane % rows)...);
-}
-
-// Of the runs of `rows` lanes in two vectors: every other one, from the first or from the second.
-template <int rows>
-inline Word Alternate(Word a, Word b) {
-  return Alternate<rows, false>(a, b, AllLanes{});
-}
-
-template <int rows>
-inline Word AlternateOdd(Word a, Word b) {
-  return Alternate<rows, true>(a, b, AllLanes{});
-}
-
 template <int... lane>
 inline void Interleave(Float* a, Float* b, std::integer_sequence<int, lane...>) {
   const Float low = __builtin_shufflevector(*a, *b, (lane / 2 + lane % 2 * kLanes)...);
@@ -198,6 +183,23 @@ struct BFloat16 {
   static inline void Store(void* target, Float a, Float b) {
     JAX_NSA_ISA::Store(target, ToBFloat16(a) | (ToBFloat16(b) << 16));
   }
+
+#if defined(__AVX512BF16__)
+  // Two vectors of positions of `rows` rows each, rounded, in pairs of positions.
+  template <int rows>
+  static inline Word RoundPairs(Float a, Float b) {
+    return RoundPairs<rows>(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
+  }
+
+ private:
+  template <int rows, int... half>
+  static inline Word RoundPairs(Float a, Float b, std::integer_sequence<int, half...>) {
+    using Halves = uint16_t __attribute__((vector_size(4 * kLanes)));
+    const Halves rounded = (Halves)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    return (Word)__builtin_shufflevector(
+        rounded, rounded, (half / 2 / rows * 2 * rows + half % 2 * rows + half / 2 % rows)...);
+  }
+#endif
 };
 
 struct Float32 {
@@ -293,6 +295,7 @@ struct BFloat16Products {
     return (Float)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
+
 #else
 using BFloat16Products = FloatProducts;
 #endif
