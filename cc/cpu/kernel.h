@@ -22,6 +22,7 @@ constexpr int64_t kMaxRows = 128;         // of a panel
 constexpr int64_t kMaxTaps = 16;          // positions that add to one block, at most
 constexpr int64_t kPositionGranule = 16;  // page sizes and tiles are multiples of it
 constexpr int64_t kAlignment = 64;        // bytes; of scratch memory and of partials
+constexpr float kNoPeak = -1e38f;         // below every score, and finite
 
 // What is the same for all units of a call.
 struct Plan {

@@ -1,6 +1,7 @@
 // The two products of attention, by vectors: keys with queries, and weights with values.
 //
-// A *multiplier* is a class of static members that kernel.cc is generic over: this one, or Tiles.
+// A *multiplier* is a class of static members that kernel.cc is generic over: this one, or that of
+// amx.h.
 
 #ifndef JAX_NSA_CPU_MULTIPLY_H_
 #define JAX_NSA_CPU_MULTIPLY_H_
@@ -177,21 +178,9 @@ class Vectors {
     const int64_t rows = queries.padded_rows;
     if (rows == 1) return ScoreNarrow<kLanes, 1>(keys, queries, add, scores, ahead);
     if (rows <= kLanes) {
-      const auto narrow = [&](auto repeat) {
-        if constexpr (repeat() <= kLanes) {
-          ScoreNarrow<repeat(), 2>(keys, queries, add, scores, ahead);
-        }
-      };
-      switch (Repeat(rows)) {
-        case 2:
-          return narrow(Constant<2>());
-        case 4:
-          return narrow(Constant<4>());
-        case 8:
-          return narrow(Constant<8>());
-        default:
-          return narrow(Constant<16>());
-      }
+      return WithConstant(Repeat(rows), [&](auto repeat) {
+        ScoreNarrow<repeat(), 2>(keys, queries, add, scores, ahead);
+      });
     }
     int64_t r = 0;
     if constexpr (kAccumulators >= 16) {

@@ -43,6 +43,20 @@ struct Constant {
   constexpr int operator()() const { return n; }
 };
 
+// Calls the function with a power of two up to kLanes as a Constant.
+template <class Function>
+inline void WithConstant(int64_t n, Function function) {
+  if (n == 1) function(Constant<1>());
+  if (n == 2) function(Constant<2>());
+  if (n == 4) function(Constant<4>());
+  if constexpr (kLanes >= 8) {
+    if (n == 8) function(Constant<8>());
+  }
+  if constexpr (kLanes >= 16) {
+    if (n == 16) function(Constant<16>());
+  }
+}
+
 template <typename V>
 inline V Load(const void* source) {
   V vector;

@@ -20,7 +20,8 @@
 
 namespace jax_nsa::cpu {
 
-// kernel.cc with the tiles of emulated_amx.h, where the machine has AVX-512 BF16 for the rest.
+// kernel.cc with the tiles of emulated_amx_instructions.h, where the machine has AVX-512 BF16 for
+// the rest.
 #if defined(JAX_NSA_EMULATED_AMX)
 namespace emulated_amx {
 extern const Kernel kKernel;

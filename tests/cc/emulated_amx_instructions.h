@@ -1,9 +1,9 @@
-// The tile instructions of cc/cpu/amx.h in plain loops, so that the kernel that uses them is tested
-// on machines that lack them. It takes the place of that file where JAX_NSA_EMULATED_AMX is
-// defined.
+// The tile instructions of cc/cpu/amx_instructions.h in plain loops, so that the kernel that uses
+// them is tested on machines that lack them. It takes the place of that file where
+// JAX_NSA_EMULATED_AMX is defined.
 
-#ifndef JAX_NSA_TESTS_EMULATED_AMX_H_
-#define JAX_NSA_TESTS_EMULATED_AMX_H_
+#ifndef JAX_NSA_TESTS_EMULATED_AMX_INSTRUCTIONS_H_
+#define JAX_NSA_TESTS_EMULATED_AMX_INSTRUCTIONS_H_
 
 #include <cstdint>
 #include <cstdlib>
@@ -83,4 +83,4 @@ inline void MultiplyTiles() {
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_TESTS_EMULATED_AMX_H_
+#endif  // JAX_NSA_TESTS_EMULATED_AMX_INSTRUCTIONS_H_

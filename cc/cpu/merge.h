@@ -1,0 +1,133 @@
+// The results of a panel from the partials of its units.
+
+#ifndef JAX_NSA_CPU_MERGE_H_
+#define JAX_NSA_CPU_MERGE_H_
+
+#include <cstdint>
+
+#include "cpu/kernel.h"
+#include "cpu/operands.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace jax_nsa::cpu::JAX_NSA_ISA {
+namespace {
+
+// Of a row's total: 0 where it sees no position.
+inline Float Inverse(Float total) { return total == 0.0f ? Float{} : 1.0f / total; }
+
+// Adds each row's scores of the blocks [first, last), times `factors`, to block_scores and, over
+// the heads of the group, to the importance.
+template <int run>
+void AddScores(const Plan& plan, const Unit& unit, int64_t head, const float* scores,
+               const float* factors, int64_t first, int64_t last, float* importance) {
+  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
+  for (int64_t j = first; j < last; j += run) {
+    for (int64_t r = 0; r < rows; r += Most(plan.group, kLanes)) {
+      Float of_block[run];
+      for (int b = 0; b < run; ++b) {
+        Float sum = {};
+        if (j + b < last) {
+          for (int64_t g = 0; g < plan.group; g += kLanes) {
+            const float* const source = scores + (j - first + b) * padded_rows + r + g;
+            sum += Load<Float>(source) * Load<Float>(factors + r + g);
+          }
+        }
+        of_block[b] = sum;
+      }
+      const Float sums = FoldRuns<run>(of_block);
+      float lanes[kLanes];
+      Store(lanes, sums);
+      for (int64_t lane = 0; lane < kLanes && r + lane < rows; lane += run) {
+        const int64_t token = (r + lane) / plan.group;
+        for (int64_t b = 0; b < run && j + b < last; ++b) {
+          importance[token * unit.num_blocks + j + b] += lanes[lane + b];
+        }
+      }
+    }
+  }
+  if (plan.arrays.block_scores == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t query_row =
+        (unit.first_row + r / plan.group) * plan.problem.heads + head * plan.group + r % plan.group;
+    float* const target = plan.arrays.block_scores + query_row * plan.max_blocks;
+    for (int64_t j = first; j < last; ++j) {
+      target[j] += scores[(j - first) * padded_rows + r] * factors[r];
+    }
+  }
+}
+
+// Type is that of the values, whose order the partials have, and Out that of the attention.
+template <class Type, class Out>
+void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
+           int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
+           float* total) {
+  const Problem& problem = plan.problem;
+  const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
+  const int64_t value_stride = PaddedWords(problem.value_size);
+  const int64_t vectors_end = Most(padded_rows, kLanes);
+
+  // Weigh each split against the overall peak; its total becomes its share of the attention.
+  for (int64_t r = 0; r < vectors_end; r += kLanes) {
+    Float all = Set(kNoPeak), sum = {};
+    for (int64_t s = 0; s < splits; ++s) {
+      all = Max(Load<Float>(partials[s * unit.heads].peak + r), all);
+    }
+    for (int64_t s = 0; s < splits; ++s) {
+      const Partial& partial = partials[s * unit.heads];
+      sum += Load<Float>(partial.total + r) * Exp2(Load<Float>(partial.peak + r) - all);
+    }
+    for (int64_t s = 0; s < splits; ++s) {
+      const Partial& partial = partials[s * unit.heads];
+      Store(partial.total + r, Exp2(Load<Float>(partial.peak + r) - all) * Inverse(sum));
+    }
+    Store(peak + r, all);
+    Store(total + r, sum);
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = unit.first_row + r / plan.group;
+    const int64_t query_head = head * plan.group + r % plan.group;
+    char* const target = static_cast<char*>(plan.arrays.attention) +
+                         (row * problem.heads + query_head) * problem.value_size *
+                             static_cast<int64_t>(sizeof(typename Out::Bits));
+    for (int64_t c = 0; c < value_stride; c += 2 * kLanes) {
+      Float a = {}, b = {};
+      for (int64_t s = 0; s < splits; ++s) {
+        const Partial& partial = partials[s * unit.heads];
+        const float* const source = partial.attention + r * value_stride + c;
+        a += Load<Float>(source) * partial.total[r];
+        b += Load<Float>(source + kLanes) * partial.total[r];
+      }
+      StoreSome<Type, Out>(target + c * sizeof(typename Out::Bits), problem.value_size - c, a, b);
+    }
+  }
+
+  float factors[kMaxRows];
+  for (int64_t s = 0; s < splits; ++s) {
+    const Partial& partial = partials[s * unit.heads];
+    Unit part = unit;
+    part.begin = s * pages_per_split * problem.page_size;
+    part.end = Least(unit.length, part.begin + pages_per_split * problem.page_size);
+    int64_t first = partial.first_block;
+    for (Tile tile = Tile::At(plan, part, 0); tile.count > 0;
+         tile = Tile::At(plan, part, tile.index + 1)) {
+      const float* const tile_peaks = partial.tile_peaks + tile.index * padded_rows;
+      for (int64_t r = 0; r < vectors_end; r += kLanes) {
+        const Float factor = Exp2(Load<Float>(tile_peaks + r) - Load<Float>(peak + r));
+        Store(factors + r, factor * Inverse(Load<Float>(total + r)));
+      }
+      const int64_t last = BlocksEnd(plan, part, partial, tile.begin + tile.count);
+      const float* const scores = partial.scores + (first - partial.first_block) * padded_rows;
+      WithConstant(Least(plan.group, kLanes), [&](auto run) {
+        AddScores<run()>(plan, unit, head, scores, factors, first, last, importance);
+      });
+      first = last;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace jax_nsa::cpu::JAX_NSA_ISA
+
+#endif  // JAX_NSA_CPU_MERGE_H_
