@@ -168,12 +168,16 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 # Memory.
 
 
-# The bound that docs/performance.md states, in bytes.
-def memory_bound(problem, threads: int) -> int:
-    positions, blocks, rows, heads, head_size, value_size = problem
-    unit = heads * rows * 4 * (2 * blocks + (2 + positions // 64) * (value_size + 32))
-    tiles = 4 * (heads * rows * (head_size + 32) + 3 * 160 * rows + 64 * (head_size + value_size))
-    return threads * tiles + (threads + 1) * unit
+def memory_bound(
+    *, threads: int, heads: int, rows: int, head_size: int, value_size: int, tile: int,
+    length: int, blocks: int, splits: int, tokens: int,
+) -> int:  # fmt: skip
+    """The bound that docs/performance.md states, in bytes."""
+    tiles = 4 * (
+        heads * rows * (head_size + 16) + (3 * tile + 32) * rows + 16 * head_size + 32 * value_size
+    )
+    group = 4 * heads * rows * (blocks + splits * (value_size + 5) + length // tile)
+    return threads * tiles + (threads + 1) * (group + 4 * tokens * blocks)
 
 
 def peak_growth(sequences: int, length: int) -> tuple[int, int]:
@@ -197,8 +201,11 @@ def peak_growth(sequences: int, length: int) -> tuple[int, int]:
 
     before = peak()
     jax.block_until_ready(operator(table, jnp.full(sequences, length, jnp.int32)))
-    problem = (length, length // 4 + 1, heads, 1, head_size, value_size)
-    return peak() - before, memory_bound(problem, threads=2 * (os.cpu_count() or 1) + 4)
+    bound = memory_bound(
+        threads=(os.cpu_count() or 1) + 1, heads=1, rows=heads, head_size=head_size,
+        value_size=value_size, tile=page, length=length, blocks=length // 4 + 1, splits=1, tokens=1,
+    )  # fmt: skip
+    return peak() - before, bound
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc to read peaks from")
