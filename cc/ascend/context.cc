@@ -65,6 +65,7 @@ std::shared_ptr<Context> Contexts::ForStream(const Api& api, int32_t device, acl
 }
 
 ffi::Error Contexts::Release() {
+  const std::lock_guard<std::mutex> release_lock(release_mutex_);
   std::vector<std::shared_ptr<Context>> contexts;
   {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -103,11 +103,13 @@ class Contexts {
   // For a call on somebody else's stream: always the same context, for calls in turn.
   std::shared_ptr<Context> ForStream(const Api& api, int32_t device, aclrtStream stream);
 
-  // Gives back the memory and the streams of all contexts that no call has taken. For the end of
-  // the program, while CANN still stands; calls may follow all the same.
+  // Gives back the memory and the streams of all contexts that no call has taken. When it returns
+  // nothing is kept for a stream that has no call running, so its owner may destroy it. For the end
+  // of the program, while CANN still stands; calls may follow all the same.
   ffi::Error Release();
 
  private:
+  std::mutex release_mutex_;  // one release at a time: the next returns when all is given back
   std::mutex mutex_;
   std::vector<std::unique_ptr<Context>> idle_;
   std::map<std::pair<int32_t, aclrtStream>, std::shared_ptr<Context>> by_stream_;
