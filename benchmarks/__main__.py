@@ -39,7 +39,7 @@ def machine() -> dict[str, str]:
     name = device.device_kind
     if device.platform == "cpu" and (info := pathlib.Path("/proc/cpuinfo")).exists():
         found = re.search(r"model name\s*: (.*)", info.read_text())
-        cores = f"{jax.devices()[0].client.platform} x {os.cpu_count()} cores"
+        cores = f"{len(os.sched_getaffinity(0))} cores"
         name = f"{found[1] if found else platform.machine()}, {cores}"
     return {
         "device": name,

@@ -78,7 +78,7 @@ class HostBandwidth:
     WORKER_BYTES = 256 << 20
 
     def __init__(self) -> None:
-        workers = os.cpu_count() or 1
+        workers = len(os.sched_getaffinity(0))
         self._bytes = workers * self.WORKER_BYTES
         data = np.random.default_rng(0).integers(1, 2**62, self._bytes // 8)
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
@@ -94,9 +94,9 @@ class HostBandwidth:
 
 
 class DeviceBandwidth:
-    """Bytes a second that the device reads, by a reduction over more than its caches hold."""
+    """Bytes a second that the device reads, by reductions over more than its caches hold."""
 
-    BYTES = 4 << 30
+    BYTES, READS = 4 << 30, 8
 
     def __init__(self) -> None:
         self._data = jax.random.normal(jax.random.key(0), (8, self.BYTES // 32), jnp.float32)
@@ -104,9 +104,9 @@ class DeviceBandwidth:
         jax.block_until_ready(self._read(self._data))
 
     def sample(self) -> float:
-        """Of one reduction, minus what an empty program takes."""
-        empty = seconds(lambda: _trivial(jnp.zeros(())))
-        return self.BYTES / (seconds(lambda: self._read(self._data)) - empty)
+        """Of some reductions that are dispatched at once."""
+        elapsed = seconds(lambda: [self._read(self._data) for _ in range(self.READS)])
+        return self.READS * self.BYTES / elapsed
 
 
 _trivial = jax.jit(lambda x: x + 1)
