@@ -171,7 +171,7 @@ const char* Refuses(const Problem& problem) {
   if (problem.head_size > kMaxHeadSize) return "head_size must be at most 192";
   if (problem.value_size > kMaxValueSize) return "value_size must be at most 128";
   constexpr int64_t kMost = int64_t{1} << 30;
-  if (problem.capacity() > kMost || MaxTiles(problem) > kMost ||
+  if (problem.capacity() > kMost || MaxEntries(problem) > kMost ||
       problem.num_pages * problem.page_size * problem.key_value_heads > 2 * kMost) {
     return "more positions than the kernel can count";
   }

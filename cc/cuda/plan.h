@@ -39,10 +39,11 @@ JAX_NSA_HOST_DEVICE constexpr int RowGroups(int rows) {
   return rows <= 16 ? 1 : rows <= 32 ? 2 : rows <= 64 ? 4 : 8;
 }
 
-// The work of a call is a flat list of tiles: for each sequence, for each key/value head, for each
-// chunk of tokens (as many as kMaxRows rows hold) the tiles of the sequence. Those of one sequence,
-// head and chunk are an item. Each thread block gets an equal, contiguous share of the list,
-// whatever the lengths; so it holds at most two items in part, the first and the last.
+// The work of a call is a flat list of entries: for each sequence, for each key/value head, for
+// each chunk of tokens (as many as kMaxRows rows hold) the tiles of the sequence, then some entries
+// for the end. Those of one sequence, head and chunk are an item. Each thread block gets an equal,
+// contiguous share of the list, whatever the lengths; so it holds at most two items in part, the
+// first and the last.
 struct Plan {
   int32_t ctas;              // thread blocks
   int32_t tokens_per_chunk;  // at most
@@ -73,6 +74,18 @@ constexpr int Slots(const Window& window) {
 
 constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
 
+// Entries of the list for an item of so many tiles: its tiles and, for the work at its end, some
+// more that stand for as much time.
+JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 16 + 6; }
+
+// Entries of the list that the call can have at most.
+constexpr int64_t MaxEntries(const Problem& problem) {
+  const int64_t per_chunk = kMaxRows / problem.group();
+  const int64_t chunks = problem.tokens ? problem.sequences * CeilDiv(problem.tokens, per_chunk)
+                                        : problem.sequences + CeilDiv(problem.rows, per_chunk);
+  return chunks * problem.key_value_heads * ItemEntries(CeilDiv(problem.capacity(), kTile));
+}
+
 // The plan for `ctas` thread blocks, at most kMaxCtas.
 constexpr Plan MakePlan(const Problem& problem, int ctas) {
   Plan plan = {};
@@ -85,9 +98,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.slots = Slots(problem.window);
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile);
-  const int64_t chunks = problem.tokens ? problem.sequences * CeilDiv(tokens, per_chunk)
-                                        : problem.sequences + CeilDiv(tokens, per_chunk);
-  const int64_t total = tiles * chunks * problem.key_value_heads;
+  const int64_t total = MaxEntries(problem);
   // An equal share of what there can be at most, and never less than kMinShare.
   const int64_t share = total > int64_t{ctas} * kMinShare ? CeilDiv(total, ctas) : kMinShare;
   plan.ctas = static_cast<int32_t>(CeilDiv(total, share));
@@ -110,14 +121,6 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.bytes =
       plan.selection_offset + AlignUp(plan.ctas * (8 * plan.sorted + 4 * plan.importances));
   return plan;
-}
-
-// Tiles that the call can have at most; the kernel counts them in 32 bits.
-constexpr int64_t MaxTiles(const Problem& problem) {
-  const int64_t per_chunk = kMaxRows / problem.group();
-  const int64_t chunks = problem.tokens ? problem.sequences * CeilDiv(problem.tokens, per_chunk)
-                                        : problem.sequences + CeilDiv(problem.rows, per_chunk);
-  return chunks * CeilDiv(problem.capacity(), kTile) * problem.key_value_heads;
 }
 
 // Bytes of workspace that suffice on every device.

@@ -1,4 +1,4 @@
-// Which tiles a thread block processes: its share of the flat list that plan.h describes, item by
+// Which tiles a thread block processes: its share of the list that plan.h describes, item by
 // item. The loading warp and the computing warps walk the same share, each at its own pace.
 
 #ifndef JAX_NSA_CUDA_WORK_CUH_
@@ -25,13 +25,14 @@ struct Sequence {
   int b;
   int first_row, owned, count, early;  // as in SequenceRows
   int length;
-  int tiles;   // of one item
-  int chunks;  // of tokens
+  int tiles;    // of one item
+  int entries;  // of one item
+  int chunks;   // of tokens
   bool faulty;
   bool loads;  // whether it needs its pages; otherwise its one tile only fills in the results
 
-  __device__ int TotalTiles(const Params& params) const {
-    return tiles * chunks * params.key_value_heads;
+  __device__ int TotalEntries(const Params& params) const {
+    return entries * chunks * params.key_value_heads;
   }
   __device__ int Visible(int token) const {
     return static_cast<int>(SequenceRows{first_row, owned, count, early}.Visible(token, length));
@@ -50,6 +51,7 @@ __device__ inline Sequence FindSequence(const Params& params, int b) {
   sequence.length = params.arrays.lengths[b];
   sequence.loads = !sequence.faulty && sequence.length > 0 && sequence.count > 0;
   sequence.tiles = sequence.loads ? (sequence.length - 1) / kTile + 1 : 1;
+  sequence.entries = sequence.loads ? static_cast<int>(ItemEntries(sequence.tiles)) : 1;
   sequence.chunks = sequence.loads ? ((sequence.count - 1) >> params.tokens_log2) + 1 : 1;
   return sequence;
 }
@@ -65,7 +67,7 @@ struct Part {
   int first_cta;    // whose share has the item's first part
   int first_tiles;  // tiles in that part, at most
   int parts;
-  int share;  // tiles of the list that each thread block has
+  int share;  // entries of the list that each thread block has
 
   __device__ int Region(int part) const {
     return part == 0 ? first_cta * 2 + 1 : (first_cta + part) * 2;
@@ -82,9 +84,9 @@ struct Part {
 
 // Scratch of the WorkList's constructor, in shared memory.
 struct WorkStart {
-  int warp_tiles[kThreads / 32];
-  Sequence sequence;  // that holds the first tile of the share
-  int base;           // index of that sequence's first tile in the list
+  int warp_entries[kThreads / 32];
+  Sequence sequence;  // that holds the first entry of the share
+  int base;           // index of that sequence's first entry in the list
 };
 
 class WorkList {
@@ -100,22 +102,22 @@ class WorkList {
 #pragma unroll 1
     for (int b = first; b < last; ++b) {
       sequence = FindSequence(params, b);
-      own += sequence.TotalTiles(params);
+      own += sequence.TotalEntries(params);
     }
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int up_to = own;  // tiles of this and all earlier threads' sequences
+    int up_to = own;  // entries of this and all earlier threads' sequences
     for (int step = 1; step < 32; step *= 2) {
       const int before = __shfl_up_sync(~0u, up_to, step);
       if (lane >= step) up_to += before;
     }
-    if (lane == 31) start.warp_tiles[warp] = up_to;
+    if (lane == 31) start.warp_entries[warp] = up_to;
     __syncthreads();
     int total = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) {
       if (w == warp) up_to += total;
-      total += start.warp_tiles[w];
+      total += start.warp_entries[w];
     }
     share_ = max(kMinShare, (total + params.plan.ctas - 1) / params.plan.ctas);
     next_ = min(total, static_cast<int>(blockIdx.x) * share_);
@@ -126,9 +128,9 @@ class WorkList {
 #pragma unroll 1
       for (int b = first; b < last; ++b) {
         if (each > 1) sequence = FindSequence(params, b);
-        const int tiles = sequence.TotalTiles(params);
-        if (next_ < base_ + tiles) break;
-        base_ += tiles;
+        const int entries = sequence.TotalEntries(params);
+        if (next_ < base_ + entries) break;
+        base_ += entries;
       }
       start.sequence = sequence;
       start.base = base_;
@@ -140,14 +142,21 @@ class WorkList {
 
   // Finds the next part; false at the end of the share.
   __device__ bool Next(Part* part) {
-    if (next_ >= end_) return false;
+    int item, index;  // the item's first entry in the list, and the item's number in the sequence
 #pragma unroll 1
-    while (next_ >= base_ + sequence_.TotalTiles(params_)) {
-      base_ += sequence_.TotalTiles(params_);
-      sequence_ = FindSequence(params_, sequence_.b + 1);
+    while (true) {
+      if (next_ >= end_) return false;
+      const int total = sequence_.TotalEntries(params_);
+      if (next_ >= base_ + total) {
+        base_ += total;
+        sequence_ = FindSequence(params_, sequence_.b + 1);
+        continue;
+      }
+      index = Quotient(next_ - base_, sequence_.entries);
+      item = base_ + index * sequence_.entries;
+      if (next_ < item + sequence_.tiles) break;
+      next_ = item + sequence_.entries;  // only the entries for its end are left
     }
-    const int index = Quotient(next_ - base_, sequence_.tiles);
-    const int item = base_ + index * sequence_.tiles;  // its first tile in the list
     part->sequence = sequence_;
     part->head = Quotient(index, sequence_.chunks);
     part->first_token = (index - part->head * sequence_.chunks) << params_.tokens_log2;
@@ -164,9 +173,9 @@ class WorkList {
 
  private:
   const Params& params_;
-  int next_, end_;  // the share's next tile, and the end of the share
+  int next_, end_;  // the share's next entry, and the end of the share
   int share_;
-  int base_;  // index of sequence_'s first tile
+  int base_;  // index of sequence_'s first entry
   Sequence sequence_;
 };
 

@@ -26,11 +26,8 @@ def unavailable(platform: str) -> str | None:
     """Why the compiled kernel is missing, if it is."""
     del platform
     reason = native.unavailable("cuda", TARGET)
-    if reason is not None and "without" in reason:
-        reason += (
-            "; reinstall jax_nsa with `pip install .` from its source on a machine where the CUDA "
-            "toolkit's nvcc is on PATH"
-        )
+    if reason is not None:
+        reason += "; the kernel is compiled where the CUDA toolkit's nvcc is on PATH"
     return reason
 
 
