@@ -32,15 +32,14 @@ using ByPairs = Vectors<BFloat16Products>;
 void AttendBFloat16(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
   // Weights are rounded for products of pairs; short rows of values would not average that away.
   const bool exact = plan.problem.value_size < 16;
+  auto attend = exact ? Attend<BFloat16, ByPairs, ByFloats> : Attend<BFloat16, ByPairs, ByPairs>;
 #if defined(JAX_NSA_TILES)
-  const TileScope tiles(unit.padded_rows);
-  // Values need a tile of rows to pay.
-  const auto attend = exact                          ? Attend<BFloat16, AmxTiles, ByFloats>
-                      : unit.padded_rows < kTileRows ? Attend<BFloat16, AmxTiles, ByPairs>
-                                                     : Attend<BFloat16, AmxTiles, AmxTiles>;
-#else
-  const auto attend =
-      exact ? Attend<BFloat16, ByPairs, ByFloats> : Attend<BFloat16, ByPairs, ByPairs>;
+  // A tile that the rows do not fill is slower than vectors.
+  if (unit.padded_rows >= kTileRows) {
+    const TileScope tiles(unit.padded_rows);
+    attend = exact ? Attend<BFloat16, AmxTiles, ByFloats> : Attend<BFloat16, AmxTiles, AmxTiles>;
+    return attend(plan, unit, partials, scratch);
+  }
 #endif
   attend(plan, unit, partials, scratch);
 }
