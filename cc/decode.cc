@@ -162,7 +162,8 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   const auto at_most = [&](const char* name, int64_t size, int64_t limit) {
     checks.That(size <= limit, name, " must be at most ", limit, ", got ", size);
   };
-  at_most("query's heads for each of key's", problem.group(), kMaxGroup);
+  checks.That(kMaxGroup % problem.group() == 0, "query's heads for each of key's must divide ",
+              kMaxGroup, ", got ", problem.group());
   at_most("query's head size", problem.head_size, kMaxHeadSize);
   at_most("value's head size", problem.value_size, kMaxValueSize);
   checks.That(problem.page_size % kPageGranule == 0, "page size must be a multiple of ",

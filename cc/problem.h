@@ -14,7 +14,8 @@ enum class DataType { kBFloat16, kFloat16, kFloat32 };
 
 // Limits that kernels build on; jax_nsa/problem.py has them in the user's terms.
 constexpr int64_t kPageGranule = 16;  // rows; page sizes are multiples of it
-constexpr int64_t kMaxGroup = 128, kMaxHeadSize = 192, kMaxValueSize = 128;
+constexpr int64_t kMaxGroup = 128;    // query heads for each of key's; groups divide it
+constexpr int64_t kMaxHeadSize = 192, kMaxValueSize = 128;
 
 // Sizes and attributes. Names and axes are those of jax_nsa/primitive.py.
 struct Problem {

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import backends, distributed, primitive
+from jax_nsa import backends, distributed, partition, primitive
 from jax_nsa import problem as problem_rules
 from jax_nsa.problem import Problem, Window
 
@@ -203,8 +203,8 @@ def nsa_compress_attention_infer(
     tokens: tuple[jax.Array, ...] = ()
     if counts is not None or atten_mask is not None:
         tokens = _token_operands(
-            tokens_axis, counts, lengths, select_lengths if atten_mask is not None else None,
-            window, sequences=sequences, ragged=query.ndim == 3,
+            query, tokens_axis, counts, lengths,
+            select_lengths if atten_mask is not None else None, window, sequences=sequences,
         )  # fmt: skip
 
     operands = (
@@ -228,6 +228,7 @@ def nsa_compress_attention_infer(
 def _axis_size(context_axis: Hashable) -> int:
     """Devices along `context_axis`, which must be manual here."""
     try:
+        hash(context_axis)  # as a primitive's parameters must be
         return jax.lax.axis_size(context_axis)
     except (NameError, TypeError, ValueError):
         raise ValueError(
@@ -289,6 +290,7 @@ class _Integers:
 
 
 def _token_operands(
+    query: jax.Array,
     tokens_axis: int,
     counts: _Integers | None,
     lengths: _Integers,
@@ -296,23 +298,33 @@ def _token_operands(
     window: Window,
     *,
     sequences: int,
-    ragged: bool,
 ) -> tuple[jax.Array, ...]:
     """The primitive's token_counts, early_counts and, if ragged, first_rows."""
+
+    def array(name: str, integers: _Integers) -> jax.Array:
+        return partition.cut_as_sequences(name, integers.array(), query)
+
     token_counts = (
-        counts.array() if counts is not None else jnp.full(sequences, tokens_axis, jnp.int32)
+        array("actual_seq_qlen", counts)
+        if counts is not None
+        else jnp.full(sequences, tokens_axis, jnp.int32)
     )
     first_rows = None
-    if ragged:
-        # A count that does not fit anyway is cut so that it can't make the sum overflow.
+    if query.ndim == 3:
+        # A count that does not fit anyway is cut, so that no sum overflows before one is past the
+        # query's end; sequences after that own no rows.
         placed = jnp.clip(token_counts, 0, tokens_axis + 1)
-        first_rows = jnp.cumsum(placed, dtype=jnp.int32) - placed
+        ends = jnp.cumsum(placed, dtype=jnp.int32)
+        past = (ends > tokens_axis).astype(jnp.int32)
+        is_past_before = jnp.cumsum(past, dtype=jnp.int32) > past
+        first_rows = jnp.where(is_past_before, tokens_axis, ends - placed)
         # After a negative count no later row has a known owner.
         lost = jnp.cumsum(token_counts < 0, dtype=jnp.int32) > 0
         token_counts = jnp.where(lost & (token_counts >= 0), -1, token_counts)
     early_counts = jnp.zeros(sequences, jnp.int32)
     if select_lengths is not None:
-        select, length = select_lengths.array(), lengths.array()
+        select = array("actual_sel_seq_kvlen", select_lengths)
+        length = array("actual_cmp_seq_kvlen", lengths)
         # Original tokens past the last compressed window: so many trailing tokens see it all.
         slack = select - window.original_length(length)
         early_counts = jnp.clip(token_counts - 1 - slack, 0, jnp.maximum(token_counts, 0))

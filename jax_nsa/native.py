@@ -30,6 +30,11 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "install jax_nsa with `pip install .` from its source"
         )
     built, running = module.ffi_api_version(), _runtime_ffi_api_version()
+    if running is None:
+        return None, (
+            f"the headers of jaxlib {jaxlib.version.__version__} do not tell its XLA FFI API "
+            "version in the way this release of jax_nsa knows; upgrade jax_nsa"
+        )
     # XLA accepts a handler of its own major version and of no newer minor one; registering
     # another takes down the whole platform.
     if built[0] != running[0] or built[1] > running[1]:
@@ -43,13 +48,16 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return module, None
 
 
-def _runtime_ffi_api_version() -> tuple[int, int]:
-    """The FFI API version of the installed jaxlib, from the header that it ships."""
-    header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
-    major, minor = (
-        int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1])  # type: ignore[index]
-        for part in ("MAJOR", "MINOR")
-    )
+def _runtime_ffi_api_version() -> tuple[int, int] | None:
+    """The FFI API version of the installed jaxlib, from the header that it ships, if that tells."""
+    try:
+        header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    except OSError:
+        return None
+    parts = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", header) for part in ("MAJOR", "MINOR")]
+    if not all(parts):
+        return None
+    major, minor = (int(part[1]) for part in parts if part)
     return major, minor
 
 

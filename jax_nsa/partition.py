@@ -69,14 +69,38 @@ def result_shardings(operands: Sequence[Any], num_results: int) -> list[Any]:
         "query", "key", "value", "block_table", "actual_cmp_seq_kvlen", *["actual_seq_qlen"] * 3,
     )  # fmt: skip
     for name, operand, spec in zip(names, operands, expected, strict=False):
-        actual = operand.sharding.spec
-        if any(actual) and actual != spec:  # a whole operand is cut without a collective
-            raise ValueError(
-                f"{name} is sharded as {actual} and must be as {spec} to go with "
-                f"query's {query.sharding.spec}: sequences and key/value heads split, all else "
-                "stays whole; use jax.sharding.reshard"
-            )
+        _check_sharding(name, operand, spec, query)
     return [query.sharding.update(spec=s) for s in specs(result_axes, sequence_axes, head_axes)]
+
+
+def cut_as_sequences(name: str, integers: jax.Array, query: jax.Array) -> jax.Array:
+    """One integer for each sequence, sharded as query's sequences on a mesh with explicit axes.
+
+    Args:
+        name: the user's name of `integers`.
+        integers: `[sequences]`, sharded as query's sequences or whole.
+        query: the primitive's first operand; ragged rows need all sequences' integers whole.
+
+    Raises:
+        ValueError: they are sharded otherwise.
+    """
+    aval = jax.typeof(query)
+    spec = PartitionSpec(aval.sharding.spec[0] if query.ndim == 4 else None)
+    if aval.sharding.mesh.empty or jax.typeof(integers).sharding.spec == spec:
+        return integers
+    _check_sharding(name, jax.typeof(integers), spec, aval)
+    return jax.sharding.reshard(integers, NamedSharding(aval.sharding.mesh, spec))
+
+
+def _check_sharding(name: str, operand: Any, spec: PartitionSpec, query: Any) -> None:
+    """Refuses an operand that is neither whole, and so cut without a collective, nor as `spec`."""
+    actual = operand.sharding.spec
+    if any(actual) and actual != spec:
+        raise ValueError(
+            f"{name} is sharded as {actual} and must be as {spec} to go with "
+            f"query's {query.sharding.spec}: sequences and key/value heads split, all else "
+            "stays whole; use jax.sharding.reshard"
+        )
 
 
 def partitioned(bind: Bind, operands: Sequence[Any], problem: Problem) -> Bind:

@@ -299,6 +299,38 @@ class TestSharding:
         with pytest.raises(ValueError, match=r"key is sharded as .*batch.* must be"):
             jax.jit(call)(placed[0], split, *placed[2:])
 
+    def test_several_tokens_on_an_explicit_mesh(self, implementation):
+        mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2)
+        geometry = Geometry(
+            lengths=(60, 17, 5, 33), layout="BSND", tokens=3, token_counts=(2, 0, 3, 1),
+            masked=True, slack=(0, 1, 0, 2), hostile=False, return_lse=True,
+        )  # fmt: skip
+        call, arrays = operator(geometry, implementation)
+        expected = call(*arrays)
+
+        def place(array, *spec):
+            return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+        query, *pools = place(arrays[0], "batch"), *map(place, arrays[1:3])
+        # Integers of the sequences may be whole, split as query is, or in no mesh.
+        for specs in itertools.product(((), ("batch",)), repeat=3):
+            integers = [place(a, *s) for a, s in zip(arrays[4:], specs, strict=True)]
+            assert_close(call(query, *pools, arrays[3], *integers), expected)
+        assert_close(jax.jit(call)(query, *pools, *arrays[3:]), expected)
+        for i, name in enumerate((*ARRAYS[4:], *TOKENS)):
+            integers = [place(a, *("heads",) * (i == j)) for j, a in enumerate(arrays[4:])]
+            with pytest.raises(ValueError, match=rf"{name} is sharded as .*heads.* must be as"):
+                jax.jit(call)(query, *pools, arrays[3], *integers)
+
+    def test_split_token_counts_of_ragged_rows_are_refused(self):
+        mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
+        geometry = Geometry(lengths=(60, 17, 5, 33), token_counts=(2, 0, 3, 1), hostile=False)
+        call, arrays = operator(geometry, "reference")
+        *others, counts = (jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in arrays)
+        counts = jax.device_put(counts, NamedSharding(mesh, PartitionSpec("batch")))
+        with pytest.raises(ValueError, match=r"actual_seq_qlen is sharded as .*batch.* must be as"):
+            call(*others, counts)
+
     def test_vmap_on_an_explicit_mesh(self, implementation):
         mesh = jax.make_mesh((2, 2), ("batch", "heads"), axis_types=(AxisType.Explicit,) * 2)
         call, arrays = operator(GEOMETRY, implementation)

@@ -180,11 +180,17 @@ class TestContextParallel:
         with pytest.raises(ValueError, match=r"multiple of .* = 3 positions, got .* 2 columns"):
             run(replace(USUAL, window=(48, 16, 48)), "reference")
 
-    @pytest.mark.parametrize("axis", ["context", 3, ["context"]], ids=str)
+    @pytest.mark.parametrize("axis", ["context", 3, ["context"], []], ids=str)
     def test_outside_shard_map(self, axis):
         arguments, _ = split(USUAL)
-        with pytest.raises(ValueError, match=r"context_axis must be a mesh axis .* got .*"):
-            nsa_compress_attention_infer(**arguments, context_axis=axis)
+        query = arguments.pop("query")
+
+        def operator(query):
+            return nsa_compress_attention_infer(query, **arguments, context_axis=axis)
+
+        for call in (operator, jax.jit(operator)):
+            with pytest.raises(ValueError, match=r"context_axis must be a mesh axis .* got .*"):
+                call(query)
 
     def test_in_double_precision_mode(self, implementation):
         with jax.enable_x64(True):

@@ -11,7 +11,7 @@ from agreement import assert_agrees
 from contract import INTEGERS
 from problems import DTYPES, WINDOWS, Geometry, build
 
-from jax_nsa import nsa_compress_attention_infer
+from jax_nsa import nsa_compress_attention_infer, primitive
 
 GEOMETRY = Geometry(lengths=(40, 7), hostile=False)  # 2 tokens, 4/2 heads, 5 pages of 16 rows
 ARGUMENTS = build(GEOMETRY)
@@ -362,6 +362,19 @@ def test_traced_lengths_beyond_int32_stay_illegal(value):
     assert np.all(np.isnan(attention[0]))
     assert np.all(np.asarray(indices)[0] == -1)
     assert np.all(np.isfinite(attention[1]))
+
+
+def test_token_counts_that_sum_past_int32_claim_no_row_of_others(monkeypatch):
+    rows = sequences = 2**16 + 1
+    monkeypatch.setattr(primitive, "bind", lambda *operands, **_: operands[-1:])
+    ones = jnp.ones(sequences, jnp.int32)
+    (first_rows,) = nsa_compress_attention_infer(
+        np.zeros((rows, 1, 1), np.float32), *[np.zeros((1, 16, 1), np.float32)] * 2,
+        1.0, 1, 1, 64, 1, 16, 32, 16,
+        block_table=ones[:, None], actual_cmp_seq_kvlen=ones, actual_seq_qlen=rows * ones,
+    )  # fmt: skip
+    assert first_rows[0] == 0
+    np.testing.assert_array_equal(first_rows[1:], rows)
 
 
 def assert_right(arguments):

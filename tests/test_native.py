@@ -105,6 +105,22 @@ def test_runtime_version_is_that_of_the_installed_header():
     assert native._runtime_ffi_api_version() == defined
 
 
+@pytest.mark.parametrize("header", [None, "", "#define XLA_FFI_API_MAJOR 0\n"], ids=repr)
+def test_headers_that_tell_no_version_make_the_library_unusable(
+    reload, monkeypatch, tmp_path, header
+):
+    find = native._runtime_ffi_api_version
+    reload(library(RUNTIME, cpu={"target": ("cpu", object())}))
+    monkeypatch.setattr(native, "_runtime_ffi_api_version", find)
+    if header is not None:
+        (tmp_path / "xla/ffi/api").mkdir(parents=True)
+        (tmp_path / "xla/ffi/api/c_api.h").write_text(header)
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+    reason = native.unavailable("cpu", "target")
+    assert f"jaxlib {jaxlib.version.__version__} do not tell its XLA FFI API version" in reason
+    assert "upgrade jax_nsa" in reason
+
+
 def test_installed_library_loads_and_has_the_cpu_kernel():
     module = importlib.import_module("jax_nsa._native")
     assert native.module() is module
@@ -220,7 +236,16 @@ LIES = {
     ),
     "large_group": (
         {"query": f32(2, 3, 258, 8), "attention": result(2, 3, 258, 6)},
-        "heads for each of key's must be at most 128, got 129",
+        "heads for each of key's must divide 128, got 129",
+    ),
+    "group_of_3": (
+        {
+            "query": f32(2, 3, 6, 8),
+            "attention": result(2, 3, 6, 6),
+            "lse": result(2, 3, 6),
+            "block_scores": result(2, 3, 6, 9),
+        },
+        "heads for each of key's must divide 128, got 3",
     ),
     "key_without_rows": ({"key": f32(5, 0, 16), "value": f32(5, 0, 12)}, "key must not be empty"),
     "key_without_pages": ({"key": f32(0, 16, 16), "value": f32(0, 16, 12)}, "key must not be"),
