@@ -2,7 +2,7 @@
 // against themselves with several threads.
 //
 // Bazel runs it. It needs neither XLA nor Python, so that it also tests the kernels of another
-// architecture, under an emulator: .ci/aarch64 does.
+// architecture, under an emulator: tests/test_cpu.py does.
 
 #include <algorithm>
 #include <cmath>
@@ -65,6 +65,7 @@ class Elements {
       : dtype_(dtype), bytes_(count * (dtype == DataType::kFloat32 ? 4 : 2)) {}
 
   void* data() { return bytes_.data(); }
+  const std::vector<char>& bytes() const { return bytes_; }
 
   float Get(int64_t i) const {
     if (dtype_ == DataType::kFloat32) {
@@ -340,7 +341,8 @@ int main() {
         cpu::Call call(c);
         const cpu::Results alone = call.Compute(*kernel, 1), together = call.Compute(*kernel, 3);
         call.Check(alone, context);
-        EXPECT(cpu::SameBits(alone.scores, together.scores) &&
+        EXPECT(cpu::SameBits(alone.attention.bytes(), together.attention.bytes()) &&
+               cpu::SameBits(alone.scores, together.scores) &&
                cpu::SameBits(alone.lse, together.lse) &&
                cpu::SameBits(alone.indices, together.indices))
             << context << ": other bits with other threads";
