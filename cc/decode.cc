@@ -239,18 +239,27 @@ ffi::Error FaultError(const Call& call, Fault fault, int64_t sequence, int64_t p
                    std::to_string(problem.pages_per_sequence) + " pages of " +
                    std::to_string(problem.page_size) + " rows), got " +
                    std::to_string(arrays.lengths[sequence]));
-    case Fault::kTokenCount:
-      return error("actual_seq_qlen[" + b + "] = " + std::to_string(arrays.token_counts[sequence]) +
-                   " must not be negative nor exceed query's rows (" +
-                   std::to_string(problem.tokens ? problem.tokens : problem.rows) +
-                   (problem.tokens ? " for each sequence)" : " in all)"));
-    case Fault::kEarlyCount:
-      return error("actual_sel_seq_kvlen[" + b + "] must satisfy actual_cmp_seq_kvlen[" + b +
-                   "] == (actual_sel_seq_kvlen[" + b + "] - " +
-                   std::to_string(problem.window.compress_block_size) + ") // " +
-                   std::to_string(problem.window.compress_stride) +
-                   " + 1, with actual_cmp_seq_kvlen[" + b +
-                   "] = " + std::to_string(arrays.lengths[sequence]));
+    case Fault::kTokenCount: {
+      SequenceRows rows;
+      FindRows(problem, arrays, sequence, &rows);
+      const bool ragged = arrays.first_rows != nullptr;
+      return error("actual_seq_qlen[" + b + "] must be in [0, " +
+                   std::to_string(ragged ? problem.rows - rows.first : problem.tokens) + "] (" +
+                   (ragged ? "what earlier sequences leave of query's " +
+                                 std::to_string(problem.rows) + " rows"
+                           : std::string("query's rows for each sequence")) +
+                   "), got " + std::to_string(arrays.token_counts[sequence]));
+    }
+    case Fault::kEarlyCount: {
+      // The operand says that the length was at fault, not what it was.
+      const Window& window = problem.window;
+      const int64_t length = arrays.lengths[sequence];
+      const int64_t last = length * window.compress_stride + window.compress_block_size - 1;
+      const int64_t first = length > 0 ? last - window.compress_stride + 1 : 0;
+      return error("actual_sel_seq_kvlen[" + b + "] must be in [" + std::to_string(first) + ", " +
+                   std::to_string(last) + "], the original lengths that compress to " +
+                   "actual_cmp_seq_kvlen[" + b + "] = " + std::to_string(length));
+    }
     case Fault::kPageId:
       return error(
           "block_table[" + b + ", " + std::to_string(page) + "] must be in [0, " +

@@ -447,7 +447,9 @@ class CompressAttentionContract:
     def test_faulty_ragged_token_count(self, b, value, first_faulty_row):
         faulty = list(range(first_faulty_row, 8))
         geometry = self.usual(token_counts=(3, 1, 4))
-        self._check_fault(geometry, "actual_seq_qlen", b, value, f"[{b}]", faulty=faulty)
+        message = f"[{b}] must be in [0, {8 - first_faulty_row}] (what earlier sequences leave of "
+        message += f"query's 8 rows), got {value}"
+        self._check_fault(geometry, "actual_seq_qlen", b, value, message, faulty=faulty)
 
     def test_token_counts_whose_sum_overflows(self):
         geometry = self.usual(lengths=(150, 33, 97, 64), token_counts=(1, 1, 2, 4))
@@ -462,13 +464,16 @@ class CompressAttentionContract:
     @pytest.mark.parametrize("value", [-1, 5, 2**31 - 1, -(2**31)])
     def test_faulty_batched_token_count(self, value):
         geometry = self.usual(layout="BSND", tokens=4, token_counts=(3, 1, 4))
-        self._check_fault(geometry, "actual_seq_qlen", 1, value, "[1]", faulty=[1])
+        message = f"[1] must be in [0, 4] (query's rows for each sequence), got {value}"
+        self._check_fault(geometry, "actual_seq_qlen", 1, value, message, faulty=[1])
 
     @pytest.mark.parametrize("slack", [-1, 16, -(2**31) + 10_000, 2**31 - 10_000])
     def test_faulty_original_length(self, slack):
         geometry = self.usual(layout="BSND", tokens=2, masked=True, slack=(0, 0, 0))
-        value = (geometry.lengths[1] - 1) * 16 + 32 + slack
-        self._check_fault(geometry, "actual_sel_seq_kvlen", 1, value, "[1]", faulty=[1])
+        least = (geometry.lengths[1] - 1) * 16 + 32
+        message = f"[1] must be in [{least}, {least + 15}], the original lengths that compress to "
+        message += f"actual_cmp_seq_kvlen[1] = {geometry.lengths[1]}"
+        self._check_fault(geometry, "actual_sel_seq_kvlen", 1, least + slack, message, faulty=[1])
 
     def test_faulty_sequence_of_several_tokens(self):
         geometry = self.usual(SEVERAL_TOKENS, return_lse=self.domain.returns_lse)
