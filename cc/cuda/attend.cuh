@@ -29,7 +29,7 @@ class WarpRows {
 
   // `first_row` of the rows of the part's chunk.
   __device__ WarpRows(const Params& params, const Part& part, int first_row)
-      : params_(params), first_row_(first_row) {
+      : params_(params), first_row_(first_row), record_rows_(RecordRows(part.rows(params))) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -51,9 +51,9 @@ class WarpRows {
     if constexpr (!kPlain) LoadQuery();
   }
 
-  // Adds a tile's positions, from `first_position` on. `record` is the tile's in the workspace.
+  // Adds a tile's positions, from `first_position` on. `record` is the tile's (records.cuh).
   __device__ void Attend(const Stage& stage, int first_position, const uint32_t* weights,
-                         uint64_t* release, int releases, float* record, int record_rows) {
+                         uint64_t* release, int releases, float* record) {
     float p[4][4];  // scores, then their exponentials
     Scores(stage.keys(), p);
     const float scale = params_.scale_log2;
@@ -96,7 +96,7 @@ class WarpRows {
     }
     AddValues(stage.values(), p);
     BarrierArrive(release, releases);
-    StoreWindowSums(p, first_position, weights, record, record_rows);
+    StoreWindowSums(p, first_position, weights, record);
   }
 
  private:
@@ -222,7 +222,7 @@ class WarpRows {
   // matrix. Its weights are small integers, which bfloat16 holds exactly; p is split into enough
   // bfloat16 terms for the sums to be as good as float32's.
   __device__ void StoreWindowSums(const float (&p)[4][4], int first_position,
-                                  const uint32_t* weights, float* record, int record_rows) {
+                                  const uint32_t* weights, float* record) {
     constexpr int kTerms = kPlain ? 3 : 2;
     uint32_t terms[2][kTerms][4];
 #pragma unroll
@@ -241,9 +241,10 @@ class WarpRows {
     }
     const int g = lane() / 4, t = lane() % 4;
     float* row = record + first_row_ + g;
+    const bool exists[2] = {first_row_ + g < record_rows_, first_row_ + g + 8 < record_rows_};
     if (t == 0) {
-      row[0] = maxima[0];
-      row[8] = maxima[1];
+      if (exists[0]) row[0] = maxima[0];
+      if (exists[1]) row[8] = maxima[1];
     }
     const int m = params_.block_positions;
     const int first_slot = params_.by_block_positions(first_position + m - 1);  // its block, plus 1
@@ -264,8 +265,8 @@ class WarpRows {
       for (int c = 0; c < 2; ++c) {
         const int slot = slots + 2 * t + c;
         if (slot < params_.plan.slots) {
-          row[(1 + slot) * record_rows] = block[c];
-          row[(1 + slot) * record_rows + 8] = block[2 + c];
+          if (exists[0]) row[(1 + slot) * record_rows_] = block[c];
+          if (exists[1]) row[(1 + slot) * record_rows_ + 8] = block[2 + c];
         }
       }
     }
@@ -273,6 +274,7 @@ class WarpRows {
 
   const Params& params_;
   const int first_row_;
+  const int record_rows_;
   int visible_[2];
   const T* query_row_[2];
   uint32_t query_[kPlain ? 1 : kSteps][4];

@@ -14,6 +14,7 @@
 #include "cuda/merge.cuh"
 #include "cuda/params.cuh"
 #include "cuda/pipeline.cuh"
+#include "cuda/records.cuh"
 #include "cuda/selection.cuh"
 #include "cuda/work.cuh"
 
@@ -47,9 +48,8 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
     const int row_groups = RowGroups(part.rows(params));
     const int own_group = warp & (row_groups - 1), own_turn = warp / row_groups;
     const int turns = min(kConsumers / row_groups, params.stages);
-    const int padded_rows = kRowTile * row_groups, tile_floats = params.tile_floats(padded_rows);
     WarpRows<T, kHeadSize, kValueSize> rows(params, part, own_group * kRowTile);
-    float* records = params.tiles(part.own_region());
+    const Records records(params, part, ring.behind(params.stages));
     bool faulty = false;
     RingPosition position = start;
     position.Advance(own_turn, params.stages);
@@ -61,13 +61,13 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // long over; for synccheck
       faulty |= ring.barriers->faulty[slot] != 0;
       rows.Attend(ring[slot], tile * kTile, shared.state.weights, &ring.barriers->empty[slot],
-                  releases, records + int64_t{tile - part.begin} * tile_floats, padded_rows);
+                  releases, records.Own(tile));
       position.Advance(turns, params.stages);
     }
     start.Advance(part.end - part.begin, params.stages);
-    StorePart(params, part, rows, faulty, shared.state, shared.merge);
-    if (part.parts == 1 || Arrive(params, part, shared.state)) {
-      MergeItem<T>(params, part, shared.state, shared.selection);
+    MergeWarps(params, part, rows, faulty, shared.state, shared.merge);
+    if (!part.is_cut() || Arrive(params, part, shared.state)) {
+      FinishItem<T>(params, part, records, shared.state, shared.selection);
     }
   }
 }
@@ -122,6 +122,9 @@ const Kernel& ChooseKernel(const Problem& problem) {
   }
   std::abort();  // Refuses() has seen to it
 }
+
+// Of keys and values on their way to a multiprocessor, that keep memory busy.
+constexpr int kBusyBytes = 64 << 10;
 
 // What a launch needs to know of a device.
 struct Device {
@@ -220,16 +223,23 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.aligned = aligned(arrays.key, problem.head_size) &&
                    aligned(arrays.value, problem.value_size) &&
                    aligned(arrays.query, problem.head_size);
+  params.by_slots = Divider::By(params.plan.slots);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
   if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
-  for (params.stages = 1;
-       2 * params.stages * kernel.stage_bytes <= room && params.stages < kMaxStages;) {
+  // As many stages as the records of an item leave room for, but enough to keep memory busy.
+  const int64_t records =
+      sizeof(float) * params.plan.region_tiles * params.plan.record_rows * (1 + params.plan.slots);
+  for (params.stages = 1; params.stages < kMaxStages;) {
+    const int64_t rest = room - 2 * int64_t{params.stages} * kernel.stage_bytes;
+    if (rest < 0 || (rest < records && params.stages * kernel.stage_bytes >= kBusyBytes)) break;
     params.stages *= 2;
   }
+  params.shared_floats =
+      (room - params.stages * kernel.stage_bytes) / static_cast<int>(sizeof(float));
 
   void* arguments[] = {&params};
   return cudaLaunchKernel(kernel.function, dim3(params.plan.ctas), dim3(kThreads), arguments,
-                          sizeof(Shared) + params.stages * kernel.stage_bytes, stream);
+                          device->shared_bytes, stream);
 }
 
 }  // namespace jax_nsa::cuda

@@ -1,6 +1,6 @@
-// From the warps' rows to results: a part's warps are merged into its region of the workspace; the
-// thread block that stores an item's last part merges the parts, always in their order, whichever
-// came last.
+// From the warps' rows to results. The warps of a part are merged: to results, if it is all of its
+// item, otherwise into its region of the workspace; the thread block that stores an item's last
+// part merges the parts, always in their order, whichever came last.
 
 #ifndef JAX_NSA_CUDA_MERGE_CUH_
 #define JAX_NSA_CUDA_MERGE_CUH_
@@ -35,11 +35,63 @@ struct ConsumerState {
 // exp2(a - b), where -inf stands for nothing at all.
 __device__ inline float Shrink(float a, float b) { return b == -INFINITY ? 0.0f : Exp2(a - b); }
 
-// Adds up the sums of the warps that have the same rows, into the part's region.
+// Where row `row` of the chunk lies in [rows, heads].
+__device__ inline int64_t ResultRow(const Params& params, const Part& part, int row) {
+  const int token = part.sequence.first_row + part.first_token + (row >> params.group_log2);
+  return int64_t{token} * params.heads + (part.head << params.group_log2) +
+         (row & (params.group() - 1));
+}
+
+// Writes up to four columns of a row of the result.
+template <typename T>
+__device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
+  if (columns >= 4 && reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) == 0) {
+    if constexpr (std::is_same_v<T, float>) {
+      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+    } else {
+      *reinterpret_cast<uint2*>(to) = {Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3])};
+    }
+  } else {
+    for (int c = 0; c < 4; ++c) {
+      if (c < columns) to[c] = static_cast<T>(x[c]);
+    }
+  }
+}
+
+// The norm of a row of the merged item, from the largest score and the sum of the exponentials. A
+// row that sees nothing has a sum of 0 and a score of -inf.
+__device__ inline float Log2Sum(float maximum, float total) {
+  return total == 0.0f ? 0.0f : maximum + log2f(total);
+}
+
+__device__ inline void StoreNorm(const Params& params, const Part& part, int row, float maximum,
+                                 float total, RowNorms& norms) {
+  const float log2_sum = Log2Sum(maximum, total);
+  norms.log2_sum[row] = log2_sum;
+  if (params.arrays.lse) {
+    params.arrays.lse[ResultRow(params, part, row)] = total == 0.0f ? -INFINITY : log2_sum * kLn2;
+  }
+}
+
+// Writes four columns of a row of attention, as far as they exist.
+template <typename T>
+__device__ inline void StoreAttention(const Params& params, const Part& part, int row, int column,
+                                      const float (&x)[4]) {
+  const int64_t at = ResultRow(params, part, row) * params.value_size + column;
+  const int columns = params.value_size - column;
+  if (params.problem.attention_dtype == DataType::kFloat32) {
+    StoreColumns(static_cast<float*>(params.arrays.attention) + at, x, columns);
+  } else {
+    StoreColumns(static_cast<T*>(params.arrays.attention) + at, x, columns);
+  }
+}
+
+// Adds up the sums of the warps that have the same rows: to the results if the part is the whole
+// item, otherwise into its region.
 template <typename T, int kHeadSize, int kValueSize>
-__device__ void StorePart(const Params& params, const Part& part,
-                          WarpRows<T, kHeadSize, kValueSize>& rows, bool faulty,
-                          ConsumerState& state, MergeScratch& scratch) {
+__device__ void MergeWarps(const Params& params, const Part& part,
+                           WarpRows<T, kHeadSize, kValueSize>& rows, bool faulty,
+                           ConsumerState& state, MergeScratch& scratch) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int row_groups = RowGroups(part.rows(params));  // a power of two
   const int region = part.own_region();
@@ -55,28 +107,32 @@ __device__ void StorePart(const Params& params, const Part& part,
   }
   if (lane == 0) state.warp_faulty[warp] = faulty;
   SyncConsumers();
+#pragma unroll
+  for (int w = 0; w < kConsumers; ++w) faulty |= state.warp_faulty[w] != 0;
+  if (thread == 0) state.faulty = faulty;
   const auto same_rows = [&](int w) { return ((w ^ warp) & (row_groups - 1)) == 0; };
   float shrink[2];
   for (int r = 0; r < 2; ++r) {
-    float maximum = -INFINITY;
+    float maximum = -INFINITY, total = 0.0f;
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
       if (same_rows(w)) maximum = fmaxf(maximum, state.warp_max[w][g + 8 * r]);
     }
-    shrink[r] = Shrink(rows.maxima[r], maximum);
-    if (warp < row_groups && t == 0) {
-      float total = 0.0f;
-      bool any_faulty = false;
 #pragma unroll
-      for (int w = 0; w < kConsumers; ++w) {
-        any_faulty |= state.warp_faulty[w] != 0;
-        if (same_rows(w)) {
-          total += state.warp_total[w][g + 8 * r] * Shrink(state.warp_max[w][g + 8 * r], maximum);
-        }
+    for (int w = 0; w < kConsumers; ++w) {
+      if (same_rows(w)) {
+        total += state.warp_total[w][g + 8 * r] * Shrink(state.warp_max[w][g + 8 * r], maximum);
       }
-      const int row = kRowTile * warp + g + 8 * r;
-      params.part_max(region)[row] = maximum;
-      params.part_sum(region)[row] = any_faulty ? -1.0f : total;
+    }
+    shrink[r] = Shrink(rows.maxima[r], part.is_cut() ? maximum : Log2Sum(maximum, total));
+    const int row = kRowTile * warp + g + 8 * r;
+    if (warp < row_groups && t == 0) {
+      if (part.is_cut()) {
+        params.part_max(region)[row] = maximum;
+        params.part_sum(region)[row] = faulty ? -1.0f : total;
+      } else if (row < part.rows(params)) {
+        StoreNorm(params, part, row, maximum, total, state.norms);
+      }
     }
   }
 
@@ -95,19 +151,25 @@ __device__ void StorePart(const Params& params, const Part& part,
     SyncConsumers();
 #pragma unroll 1
     for (int i = thread; i < row_groups * kRowTile * kMergedColumns / 4; i += kComputeThreads) {
-      const int row = i / (kMergedColumns / 4), column = i % (kMergedColumns / 4) * 4;
-      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+      const int row = i / (kMergedColumns / 4), column = chunk + i % (kMergedColumns / 4) * 4;
+      float sum[4] = {};
 #pragma unroll
       for (int turn = 0; turn < kConsumers; ++turn) {
         const int w = row / kRowTile + turn * row_groups;
         if (w < kConsumers) {
           const float4 own =
-              *reinterpret_cast<const float4*>(&scratch.sums[w][row % kRowTile][column]);
-          sum = {sum.x + own.x, sum.y + own.y, sum.z + own.z, sum.w + own.w};
+              *reinterpret_cast<const float4*>(&scratch.sums[w][row % kRowTile][column - chunk]);
+          sum[0] += own.x;
+          sum[1] += own.y;
+          sum[2] += own.z;
+          sum[3] += own.w;
         }
       }
-      if (chunk + column < columns) {
-        *reinterpret_cast<float4*>(attention + row * columns + chunk + column) = sum;
+      if (column >= columns) continue;
+      if (part.is_cut()) {
+        StoreColumns(attention + row * columns + column, sum, 4);
+      } else if (row < part.rows(params)) {
+        StoreAttention<T>(params, part, row, column, sum);
       }
     }
     SyncConsumers();
@@ -183,13 +245,6 @@ __device__ inline void FillTokens(const Params& params, const Part& part, int fi
   }
 }
 
-// Where row `row` of the chunk lies in [rows, heads].
-__device__ inline int64_t ResultRow(const Params& params, const Part& part, int row) {
-  const int token = part.sequence.first_row + part.first_token + (row >> params.group_log2);
-  return int64_t{token} * params.heads + (part.head << params.group_log2) +
-         (row & (params.group() - 1));
-}
-
 // Merges the parts' maxima and sums: as many lanes for each row as there are parts, if a warp has
 // them.
 __device__ inline void MergeNorms(const Params& params, const Part& part, ConsumerState& state) {
@@ -219,30 +274,8 @@ __device__ inline void MergeNorms(const Params& params, const Part& part, Consum
     }
     faulty = __any_sync(~0u, faulty);
     if ((lane & (lanes - 1)) == 0 && own < rows) {
-      // A row that sees nothing has sums of 0 and maxima of -inf.
-      const bool empty = total == 0.0f;
-      const float log2_sum = maximum + log2f(total);
-      state.norms.log2_sum[row] = empty ? 0.0f : log2_sum;
+      StoreNorm(params, part, row, maximum, total, state.norms);
       if (row == 0) state.faulty = faulty;
-      if (params.arrays.lse) {
-        params.arrays.lse[ResultRow(params, part, row)] = empty ? -INFINITY : log2_sum * kLn2;
-      }
-    }
-  }
-}
-
-// Writes up to four columns of a row of the result.
-template <typename T>
-__device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
-  if (columns >= 4 && reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) == 0) {
-    if constexpr (std::is_same_v<T, float>) {
-      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
-    } else {
-      *reinterpret_cast<uint2*>(to) = {Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3])};
-    }
-  } else {
-    for (int c = 0; c < 4; ++c) {
-      if (c < columns) to[c] = static_cast<T>(x[c]);
     }
   }
 }
@@ -275,31 +308,25 @@ __device__ void MergeAttention(const Params& params, const Part& part, const Row
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t at = ResultRow(params, part, row[r]) * params.value_size + column;
-      const int columns = params.value_size - column;
-      if (params.problem.attention_dtype == DataType::kFloat32) {
-        StoreColumns(static_cast<float*>(params.arrays.attention) + at, sum[r], columns);
-      } else {
-        StoreColumns(static_cast<T*>(params.arrays.attention) + at, sum[r], columns);
-      }
-    }
+    for (int r = 0; r < 2; ++r) StoreAttention<T>(params, part, row[r], column, sum[r]);
   }
 }
 
-// Merges an item whose parts are all stored, and selects its blocks.
+// Writes the results of an item whose parts are all merged or stored.
 template <typename T>
-__device__ void MergeItem(const Params& params, const Part& part, ConsumerState& state,
-                          SelectionScratch& scratch) {
-  MergeNorms(params, part, state);
-  SyncConsumers();
+__device__ void FinishItem(const Params& params, const Part& part, const Records& records,
+                           ConsumerState& state, SelectionScratch& scratch) {
+  if (part.is_cut()) {
+    MergeNorms(params, part, state);
+    SyncConsumers();
+  }
   const int padding = part.is_last_chunk() ? part.sequence.owned : 0;
   const int end = part.first_token + part.tokens;
   if (state.faulty) {
     FillTokens(params, part, part.first_token, max(end, padding), true);
   } else {
-    MergeAttention<T>(params, part, state.norms);
-    Select(params, part, state.norms, scratch);
+    if (part.is_cut()) MergeAttention<T>(params, part, state.norms);
+    Select(params, part, records, state.norms, scratch);
     FillTokens(params, part, end, padding, false);
   }
   SyncConsumers();  // the region and the scratch are free again

@@ -40,9 +40,10 @@ struct Params {
   Arrays arrays;
   Plan plan;
   char* workspace;
-  int32_t stages;    // of the pipeline
-  bool aligned;      // rows of keys, values and query start at multiples of 16 bytes
-  float scale_log2;  // makes powers of two of scores
+  int32_t stages;         // of the pipeline
+  int32_t shared_floats;  // of records, in shared memory
+  bool aligned;           // rows of keys, values and query start at multiples of 16 bytes
+  float scale_log2;       // makes powers of two of scores
   int32_t heads, key_value_heads, head_size, value_size;
   int32_t value_columns;    // value_size rounded up to a multiple of 4
   int32_t group_log2;       // of group(), a power of two
@@ -50,7 +51,7 @@ struct Params {
   int32_t block_positions;  // M of selection.h's Window
   int32_t taps;             // its num_taps()
   int32_t max_blocks;
-  Divider by_page_size, by_block_positions;
+  Divider by_page_size, by_block_positions, by_slots;
   int32_t page_size;
   uint32_t weights[kWeightPairs];
 
@@ -70,12 +71,10 @@ struct Params {
   }
   // The sum of each row's exponentials, [rows]; all of them negative if a page id is faulty.
   __device__ float* part_sum(int region) const { return part_max(region) + plan.rows; }
-  // A region's tiles, one record after the other: the maxima [rows] that the window sums
-  // [slots, rows] are relative to, where `rows` are those of the item.
+  // Room for the records of a region's tiles (records.cuh).
   __device__ float* tiles(int region) const {
     return reinterpret_cast<float*>(workspace + plan.tiles_offset) + region * plan.region_floats;
   }
-  __device__ int tile_floats(int rows) const { return rows * (1 + plan.slots); }
   __device__ char* selection() const {
     return workspace + plan.selection_offset +
            blockIdx.x * (8 * plan.sorted + 4 * plan.importances);

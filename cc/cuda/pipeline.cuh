@@ -56,6 +56,10 @@ struct Ring {
   Barriers* barriers;
 
   __device__ Stage operator[](int slot) const { return {memory + slot * Stage::kBytes}; }
+  // What lies behind the stages.
+  __device__ float* behind(int stages) const {
+    return reinterpret_cast<float*>(memory + stages * Stage::kBytes);
+  }
 };
 
 // Prepares the ring, by all threads. The keys' columns from head_size to the pitch enter the

@@ -48,6 +48,7 @@ struct Plan {
   int32_t ctas;              // thread blocks
   int32_t tokens_per_chunk;  // at most
   int32_t rows;              // of a chunk, padded, at most
+  int32_t record_rows;       // of a tile's record, at most
   int32_t slots;             // blocks that one tile's positions add to, at most
   int32_t region_tiles;      // tiles of one item in one thread block's share, at most
 
@@ -74,6 +75,9 @@ constexpr int Slots(const Window& window) {
 
 constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
 
+// Rows of a tile's record, for so many rows of an item.
+JAX_NSA_HOST_DEVICE constexpr int RecordRows(int rows) { return (rows + 3) / 4 * 4; }
+
 // Entries of the list for an item of so many tiles: its tiles and, for the work at its end, some
 // more that stand for as much time.
 JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 16 + 6; }
@@ -93,8 +97,9 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   const int64_t per_chunk = kMaxRows / group;
   const int64_t tokens = problem.tokens ? problem.tokens : problem.rows;
   plan.tokens_per_chunk = static_cast<int32_t>(per_chunk);
-  plan.rows =
-      kRowTile * RowGroups(static_cast<int>((tokens < per_chunk ? tokens : per_chunk) * group));
+  const int rows = static_cast<int>((tokens < per_chunk ? tokens : per_chunk) * group);
+  plan.rows = kRowTile * RowGroups(rows);
+  plan.record_rows = RecordRows(rows);
   plan.slots = Slots(problem.window);
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile);
@@ -105,7 +110,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.region_tiles = static_cast<int32_t>(tiles < share ? tiles : share);
 
   plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
-  plan.region_floats = int64_t{plan.region_tiles} * plan.rows * (1 + plan.slots);
+  plan.region_floats = int64_t{plan.region_tiles} * plan.record_rows * (1 + plan.slots);
   plan.importances = problem.max_blocks() > kSharedBlocks ? 2 * problem.max_blocks() : 0;
   // The candidates of a selection are at most an eighth more than it needs; sorting pads them to a
   // power of two.

@@ -79,6 +79,12 @@ __device__ inline void CopyAsync16(uint32_t to, const void* from, uint64_t polic
                : "memory");
 }
 
+// Tells that what the 128 bytes hold is not needed any more, so that they need not go from the L2
+// cache to memory. They hold anything then.
+__device__ inline void DiscardLine(char* line) {
+  asm volatile("discard.global.L2 [%0], 128;" ::"l"(line) : "memory");
+}
+
 // Matrices. LoadMatrices gives each thread its share of four 8x8 matrices of 16-bit elements, row
 // (lane % 8) of matrix (lane / 8) being at this lane's `row`.
 

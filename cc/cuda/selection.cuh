@@ -4,31 +4,34 @@
 #define JAX_NSA_CUDA_SELECTION_CUH_
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/params.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/records.cuh"
 #include "cuda/work.cuh"
 #include "selection.h"
 
 namespace jax_nsa::cuda {
 
-constexpr int kComputeThreads = 32 * kConsumers;
 constexpr int kHistogramBits = 10;
 constexpr int kHistogramBins = 1 << kHistogramBits;
 // So few candidates are ranked by comparing each with every other.
 constexpr int kFewCandidates = 128;
 
-// Where a tile's record lies, and the block of its slot 0; for kPlaces tiles at a time.
+// Where a tile's record lies, and the block of its slot 0.
 struct TilePlace {
   const float* record;
   int first_block;
 };
-constexpr int kPlaces = kComputeThreads;
-static_assert(kPlaces % (2 * kConsumers) == 0);  // an even tile is always an even warp's
+// For so many tiles at a time, and for so many rows of them, what makes window sums probabilities.
+constexpr int kPlaces = 128, kFactors = 2048;
+static_assert(kFactors >= kMaxRows && kPlaces <= kComputeThreads);
 
 struct SelectionScratch {
   float importances[2 * kSharedBlocks];  // then keys
   TilePlace places[kPlaces];
+  alignas(16) float factors[kFactors];
   uint32_t histogram[kHistogramBins];
   uint64_t chosen[kSharedChosen];
   uint32_t warp_least[kConsumers], warp_most[kConsumers];
@@ -234,105 +237,79 @@ __device__ inline void SelectBlocks(float* importances, int num_blocks, int coun
 
 // What makes an item's exponentials probabilities, in shared memory: the logarithm of each row's
 // sum; 0 where a row sees no position.
-struct RowNorms {
+struct alignas(16) RowNorms {
   float log2_sum[kMaxRows];
 };
 
-// The record of a merged item's tile in its part's region, from row `row` on.
-__device__ inline const float* TileRecord(const Params& params, const Part& part, int tile,
-                                          int row) {
-  const int after = tile - part.first_tiles;
-  const int between = after < 0 ? -1 : Quotient(after, part.share);
-  const int in_part = after < 0 ? tile : after - between * part.share;
-  return params.tiles(part.Region(1 + between)) + row +
-         int64_t{in_part} * params.tile_floats(part.padded_rows(params));
-}
-
 // Consecutive rows of one token.
 template <int kRows>
-struct Rows {
+struct alignas(4 * kRows) Rows {
   float x[kRows];
 };
 template <int kRows>
-constexpr int kLog2 = kRows == 8   ? 3
-                      : kRows == 4 ? 2
-                      : kRows == 2 ? 1
-                                   : 0;
-template <int kRows>
 __device__ inline Rows<kRows> LoadRows(const float* from) {
-  Rows<kRows> rows;
-  if constexpr (kRows < 4) {
-    for (int i = 0; i < kRows; ++i) rows.x[i] = from[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kRows; i += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + i);
-      rows.x[i] = four.x, rows.x[i + 1] = four.y, rows.x[i + 2] = four.z, rows.x[i + 3] = four.w;
-    }
-  }
-  return rows;
+  return *reinterpret_cast<const Rows<kRows>*>(from);
 }
 
 // The sums over the heads of a token's scores of every block, in two terms: those of even tiles at
 // importances[j], those of odd ones at importances[num_blocks + j]. (A block has positions in two
-// neighbouring tiles at most.) A warp takes a tile at a time, a lane kRows heads of one of its
-// slots.
+// neighbouring tiles at most.) Takes kRows heads at a time.
 template <int kRows>
-__device__ inline void SumImportances(const Params& params, const Part& part, int token,
-                                      int num_blocks, const RowNorms& norms,
-                                      TilePlace (&places)[kPlaces], float* importances) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slots = params.plan.slots;
-  const int lanes_log2 = max(0, params.group_log2 - kLog2<kRows>), lanes = 1 << lanes_log2;
-  const int part_of_slot = lane & (lanes - 1);
-  const int first_row = token * params.group() + kRows * part_of_slot;
-  const int rows = part.padded_rows(params);
-  const Rows<kRows> log2_sum = LoadRows<kRows>(norms.log2_sum + first_row);
-  float* own_importances = importances + (warp & 1) * num_blocks;
-#pragma unroll 1
-  for (int j = threadIdx.x; j < 2 * num_blocks; j += kComputeThreads) importances[j] = 0.0f;
+__device__ inline void SumImportances(const Params& params, const Part& part,
+                                      const Records& records, int token, int num_blocks,
+                                      const RowNorms& norms, SelectionScratch& scratch,
+                                      float* importances) {
+  constexpr int kRowsLog2 = kRows == 4 ? 2 : kRows == 2 ? 1 : 0;
+  const int thread = threadIdx.x, slots = params.plan.slots, m = params.block_positions;
+  const int group_log2 = params.group_log2, first_row = token << group_log2;
+  const int steps_log2 = group_log2 - kRowsLog2, steps = 1 << steps_log2;  // of a token's heads
+  const int record_rows = RecordRows(part.rows(params)), length = part.sequence.length;
+  TilePlace(&places)[kPlaces] = scratch.places;
+  const int most = min(kPlaces, kFactors >> group_log2);
 
 #pragma unroll 1
-  for (int batch = 0; batch < part.sequence.tiles; batch += kPlaces) {
-    const int tiles = min(part.sequence.tiles - batch, kPlaces);
+  for (int batch = 0; batch < part.sequence.tiles; batch += most) {
+    const int tiles = min(part.sequence.tiles - batch, most);
     SyncConsumers();
-    if (threadIdx.x < tiles) {
-      const int tile = batch + threadIdx.x;
-      places[threadIdx.x] = {
-          TileRecord(params, part, tile, 0),
-          params.by_block_positions(tile * kTile + params.block_positions - 1) - 1};
+    if (thread < tiles) {
+      const int tile = batch + thread;
+      places[thread] = {records.Of(tile), params.by_block_positions(tile * kTile + m - 1) - 1};
     }
     SyncConsumers();
-    constexpr int kUnrolled = 4;  // tiles whose sums are fetched together
-#pragma unroll 1
-    for (int base = 0; base < slots; base += 32 >> lanes_log2) {
-      const int slot = base + (lane >> lanes_log2);
-      const int offset = first_row + (1 + min(slot, slots - 1)) * rows;
-#pragma unroll 1
-      for (int tile = warp; tile < tiles; tile += kUnrolled * kConsumers) {
-        Rows<kRows> sums[kUnrolled], references[kUnrolled];
-        int blocks[kUnrolled];
+#pragma unroll 2
+    for (int i = thread; i < tiles << steps_log2; i += kComputeThreads) {
+      const int tile = i >> steps_log2, row = (i & (steps - 1)) * kRows;
+      const auto maxima = LoadRows<kRows>(places[tile].record + first_row + row);
+      const auto log2_sums = LoadRows<kRows>(norms.log2_sum + first_row + row);
+      Rows<kRows> factors;
 #pragma unroll
-        for (int u = 0; u < kUnrolled; ++u) {
-          const TilePlace& place = places[min(tile + u * kConsumers, tiles - 1)];
-          blocks[u] = place.first_block + slot;
-          references[u] = LoadRows<kRows>(place.record + first_row);
-          sums[u] = LoadRows<kRows>(place.record + offset);
-        }
+      for (int r = 0; r < kRows; ++r) factors.x[r] = Exp2(maxima.x[r] - log2_sums.x[r]);
+      *reinterpret_cast<Rows<kRows>*>(&scratch.factors[(tile << group_log2) + row]) = factors;
+    }
+    SyncConsumers();
+#pragma unroll 2
+    for (int i = thread; i < tiles * slots; i += kComputeThreads) {
+      const int in_batch = params.by_slots(i), slot = i - in_batch * slots;
+      const float* sums = places[in_batch].record + first_row + (1 + slot) * record_rows;
+      const float* factors = &scratch.factors[in_batch << group_log2];
+      float importance = 0.0f;
+#pragma unroll 4
+      for (int step = 0; step < steps; ++step) {
+        // Neighbouring threads begin with different heads, whose sums lie in different banks.
+        const int row = ((step + i / 2) & (steps - 1)) * kRows;
+        const auto own = LoadRows<kRows>(sums + row), factor = LoadRows<kRows>(factors + row);
 #pragma unroll
-        for (int u = 0; u < kUnrolled; ++u) {
-          float importance = 0.0f;
-#pragma unroll
-          for (int g = 0; g < kRows; ++g) {
-            importance += sums[u].x[g] * Exp2(references[u].x[g] - log2_sum.x[g]);
-          }
-#pragma unroll 1
-          for (int step = 1; step < lanes; step *= 2) {
-            importance += __shfl_xor_sync(~0u, importance, step);
-          }
-          if (part_of_slot == 0 && slot < slots && tile + u * kConsumers < tiles &&
-              static_cast<unsigned>(blocks[u]) < static_cast<unsigned>(num_blocks)) {
-            own_importances[blocks[u]] = importance;
-          }
+        for (int r = 0; r < kRows; ++r) importance += own.x[r] * factor.x[r];
+      }
+      const int block = places[in_batch].first_block + slot, tile = batch + in_batch;
+      if (static_cast<unsigned>(block) < static_cast<unsigned>(num_blocks)) {
+        const int odd = tile & 1;
+        importances[odd * num_blocks + block] = importance;
+        // Where no other tile adds to the block, the other term is 0.
+        const int first = max(m * (block + 1) - (params.taps - 1), 0);
+        const int last = min(m * (block + 1), length - 1);
+        if (first >= tile * kTile && last < (tile + 1) * kTile) {
+          importances[(odd ^ 1) * num_blocks + block] = 0.0f;
         }
       }
     }
@@ -341,9 +318,11 @@ __device__ inline void SumImportances(const Params& params, const Part& part, in
 }
 
 // Writes each head's own scores of every block. Slow, and not often wanted.
-__device__ inline void StoreBlockScores(const Params& params, const Part& part, int token,
-                                        int num_blocks, const RowNorms& norms) {
-  const int m = params.block_positions, group = params.group(), rows = part.padded_rows(params);
+__device__ inline void StoreBlockScores(const Params& params, const Part& part,
+                                        const Records& records, int token, int num_blocks,
+                                        const RowNorms& norms) {
+  const int m = params.block_positions, group = params.group();
+  const int record_rows = RecordRows(part.rows(params));
   const int64_t row = part.sequence.first_row + part.first_token + token;
   float* scores =
       params.arrays.block_scores + (row * params.heads + part.head * group) * params.max_blocks;
@@ -357,9 +336,10 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part, 
       if (j < num_blocks) {
 #pragma unroll 1
         for (int tile = first / kTile; first <= last && tile <= last / kTile; ++tile) {
-          const float* record = TileRecord(params, part, tile, token * group + g);
+          const float* record = records.Of(tile) + token * group + g;
           const int slot = j + 1 - params.by_block_positions(tile * kTile + m - 1);
-          score += record[(1 + slot) * rows] * Exp2(record[0] - norms.log2_sum[token * group + g]);
+          score += record[(1 + slot) * record_rows] *
+                   Exp2(record[0] - norms.log2_sum[token * group + g]);
         }
       }
       scores[int64_t{g} * params.max_blocks + j] = score;
@@ -367,9 +347,9 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part, 
   }
 }
 
-// Selects the blocks of each token of a merged item.
-__device__ inline void Select(const Params& params, const Part& part, const RowNorms& norms,
-                              SelectionScratch& scratch) {
+// Selects the blocks of each token of an item that is through.
+__device__ inline void Select(const Params& params, const Part& part, const Records& records,
+                              const RowNorms& norms, SelectionScratch& scratch) {
   const int num_blocks = static_cast<int>(params.problem.window.NumBlocks(part.sequence.length));
   const int count = static_cast<int>(params.problem.select_count);
   uint64_t* spill = reinterpret_cast<uint64_t*>(params.selection());
@@ -379,25 +359,28 @@ __device__ inline void Select(const Params& params, const Part& part, const RowN
 #pragma unroll 1
   for (int token = 0; token < part.tokens; ++token) {
     const int64_t row = part.sequence.first_row + part.first_token + token;
-    switch (min(params.group_log2, 3)) {
+    const auto sum = [&](auto rows) {
+      SumImportances<rows()>(params, part, records, token, num_blocks, norms, scratch, importances);
+    };
+    switch (min(params.group_log2, 2)) {
       case 0:
-        SumImportances<1>(params, part, token, num_blocks, norms, scratch.places, importances);
+        sum(std::integral_constant<int, 1>());
         break;
       case 1:
-        SumImportances<2>(params, part, token, num_blocks, norms, scratch.places, importances);
-        break;
-      case 2:
-        SumImportances<4>(params, part, token, num_blocks, norms, scratch.places, importances);
+        sum(std::integral_constant<int, 2>());
         break;
       default:
-        SumImportances<8>(params, part, token, num_blocks, norms, scratch.places, importances);
+        sum(std::integral_constant<int, 4>());
         break;
     }
-    if (params.arrays.block_scores) StoreBlockScores(params, part, token, num_blocks, norms);
+    if (params.arrays.block_scores) {
+      StoreBlockScores(params, part, records, token, num_blocks, norms);
+    }
     SelectBlocks(importances, num_blocks, count, spill, scratch,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);
     SyncConsumers();
   }
+  records.Discard();
 }
 
 }  // namespace jax_nsa::cuda

@@ -74,11 +74,17 @@ struct Part {
   }
   __device__ int own_region() const { return blockIdx.x * 2 + (begin == 0 ? 1 : 0); }
 
-  __device__ int rows(const Params& params) const { return tokens << params.group_log2; }
-  // Rows of the region's records.
-  __device__ int padded_rows(const Params& params) const {
-    return kRowTile * RowGroups(rows(params));
+  // Whether the item has parts in several shares.
+  __device__ bool is_cut() const { return parts > 1; }
+  // Tiles [PartBegin(part), PartBegin(part + 1)) of the item are in the part.
+  __device__ int PartBegin(int part) const {
+    return part == 0 ? 0 : min(first_tiles + (part - 1) * share, sequence.tiles);
   }
+  __device__ int PartOf(int tile) const {
+    return tile < first_tiles ? 0 : 1 + Quotient(tile - first_tiles, share);
+  }
+
+  __device__ int rows(const Params& params) const { return tokens << params.group_log2; }
   __device__ bool is_last_chunk() const { return first_token + tokens >= sequence.count; }
 };
 
