@@ -176,8 +176,9 @@ def memory_bound(
     tiles = 4 * (
         heads * rows * (head_size + 16) + (3 * tile + 32) * rows + 16 * head_size + 32 * value_size
     )
-    group = 4 * heads * rows * (blocks + splits * (value_size + 5) + length // tile)
-    return threads * tiles + (threads + 1) * (group + 4 * tokens * blocks)
+    state = blocks + splits * (value_size + 5) + length // tile + 2  # of a row
+    group = 4 * heads * (rows * state + tokens * blocks)
+    return threads * tiles + (2 * threads + 1) * group
 
 
 def peak_growth(sequences: int, length: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 // The two products of attention, by tiles of bfloat16 (Intel AMX).
 //
-// A tile product is C[m][n] += sum_k A[m][k] B[k][n], with A of 16 rows of 32 elements, and B of 16
-// rows of 16 pairs. Keys are A as they lie in memory, queries B as packed for vectors that do not
-// repeat; weights are A transposed, values B as packed for vectors.
+// A tile product is C[m][n] += sum_k A[m][k] B[k][n], with A of up to 16 rows of 32 elements, and B
+// of 16 rows of up to 16 pairs. Keys are A as they lie in memory, queries B as packed for vectors
+// that do not repeat; weights are A transposed, values B as packed for vectors. Panels of fewer
+// than 16 rows make narrow tiles: fewer columns of scores, fewer rows of weighted values.
 
 #ifndef JAX_NSA_CPU_AMX_H_
 #define JAX_NSA_CPU_AMX_H_
@@ -22,20 +23,23 @@ namespace {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileWords = 16;  // of 4 bytes, in a row of a tile
 
-// Registers 0 to 3 are sums, kA and kB operands. With a panel of fewer than 16 rows, sums and kB
-// are as narrow as its scores.
-constexpr int kSums = 4, kA = 4, kB = 5;
+// Registers. Narrow panels have two for scores and two for sums; of others, all are alike, and both
+// products sum into four.
+constexpr int kScores[] = {0, 1, 5, 6};  // 16 keys by rows
+constexpr int kQueries[] = {2, 4};       // 16 words by rows
+constexpr int kFull = 3;                 // keys, or values: 16 by 16 words
+constexpr int kWeights[] = {4, 2};       // rows by 16 steps
+constexpr int kSums[] = {5, 6, 0, 1};    // rows by 16 columns
 
 // Makes the tile registers usable while it lives.
 class TileScope {
  public:
   explicit TileScope(int64_t padded_rows) {
+    const int64_t rows = padded_rows < kTileRows ? padded_rows : kTileRows;
     TileConfiguration configuration;
-    for (int tile = 0; tile <= kB; ++tile) {
-      const int64_t words = tile == kA || padded_rows > kTileWords ? kTileWords : padded_rows;
-      configuration.row_bytes[tile] = static_cast<uint16_t>(4 * words);
-      configuration.rows[tile] = kTileRows;
-    }
+    for (int tile : {0, 1, 2}) configuration.Set(tile, kTileRows, rows);
+    configuration.Set(kFull, kTileRows, kTileWords);
+    for (int tile : {4, 5, 6}) configuration.Set(tile, rows, kTileWords);
     ConfigureTiles(configuration);
   }
   ~TileScope() { ReleaseTiles(); }
@@ -52,124 +56,136 @@ class AmxTiles {
   static int64_t WordGranule(int64_t) { return kTileWords; }
 
   static int64_t ScoreSteps(const Keys& keys, int64_t padded_rows) {
-    return keys.count / kTileRows * (keys.words / kTileWords) * RowTiles(padded_rows) *
-           kStepsOfTile;
+    return keys.count / kTileRows * (keys.words / kTileWords) * RowTiles(padded_rows) * kScoreSteps;
   }
 
   static void Score(const Keys& keys, const Queries& queries, float* scores, Ahead& ahead) {
     const int64_t rows = queries.padded_rows;
-    if (rows <= kTileWords) {
-      // Up to four tiles of keys share each tile of queries.
-      for (int64_t p = 0; p < keys.count; p += kSums * kTileRows) {
-        const int64_t tiles = (keys.count - p) / kTileRows;
-        ScoreKeys(keys, p, tiles < kSums ? tiles : kSums, queries, scores, ahead);
-      }
-    } else {
-      // A tile of keys meets up to four tiles of queries.
-      for (int64_t p = 0; p < keys.count; p += kTileRows) {
-        for (int64_t r = 0; r < rows; r += kSums * kTileWords) {
-          const int64_t tiles = RowTiles(rows - r);
-          ScoreQueries(keys, p, queries, r, tiles < kSums ? tiles : kSums, scores, ahead);
-        }
-      }
+    int64_t r = 0;
+    for (; r + 2 * kTileWords <= rows; r += 2 * kTileWords) {
+      ScoreRows<2, 2>(keys, queries, r, scores, ahead);
     }
+    if (r < rows && rows < kTileWords) ScoreRows<2, 1>(keys, queries, r, scores, ahead);
+    if (r < rows && rows >= kTileWords) ScoreRows<4, 1>(keys, queries, r, scores, ahead);
   }
 
   static int64_t WeighSteps(int64_t rows, int64_t columns, int64_t steps) {
     return RowTiles(rows) * (columns / kTileWords) * ((steps + kTileRows - 1) / kTileRows) *
-           kStepsOfTile;
+           kWeighSteps;
   }
 
-  // As Vectors::Weigh, for a panel of at least 16 padded rows. Weights and values of the steps up
-  // to the next multiple of 16 must be zero; sums must hold all padded rows.
+  // As Vectors::Weigh. Weights and values of the steps up to the next multiple of 16 must be zero;
+  // sums must hold all padded rows, which are the stride of the weights.
   static void Weigh(const Weighing& weighing, int64_t rows, float* sums, Ahead& ahead) {
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      alignas(64) uint32_t weights[kMostSteps * kTileWords];
-      for (int64_t s = 0; s < weighing.steps; s += kTileRows) {
-        TransposeTile(weighing.weights + s * weighing.stride + r, weighing.stride,
-                      weights + s * kTileWords);
-      }
-      for (int64_t c = 0; c < weighing.columns; c += 2 * kTileWords) {
-        WeighColumns(weights, weighing, c, sums + r * weighing.columns + c, ahead);
-      }
+    int64_t r = 0;
+    for (; r + kTileRows < rows; r += 2 * kTileRows) {
+      WeighRows<2, 2>(weighing, r, sums, ahead);
     }
+    if (r < rows && weighing.stride < kTileRows) WeighRows<1, 2>(weighing, r, sums, ahead);
+    if (r < rows && weighing.stride >= kTileRows) WeighRows<1, 4>(weighing, r, sums, ahead);
   }
 
  private:
-  static constexpr int64_t kStepsOfTile = 2;  // of Ahead, in the time of a product
+  // Of Ahead, in the time of a product and the loads, stores and transposing that belong to it.
+  static constexpr int64_t kScoreSteps = 4, kWeighSteps = 8;
 
   static int64_t RowTiles(int64_t rows) { return (rows + kTileWords - 1) / kTileWords; }
 
-  // Calls the function with the numbers below `count`, as constants.
-  template <class Function>
-  static inline void ForEach(int64_t count, Function function) {
-    function(Constant<0>());
-    if (count > 1) function(Constant<1>());
-    if (count > 2) function(Constant<2>());
-    if (count > 3) function(Constant<3>());
+  // Calls the function with the numbers below `count` as constants.
+  template <int count, class Function>
+  static inline void ForEach(Function function) {
+    if constexpr (count > 0) {
+      ForEach<count - 1>(function);
+      function(Constant<count - 1>());
+    }
   }
 
-  // `tiles` tiles of keys from key p.
-  static void ScoreKeys(const Keys& keys, int64_t p, int64_t tiles, const Queries& queries,
-                        float* scores, Ahead& ahead) {
+  // Scores of `width` tiles of rows from row r, for `height` tiles of keys at a time.
+  template <int height, int width>
+  static void ScoreRows(const Keys& keys, const Queries& queries, int64_t r, float* scores,
+                        Ahead& ahead) {
+    int64_t p = 0;
+    for (; p + height * kTileRows <= keys.count; p += height * kTileRows) {
+      ScoreTiles<height, width>(keys, p, queries, r, scores, ahead);
+    }
+    for (; p < keys.count; p += kTileRows) {
+      ScoreTiles<1, width>(keys, p, queries, r, scores, ahead);
+    }
+  }
+
+  template <int height, int width>
+  static void ScoreTiles(const Keys& keys, int64_t p, const Queries& queries, int64_t r,
+                         float* scores, Ahead& ahead) {
     const int64_t rows = queries.padded_rows;
-    ForEach(tiles, [](auto tile) { ClearTile<tile()>(); });
+    ForEach<height * width>([](auto i) { ClearTile<kScores[i()]>(); });
     for (int64_t w = 0; w < keys.words; w += kTileWords) {
-      LoadTile<kB>(queries.words + w * rows, 4 * rows);
-      ForEach(tiles, [&](auto tile) {
-        LoadTile<kA>(keys.first + (p + tile() * kTileRows) * keys.stride + 4 * w, keys.stride);
-        MultiplyTiles<tile(), kA, kB>();
-        ahead.Step(kStepsOfTile);
+      ForEach<width>([&](auto j) {
+        LoadTile<kQueries[j()]>(queries.words + w * rows + r + j() * kTileWords, 4 * rows);
+      });
+      ForEach<height>([&](auto i) {
+        LoadTile<kFull>(keys.first + (p + i() * kTileRows) * keys.stride + 4 * w, keys.stride);
+        ForEach<width>(
+            [&](auto j) { MultiplyTiles<kScores[i() * width + j()], kFull, kQueries[j()]>(); });
+        ahead.Step(width * kScoreSteps);
       });
     }
-    ForEach(tiles, [&](auto tile) {
-      StoreTile<tile()>(scores + (p + tile() * kTileRows) * rows, 4 * rows);
+    ForEach<height * width>([&](auto i) {
+      float* const target = scores + (p + i() / width * kTileRows) * rows + r;
+      StoreTile<kScores[i()]>(target + i() % width * kTileWords, 4 * rows);
     });
   }
 
-  // `tiles` tiles of queries from row r.
-  static void ScoreQueries(const Keys& keys, int64_t p, const Queries& queries, int64_t r,
-                           int64_t tiles, float* scores, Ahead& ahead) {
-    const int64_t rows = queries.padded_rows;
-    ForEach(tiles, [](auto tile) { ClearTile<tile()>(); });
-    for (int64_t w = 0; w < keys.words; w += kTileWords) {
-      LoadTile<kA>(keys.first + p * keys.stride + 4 * w, keys.stride);
-      ForEach(tiles, [&](auto tile) {
-        LoadTile<kB>(queries.words + w * rows + r + tile() * kTileWords, 4 * rows);
-        MultiplyTiles<tile(), kA, kB>();
-        ahead.Step(kStepsOfTile);
-      });
-    }
-    ForEach(tiles, [&](auto tile) {
-      StoreTile<tile()>(scores + p * rows + r + tile() * kTileWords, 4 * rows);
-    });
-  }
-
-  // Adds the weighted values of two tiles of columns to those of 16 rows.
-  static void WeighColumns(const uint32_t* weights, const Weighing& weighing, int64_t c,
-                           float* sums, Ahead& ahead) {
-    const int64_t stride = 4 * weighing.columns;
-    LoadTile<0>(sums, stride);
-    LoadTile<1>(sums + kTileWords, stride);
+  // Adds the weighted values to `height` tiles of rows from row r, `width` tiles of columns at a
+  // time.
+  template <int height, int width>
+  static void WeighRows(const Weighing& weighing, int64_t r, float* sums, Ahead& ahead) {
+    alignas(64) uint32_t weights[height][kMostSteps * kTileWords];
     for (int64_t s = 0; s < weighing.steps; s += kTileRows) {
-      const uint32_t* const values = weighing.values + s * weighing.columns + c;
-      LoadTile<kA>(weights + s * kTileWords, 4 * kTileWords);
-      LoadTile<2>(values, stride);
-      LoadTile<3>(values + kTileWords, stride);
-      MultiplyTiles<0, kA, 2>();
-      MultiplyTiles<1, kA, 3>();
-      ahead.Step(2 * kStepsOfTile);
+      for (int64_t i = 0; i < height; ++i) {
+        const uint32_t* const source = weighing.weights + s * weighing.stride + r + i * kTileRows;
+        WithConstant(weighing.stride < kTileRows ? weighing.stride : kTileRows, [&](auto size) {
+          TransposeTile<size()>(source, weighing.stride, weights[i] + s * kTileWords);
+        });
+      }
     }
-    StoreTile<0>(sums, stride);
-    StoreTile<1>(sums + kTileWords, stride);
+    int64_t c = 0;
+    for (; c + width * kTileWords <= weighing.columns; c += width * kTileWords) {
+      WeighTiles<height, width>(weights, weighing, r, c, sums, ahead);
+    }
+    // There is an even number of tiles.
+    if (c < weighing.columns) WeighTiles<height, 2>(weights, weighing, r, c, sums, ahead);
   }
 
-  // [16][stride] to [16][16].
+  template <int height, int width>
+  static void WeighTiles(const uint32_t (*weights)[kMostSteps * kTileWords],
+                         const Weighing& weighing, int64_t r, int64_t c, float* sums,
+                         Ahead& ahead) {
+    const int64_t stride = 4 * weighing.columns;
+    const auto sum = [&](int64_t i) {
+      return sums + (r + i / width * kTileRows) * weighing.columns + c + i % width * kTileWords;
+    };
+    ForEach<height * width>([&](auto i) { LoadTile<kSums[i()]>(sum(i()), stride); });
+    for (int64_t s = 0; s < weighing.steps; s += kTileRows) {
+      ForEach<height>(
+          [&](auto i) { LoadTile<kWeights[i()]>(weights[i()] + s * kTileWords, 4 * kTileWords); });
+      ForEach<width>([&](auto j) {
+        LoadTile<kFull>(weighing.values + s * weighing.columns + c + j() * kTileWords, stride);
+        ForEach<height>(
+            [&](auto i) { MultiplyTiles<kSums[i() * width + j()], kWeights[i()], kFull>(); });
+        ahead.Step(height * kWeighSteps);
+      });
+    }
+    ForEach<height * width>([&](auto i) { StoreTile<kSums[i()]>(sum(i()), stride); });
+  }
+
+  // Weights of 16 steps, [step][stride], of which `size` rows become [row][16].
+  template <int size>
   static void TransposeTile(const uint32_t* source, int64_t stride, uint32_t* target) {
-    Float rows[kTileRows];
-    for (int64_t i = 0; i < kTileRows; ++i) rows[i] = Load<Float>(source + i * stride);
-    Transpose(rows);
-    for (int64_t i = 0; i < kTileRows; ++i) Store(target + i * kTileWords, rows[i]);
+    Float vectors[size];
+    const int64_t apart = size < kTileRows ? kTileRows : stride;
+    for (int64_t i = 0; i < size; ++i) vectors[i] = Load<Float>(source + i * apart);
+    Transpose<size>(vectors);
+    for (int64_t i = 0; i < size; ++i) Store(target + i * kTileWords, vectors[i]);
   }
 };
 

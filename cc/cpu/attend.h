@@ -47,7 +47,8 @@ struct Scratch {
     const auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n)); };
     const auto words = [&](int64_t n) { return reinterpret_cast<uint32_t*>(take(n)); };
     const int64_t row_words = PaddedWords(plan.problem.head_size);
-    queries = words(heads * row_words * padded_rows);
+    // Transposing few rows writes a vector past the end.
+    queries = words(heads * row_words * padded_rows + kLanes);
     history = floats(heads * kGranule * padded_rows);
     // Sums over few rows read a vector past the end.
     weights = floats((kGranule + plan.tile_size + kGranule) * padded_rows + kLanes);
@@ -77,19 +78,16 @@ class Attention {
     value_stride_ = problem.key_value_heads * value_size_ * kElement;
   }
 
-  void Run() {
+  void Run(const Upcoming& upcoming) {
     PackQueries();
     for (int64_t h = 0; h < unit_.heads; ++h) Begin(h);
     for (Tile tile = Tile::At(plan_, unit_, 0), next; tile.count > 0; tile = next) {
       next = Tile::At(plan_, unit_, tile.index + 1);
-      Ahead ahead(
-          {KeyRow(next, 0), key_stride_, unit_.heads * head_size_ * kElement, next.count},
-          {ValueRow(next, 0), value_stride_, unit_.heads * value_size_ * kElement, next.count},
-          StepsAhead(tile));
+      Ahead ahead = FetchAhead(tile, next, upcoming);
       for (int64_t h = 0; h < unit_.heads; ++h) {
         Score(tile, h, ahead);
-        Softmax(tile, h);
-        SumBlocks(tile, h);
+        Softmax(tile, h, ahead);
+        SumBlocks(tile, h, ahead);
         Weigh(tile, h, ahead);
       }
     }
@@ -103,28 +101,55 @@ class Attention {
 
   // The query heads of the panels as words, their scale but for its size folded in.
   void PackQueries() {
-    // A negative scale changes their sign, so that the greatest product is the peak; a zero one
-    // clears them.
-    const float scale = plan_.problem.scale;
-    const uint32_t sign = scale < 0 ? (Key::kPairs ? 0x80008000u : 0x80000000u) : 0;
-    const uint32_t keep = scale == 0 ? 0 : ~0u;
     const int64_t repeat = KeysBy::Repeat(padded_rows_);
     for (int64_t h = 0; h < unit_.heads; ++h) {
       uint32_t* const queries = scratch_.queries + h * key_words_ * padded_rows_;
-      for (int64_t i = 0; i < key_words_ * padded_rows_; ++i) queries[i] = 0;
-      for (int64_t r = 0; r < rows_; ++r) {
-        const int64_t head = (unit_.first_head + h) * plan_.group + r % plan_.group;
-        const int64_t row = (unit_.first_row + r / plan_.group) * plan_.problem.heads + head;
+      if (repeat == 1) {
+        for (int64_t r = 0; r < padded_rows_; r += kLanes) PackTransposed(h, r, queries + r);
+        continue;
+      }
+      for (int64_t r = 0; r < padded_rows_; ++r) {
         uint32_t* const words = scratch_.keys;
-        Key::PackRow(static_cast<const char*>(plan_.arrays.query) + row * head_size_ * kElement,
-                     head_size_, words);
+        PackQuery(h, r, words);
         for (int64_t w = 0; w < key_words_; w += repeat) {
           for (int64_t e = 0; e < repeat; ++e) {
-            queries[w * padded_rows_ + r * repeat + e] = (words[w + e] ^ sign) & keep;
+            queries[w * padded_rows_ + r * repeat + e] = words[w + e];
           }
         }
       }
     }
+  }
+
+  // As many rows as a vector has lanes; where there are fewer, the next word overwrites the others.
+  void PackTransposed(int64_t h, int64_t row, uint32_t* target) {
+    static_assert(kLanes <= kGranule);
+    const int64_t row_words = PaddedWords(head_size_);
+    for (int64_t i = 0; i < kLanes; ++i) PackQuery(h, row + i, scratch_.keys + i * row_words);
+    for (int64_t w = 0; w < key_words_; w += kLanes) {
+      Float words[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        words[i] = Load<Float>(scratch_.keys + i * row_words + w);
+      }
+      Transpose<kLanes>(words);
+      for (int64_t i = 0; i < Least(kLanes, key_words_ - w); ++i) {
+        Store(target + (w + i) * padded_rows_, words[i]);
+      }
+    }
+  }
+
+  // One row of the panel; zeros past the last.
+  void PackQuery(int64_t h, int64_t r, uint32_t* words) {
+    // A negative scale changes signs, so that the greatest product is the peak; a zero one clears.
+    const float scale = plan_.problem.scale;
+    const uint32_t sign = scale < 0 ? (Key::kPairs ? 0x80008000u : 0x80000000u) : 0;
+    const uint32_t keep = scale == 0 || r >= rows_ ? 0 : ~0u;
+    const int64_t head = (unit_.first_head + h) * plan_.group + r % plan_.group;
+    const int64_t row = (unit_.first_row + r / plan_.group) * plan_.problem.heads + head;
+    if (keep) {
+      Key::PackRow(static_cast<const char*>(plan_.arrays.query) + row * head_size_ * kElement,
+                   head_size_, words);
+    }
+    for (int64_t w = 0; w < Key::RowWords(head_size_); ++w) words[w] = (words[w] ^ sign) & keep;
   }
 
   void Begin(int64_t h) {
@@ -138,7 +163,7 @@ class Attention {
   // Scores of all positions of the tile, and of those up to a multiple of kGranule.
   void Score(const Tile& tile, int64_t h, Ahead& ahead) {
     const Queries queries = {scratch_.queries + h * key_words_ * padded_rows_, padded_rows_};
-    const char* const first = KeyRow(tile, h);
+    const char* const first = KeyRow(unit_, tile, h);
     const int64_t count = RoundUp(tile.count, kGranule);
     if (in_place_) {
       KeysBy::Score({first, key_stride_, count, key_words_}, queries, weights_, ahead);
@@ -156,7 +181,7 @@ class Attention {
 
   // Turns scores into weights relative to the greatest score so far; what was summed before is
   // rescaled if that grew.
-  void Softmax(const Tile& tile, int64_t h) {
+  void Softmax(const Tile& tile, int64_t h, Ahead& ahead) {
     const Partial& partial = partials_[h];
     const float scale =
         plan_.problem.scale == 0 ? 1 : __builtin_fabsf(plan_.problem.scale) * kLog2E;
@@ -165,8 +190,12 @@ class Attention {
     const int64_t stride = Most(padded_rows_, kLanes);
     bool grew = false;
     for (int64_t v = 0; v < stride; v += kLanes) {
-      Float peak = Set(-__builtin_inff());
-      for (int64_t i = v; i < end; i += stride) peak = Max(Load<Float>(weights_ + i), peak);
+      Float peaks[kChains], totals[kChains] = {};
+      for (Float& chain : peaks) chain = Set(-__builtin_inff());
+      ForVectors(v, end, stride, [&](int64_t i, int chain) {
+        peaks[chain] = Max(Load<Float>(weights_ + i), peaks[chain]);
+      });
+      Float peak = Max(Max(peaks[0], peaks[1]), Max(peaks[2], peaks[3]));
       // Where a vector holds several positions: the greatest of each row, in all its lanes.
       for (int64_t turn = padded_rows_; turn < kLanes; turn *= 2) {
         float twice[2 * kLanes];
@@ -179,12 +208,13 @@ class Attention {
       const Float factor = Exp2(old_peak - peak);
       for (int lane = 0; lane < kLanes; ++lane) grew |= factor[lane] != 1.0f;
 
-      Float total = {};
-      for (int64_t i = v; i < end; i += stride) {
+      ForVectors(v, end, stride, [&](int64_t i, int chain) {
         const Float weight = Exp2(Load<Float>(weights_ + i) * scale - peak);
         Store(weights_ + i, weight);
-        total += weight;
-      }
+        totals[chain] += weight;
+        if (chain % 2 == 0) ahead.Step(2);  // one for each, in fewer calls
+      });
+      const Float total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
       Store(partial.total + v, Load<Float>(partial.total + v) * factor + total);
       Store(partial.peak + v, peak);
       Store(scratch_.factors + v, factor);
@@ -192,6 +222,20 @@ class Attention {
     __builtin_memcpy(partial.tile_peaks + tile.index * padded_rows_, partial.peak,
                      4 * padded_rows_);
     if (grew) Rescale(partial, scratch_.history + h * kGranule * padded_rows_);
+  }
+
+  static constexpr int kChains = 4;          // of what is added or compared one after another
+  static constexpr int64_t kBlockSteps = 2;  // of Ahead, in the time of a vector of block scores
+
+  // Calls the function with every `stride`-th index in [begin, end) and the chain it belongs to.
+  template <class Function>
+  static inline void ForVectors(int64_t begin, int64_t end, int64_t stride, Function function) {
+    int64_t i = begin;
+    for (; i + (kChains - 1) * stride < end; i += kChains * stride) {
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) function(i + chain * stride, chain);
+    }
+    for (int chain = 0; i < end; i += stride, ++chain) function(i, chain);
   }
 
   // Scores of what a row does not see become -inf: positions past the end, and the last of the
@@ -220,7 +264,7 @@ class Attention {
   }
 
   // Sums the weights into the blocks that close in the tile.
-  void SumBlocks(const Tile& tile, int64_t h) {
+  void SumBlocks(const Tile& tile, int64_t h, Ahead& ahead) {
     const Partial& partial = partials_[h];
     float* const history = scratch_.history + h * kGranule * padded_rows_;
     __builtin_memcpy(scratch_.weights, history, 4 * kGranule * padded_rows_);
@@ -239,6 +283,7 @@ class Attention {
           sum += plan_.weights[o] * Load<Float>(closing - o * padded_rows_ + r);
         }
         Store(scores + r, sum);
+        ahead.Step(kBlockSteps);
       }
     }
     __builtin_memcpy(history, weights_ + (tile.count - kGranule) * padded_rows_,
@@ -248,8 +293,8 @@ class Attention {
   // Adds the weighted values of the tile.
   void Weigh(const Tile& tile, int64_t h, Ahead& ahead) {
     const int64_t steps = Steps(tile);
-    const uint32_t* const weights = WeightWords(tile);
-    const char* const first = ValueRow(tile, h);
+    const uint32_t* const weights = WeightWords(tile, ahead);
+    const char* const first = ValueRow(unit_, tile, h);
     for (int64_t s = 0; s < steps; s += kMostSteps) {
       const int64_t count = Least(kMostSteps, steps - s);
       for (int64_t i = 0; i < count; ++i) {
@@ -267,11 +312,12 @@ class Attention {
   }
 
   // Weights as words, [step][padded rows]: themselves, or rounded in pairs of positions.
-  const uint32_t* WeightWords(const Tile& tile) {
+  const uint32_t* WeightWords(const Tile& tile, Ahead& ahead) {
     if constexpr (!Value::kPairs) {
       return reinterpret_cast<const uint32_t*>(weights_);
     } else {
-      WithConstant(Least(padded_rows_, kLanes), [&](auto rows) { PairWeights<rows()>(tile); });
+      WithConstant(Least(padded_rows_, kLanes),
+                   [&](auto rows) { PairWeights<rows()>(tile, ahead); });
       const int64_t whole = RoundUp(Steps(tile), ValuesBy::kStepGranule);
       for (int64_t i = RoundUp(tile.count, kGranule) / 2 * padded_rows_; i < whole * padded_rows_;
            ++i) {
@@ -283,13 +329,14 @@ class Attention {
 
   // With `rows` rows to a position in a vector.
   template <int rows>
-  void PairWeights(const Tile& tile) {
+  void PairWeights(const Tile& tile, Ahead& ahead) {
     const int64_t positions = RoundUp(tile.count, kGranule);
     const int64_t apart = Most(padded_rows_, kLanes);  // from even vectors to odd ones
     for (int64_t s = 0; s < positions * padded_rows_; s += 2 * apart) {
       for (int64_t r = 0; r < apart; r += kLanes) {
         const Float a = Load<Float>(weights_ + s + r), b = Load<Float>(weights_ + s + r + apart);
         Store(scratch_.pairs + s / 2 + r, Type::template RoundPairs<rows>(a, b));
+        ahead.Step();
       }
     }
   }
@@ -308,23 +355,43 @@ class Attention {
     return RoundUp(tile.count, ValuesBy::kElements) / ValuesBy::kElements;
   }
 
+  // Fetches the next tile, of this unit or the upcoming one, in the time of the work on a tile.
+  Ahead FetchAhead(const Tile& tile, Tile next, const Upcoming& upcoming) const {
+    const Unit* unit = &unit_;
+    if (next.count == 0) {
+      unit = upcoming.take(upcoming.taker);
+      if (unit != nullptr) next = Tile::At(plan_, *unit, 0);
+    }
+    Rows keys = {}, values = {};
+    if (next.count > 0) {
+      keys = {KeyRow(*unit, next, 0), key_stride_, unit->heads * head_size_ * kElement, next.count};
+      values = {ValueRow(*unit, next, 0), value_stride_, unit->heads * value_size_ * kElement,
+                next.count};
+    }
+    return Ahead(keys, values, StepsAhead(tile));
+  }
+
   // How many steps ahead the work on a tile takes.
   int64_t StepsAhead(const Tile& tile) const {
     const int64_t steps = Steps(tile);
     const Keys keys = {nullptr, 0, RoundUp(tile.count, kGranule), key_words_};
+    const int64_t vectors = keys.count * padded_rows_ / kLanes;
+    const int64_t block_vectors =
+        keys.count / plan_.strides_per_select_block * RoundUp(padded_rows_, kLanes) / kLanes;
     return unit_.heads *
-           (KeysBy::ScoreSteps(keys, padded_rows_) + steps * Value::PackSteps(value_size_) +
+           (KeysBy::ScoreSteps(keys, padded_rows_) + vectors + kBlockSteps * block_vectors +
+            (Value::kPairs ? vectors / 2 : 0) + steps * Value::PackSteps(value_size_) +
             ValuesBy::WeighSteps(rows_, columns_, steps));
   }
 
-  const char* KeyRow(const Tile& tile, int64_t h) const {
+  const char* KeyRow(const Unit& unit, const Tile& tile, int64_t h) const {
     return static_cast<const char*>(plan_.arrays.key) + tile.first_row * key_stride_ +
-           (unit_.first_head + h) * head_size_ * kElement;
+           (unit.first_head + h) * head_size_ * kElement;
   }
 
-  const char* ValueRow(const Tile& tile, int64_t h) const {
+  const char* ValueRow(const Unit& unit, const Tile& tile, int64_t h) const {
     return static_cast<const char*>(plan_.arrays.value) + tile.first_row * value_stride_ +
-           (unit_.first_head + h) * value_size_ * kElement;
+           (unit.first_head + h) * value_size_ * kElement;
   }
 
   const Plan& plan_;

@@ -15,9 +15,6 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// A call that reads less is done by the caller: waking other threads costs more.
-constexpr int64_t kSerialBytes = 256 << 10;
-
 // The error of the first sequence that is at fault, checked before anything is read through it.
 ffi::Error Check(const Call& call) {
   const Problem& problem = call.problem;
@@ -65,8 +62,12 @@ ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   };
   const auto shared = std::make_shared<Shared>(*call, *kernel);
   ffi::Future future(shared->promise);
-  const auto work = [shared] {
-    if (!shared->run.Work()) return;
+  if (shared->run.num_units() == 0) {
+    shared->promise.SetAvailable();
+    return future;
+  }
+  const auto work = [shared](const Run::CallHelp& call_help) {
+    if (!shared->run.Work(call_help)) return;
     if (shared->run.out_of_memory()) {
       shared->promise.SetError(
           ffi::Error(ffi::ErrorCode::kResourceExhausted, "the CPU kernel ran out of memory"));
@@ -74,15 +75,15 @@ ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
       shared->promise.SetAvailable();
     }
   };
-  if (shared->run.num_units() == 0) {
-    shared->promise.SetAvailable();
-    return future;
-  }
-  if (shared->run.bytes() >= kSerialBytes) {
-    const int64_t helpers = std::min(pool.num_threads(), shared->run.num_units()) - 1;
-    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work(); });
-  }
-  work();
+  // The pool can only be asked from within this call.
+  const auto call_help = [&](int64_t threads) {
+    const int64_t helpers = std::min(threads, pool.num_threads() - 1);
+    for (int64_t i = 0; i < helpers; ++i) {
+      pool.Schedule([work] { work([](int64_t) {}); });
+    }
+  };
+  if (shared->run.bytes() >= kSerialBytes) call_help(shared->run.num_units() - 1);
+  work(call_help);
   return future;
 }
 

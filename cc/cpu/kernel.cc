@@ -20,38 +20,38 @@ int64_t ScratchSize(const Plan& plan, int64_t heads, int64_t padded_rows) {
 }
 
 template <class Type, class KeysBy, class ValuesBy>
-void Attend(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
-  Attention<Type, KeysBy, ValuesBy>(plan, unit, partials, scratch).Run();
+void Attend(const Plan& plan, const Unit& unit, const Upcoming& upcoming, const Partial* partials,
+            void* scratch) {
+  Attention<Type, KeysBy, ValuesBy>(plan, unit, partials, scratch).Run(upcoming);
 }
 
 using ByFloats = Vectors<FloatProducts>;
 // Sums of many products hold float32's accuracy if they are added up in parts.
 using ByFloatsInParts = Vectors<FloatProducts, 32>;
-using ByPairs = Vectors<BFloat16Products>;
 
-void AttendBFloat16(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
-  // Weights are rounded for products of pairs; short rows of values would not average that away.
-  const bool exact = plan.problem.value_size < 16;
-  auto attend = exact ? Attend<BFloat16, ByPairs, ByFloats> : Attend<BFloat16, ByPairs, ByPairs>;
+void AttendBFloat16(const Plan& plan, const Unit& unit, const Upcoming& upcoming,
+                    const Partial* partials, void* scratch) {
 #if defined(JAX_NSA_TILES)
-  // A tile that the rows do not fill is slower than vectors.
-  if (unit.padded_rows >= kTileRows) {
-    const TileScope tiles(unit.padded_rows);
-    attend = exact ? Attend<BFloat16, AmxTiles, ByFloats> : Attend<BFloat16, AmxTiles, AmxTiles>;
-    return attend(plan, unit, partials, scratch);
-  }
+  const TileScope tiles(unit.padded_rows);
+  using Multiplier = AmxTiles;
+#else
+  using Multiplier = Vectors<BFloat16Products>;
 #endif
-  attend(plan, unit, partials, scratch);
+  // Weights are rounded for products of pairs; short rows of values would not average that away.
+  const auto attend = plan.problem.value_size < 16 ? Attend<BFloat16, Multiplier, ByFloats>
+                                                   : Attend<BFloat16, Multiplier, Multiplier>;
+  attend(plan, unit, upcoming, partials, scratch);
 }
 
-void AttendAny(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch) {
+void AttendAny(const Plan& plan, const Unit& unit, const Upcoming& upcoming,
+               const Partial* partials, void* scratch) {
   switch (plan.problem.dtype) {
     case DataType::kBFloat16:
-      return AttendBFloat16(plan, unit, partials, scratch);
+      return AttendBFloat16(plan, unit, upcoming, partials, scratch);
     case DataType::kFloat16:
-      return Attend<Float16, ByFloats, ByFloats>(plan, unit, partials, scratch);
+      return Attend<Float16, ByFloats, ByFloats>(plan, unit, upcoming, partials, scratch);
     case DataType::kFloat32:
-      return Attend<Float32, ByFloatsInParts, ByFloats>(plan, unit, partials, scratch);
+      return Attend<Float32, ByFloatsInParts, ByFloats>(plan, unit, upcoming, partials, scratch);
   }
 }
 

@@ -52,6 +52,13 @@ struct Unit {
   int64_t end;
 };
 
+// Takes the unit that the thread does after its present one, or returns null if there is none. A
+// kernel asks once, on the last tile of its unit, to fetch the next one's memory ahead.
+struct Upcoming {
+  const Unit* (*take)(void* taker);
+  void* taker;
+};
+
 // The result of one unit for one kv head. Scores are exponents to base 2.
 struct Partial {
   float* attention;   // [padded rows, padded value size], weights relative to `peak`, order of the
@@ -71,7 +78,8 @@ struct Kernel {
   int64_t lanes;  // floats in a vector
   int64_t (*scratch_size)(const Plan& plan, int64_t heads, int64_t padded_rows);  // bytes
   // Fills partials[0 .. unit.heads).
-  void (*attend)(const Plan& plan, const Unit& unit, const Partial* partials, void* scratch);
+  void (*attend)(const Plan& plan, const Unit& unit, const Upcoming& upcoming,
+                 const Partial* partials, void* scratch);
   // Merges the partials of kv head `head` (partials[s * unit.heads] is that of split s) into the
   // attention output, block_scores and importance[tokens][num_blocks], and leaves the overall
   // `peak` and `total` of each row. `importance` and block_scores are zero before.

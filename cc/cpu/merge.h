@@ -17,31 +17,36 @@ namespace {
 inline Float Inverse(Float total) { return total == 0.0f ? Float{} : 1.0f / total; }
 
 // Adds each row's scores of the blocks [first, last), times `factors`, to block_scores and, over
-// the heads of the group, to the importance.
+// the heads of the group, to the importance. `run` is the group, at most a vector.
 template <int run>
 void AddScores(const Plan& plan, const Unit& unit, int64_t head, const float* scores,
                const float* factors, int64_t first, int64_t last, float* importance) {
   const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
-  for (int64_t j = first; j < last; j += run) {
+  const int64_t blocks = kLanes / Least(padded_rows, kLanes);  // in a vector
+  const int64_t tokens = kLanes / run / blocks;                // in a vector
+  for (int64_t j = first; j < last; j += run * blocks) {
     for (int64_t r = 0; r < rows; r += Most(plan.group, kLanes)) {
-      Float of_block[run];
-      for (int b = 0; b < run; ++b) {
+      Float of_blocks[run];
+      for (int64_t e = 0; e < run; ++e) {
         Float sum = {};
-        if (j + b < last) {
-          for (int64_t g = 0; g < plan.group; g += kLanes) {
-            const float* const source = scores + (j - first + b) * padded_rows + r + g;
-            sum += Load<Float>(source) * Load<Float>(factors + r + g);
-          }
+        for (int64_t g = 0; j + e * blocks < last && g < plan.group; g += kLanes) {
+          const float* const source = scores + (j - first + e * blocks) * padded_rows + r + g;
+          sum += Load<Float>(source) * Load<Float>(factors + r + g);
         }
-        of_block[b] = sum;
+        of_blocks[e] = sum;
       }
-      const Float sums = FoldRuns<run>(of_block);
+      // [block][token]
+      const Float sums = TransposeRuns<run>(FoldRuns<run>(of_blocks));
+      float* const target = importance + r / plan.group * unit.num_blocks + j;
+      if (tokens == 1 && last - j >= kLanes) {
+        Store(target, Load<Float>(target) + sums);
+        continue;
+      }
       float lanes[kLanes];
       Store(lanes, sums);
-      for (int64_t lane = 0; lane < kLanes && r + lane < rows; lane += run) {
-        const int64_t token = (r + lane) / plan.group;
-        for (int64_t b = 0; b < run && j + b < last; ++b) {
-          importance[token * unit.num_blocks + j + b] += lanes[lane + b];
+      for (int64_t b = 0; b < Least(run * blocks, last - j); ++b) {
+        for (int64_t t = 0; t < Least(tokens, unit.tokens - r / plan.group); ++t) {
+          target[t * unit.num_blocks + b] += lanes[b * tokens + t];
         }
       }
     }
@@ -113,10 +118,14 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
     for (Tile tile = Tile::At(plan, part, 0); tile.count > 0;
          tile = Tile::At(plan, part, tile.index + 1)) {
       const float* const tile_peaks = partial.tile_peaks + tile.index * padded_rows;
-      for (int64_t r = 0; r < vectors_end; r += kLanes) {
-        const Float factor = Exp2(Load<Float>(tile_peaks + r) - Load<Float>(peak + r));
-        Store(factors + r, factor * Inverse(Load<Float>(total + r)));
-      }
+      // Where a vector holds several blocks, in all its lanes.
+      WithConstant(Least(padded_rows, kLanes), [&](auto size) {
+        const auto repeated = [&](const float* row) { return (Float)Repeated<size()>(row); };
+        for (int64_t r = 0; r < vectors_end; r += kLanes) {
+          const Float factor = Exp2(repeated(tile_peaks + r) - repeated(peak + r));
+          Store(factors + r, factor * Inverse(repeated(total + r)));
+        }
+      });
       const int64_t last = BlocksEnd(plan, part, partial, tile.begin + tile.count);
       const float* const scores = partial.scores + (first - partial.first_block) * padded_rows;
       WithConstant(Least(plan.group, kLanes), [&](auto run) {

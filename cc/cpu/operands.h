@@ -70,13 +70,19 @@ struct Operands {
   // Writes the StepWords(size) words of a step, in the order of Type::Load: one value row, or two,
   // of which the second may be null.
   static void PackStep(const char* first, const char* second, int64_t size, uint32_t* words) {
-    for (int64_t c = 0; c < size; c += kChunk) {
-      if constexpr (kPairs) {
+    if constexpr (kPairs) {
+      int64_t c = 0;
+      for (; second != nullptr && c + kChunk <= size; c += kChunk) {
+        const int64_t offset = c * kElementSize;
+        StorePairs(Load<Word>(first + offset), Load<Word>(second + offset), words + c);
+      }
+      for (; c < size; c += kChunk) {
         const Word low = LoadPairs(first + c * kElementSize, size - c);
         const Word high = second ? LoadPairs(second + c * kElementSize, size - c) : Word{};
-        Store(words + c, (low & 0xffff) | (high << 16));
-        Store(words + c + kLanes, (low >> 16) | (high & 0xffff0000));
-      } else {
+        StorePairs(low, high, words + c);
+      }
+    } else {
+      for (int64_t c = 0; c < size; c += kChunk) {
         Convert(first + c * kElementSize, size - c, words + c);
       }
     }
@@ -86,6 +92,12 @@ struct Operands {
   static constexpr int64_t PackSteps(int64_t size) { return StepWords(size) / (2 * kChunk) + 1; }
 
  private:
+  // The even elements of two rows, side by side, then the odd ones.
+  static inline void StorePairs(Word low, Word high, uint32_t* words) {
+    Store(words, (low & 0xffff) | (high << 16));
+    Store(words + kLanes, (low >> 16) | (high & 0xffff0000));
+  }
+
   static void Convert(const char* source, int64_t count, uint32_t* words) {
     Float a, b;
     LoadSome<Type>(source, count, &a, &b);

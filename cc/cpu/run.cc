@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <utility>
 
@@ -10,8 +11,8 @@ namespace jax_nsa::cpu {
 namespace {
 
 // Sizes that were measured to serve; docs/performance.md tells how.
-constexpr int64_t kTileBytes = 96 << 10;  // of keys and values in a tile: a share of the L2 cache
-constexpr int64_t kUnitRows = 512;        // of all panels of a unit
+constexpr int64_t kTileBytes = 192 << 10;  // of keys and values in a tile: a share of the L2 cache
+constexpr int64_t kUnitRows = 512;         // of all panels of a unit
 constexpr int64_t kMinUnitBytes = 1024 << 10;  // work that pays for a merge
 constexpr int64_t kMaxUnitBytes = 4 << 20;
 constexpr int64_t kUnits = 64;  // that a large call should have, for many threads
@@ -29,32 +30,38 @@ int64_t PaddedRows(int64_t rows, int64_t lanes) {
   return padded;
 }
 
-// Writes the indices of the most important of `count` blocks, as selection.h orders them, padded
-// with -1. `heap` is of size k.
-void Select(float* importance, int64_t count, int64_t k,
-            std::vector<std::pair<float, int32_t>>& heap, int32_t* indices) {
-  const auto before = [](const std::pair<float, int32_t>& a, const std::pair<float, int32_t>& b) {
-    return GoesBefore(a.first, a.second, b.first, b.second);
+// A block as a number that is greater than that of another if it goes before, as selection.h
+// orders them.
+uint64_t Ranked(float importance, int64_t index) {
+  // Floats that are not negative are ordered as the integers of their bits; NaN is below them.
+  uint32_t bits = 0;
+  if (importance >= 0) {
+    std::memcpy(&bits, &importance, sizeof bits);
+    ++bits;
+  }
+  return uint64_t{bits} << 32 | ~static_cast<uint32_t>(index);
+}
+
+// Writes the indices of the most important of `count` blocks, padded with -1.
+void Select(const float* importance, int64_t count, int64_t k, std::vector<uint64_t>& heap,
+            int32_t* indices) {
+  const auto ranked = [&](int64_t j) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    return Ranked(AlwaysChosen(j, count) ? kInfinity : importance[j], j);
   };
+  const std::greater<uint64_t> before;
   heap.clear();
-  for (int64_t j = 0; j < count; ++j) {
-    float rank = importance[j];
-    if (std::isnan(rank)) rank = -1;
-    if (AlwaysChosen(j, count)) rank = std::numeric_limits<float>::infinity();
-    const std::pair<float, int32_t> block(rank, static_cast<int32_t>(j));
-    if (static_cast<int64_t>(heap.size()) < k) {
-      heap.push_back(block);
-      std::push_heap(heap.begin(), heap.end(), before);
-    } else if (before(block, heap.front())) {
-      std::pop_heap(heap.begin(), heap.end(), before);
-      heap.back() = block;
-      std::push_heap(heap.begin(), heap.end(), before);
-    }
+  for (int64_t j = 0; j < std::min(k, count); ++j) heap.push_back(ranked(j));
+  std::make_heap(heap.begin(), heap.end(), before);
+  for (int64_t j = k; j < count; ++j) {
+    const uint64_t block = ranked(j);
+    if (!before(block, heap.front())) continue;
+    std::pop_heap(heap.begin(), heap.end(), before);
+    heap.back() = block;
+    std::push_heap(heap.begin(), heap.end(), before);
   }
   std::sort_heap(heap.begin(), heap.end(), before);
-  for (int64_t n = 0; n < k; ++n) {
-    indices[n] = n < static_cast<int64_t>(heap.size()) ? heap[n].second : -1;
-  }
+  for (int64_t n = 0; n < k; ++n) indices[n] = n < count ? static_cast<int32_t>(~heap[n]) : -1;
 }
 
 }  // namespace
@@ -129,7 +136,9 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
       group.pages_per_split = CeilDiv(pages, CeilDiv(pages, pages_per_split_));
       group.splits = CeilDiv(pages, group.pages_per_split);
       group.unfinished = group.splits;
+      group.unmerged = unit.heads;
       num_units_ += group.splits;
+      unfinished_ += group.splits + unit.heads;
       groups_.push_back(std::move(group));
     }
   }
@@ -198,93 +207,136 @@ Run::Layout Run::LayOut(const Group& group) const {
       layout.partials.push_back(partial);
     }
   }
-  layout.importance = take(whole.tokens * whole.num_blocks);
-  layout.peak = take(state);
-  layout.total = take(state);
+  layout.importance = take(whole.heads * whole.tokens * whole.num_blocks);
+  layout.peaks = take(whole.heads * state);
+  layout.totals = take(whole.heads * state);
+  layout.state = state;
   layout.size = size;
   return layout;
 }
 
-Run::Memory Run::Allocate(int64_t size) {
-  return Memory(static_cast<char*>(std::aligned_alloc(kAlignment, size)));
-}
-
-// Takes the next unit, if there is one, and the memory of its group.
-Run::Group* Run::Take(int64_t* split) {
-  if (next_group_ == groups_.size()) return nullptr;
-  Group* const group = &groups_[next_group_];
-  if (next_split_ == 0) {
-    if (free_workspaces_.empty()) free_workspaces_.push_back(Allocate(workspace_size_));
-    group->workspace = std::move(free_workspaces_.back());
-    free_workspaces_.pop_back();
-    out_of_memory_ |= group->workspace == nullptr;
-  }
-  *split = next_split_++;
-  if (next_split_ == group->splits) {
+// Takes the next split, if there is one.
+Run::Task Run::Take() {
+  Task task;
+  if (next_group_ == groups_.size()) return task;
+  task.group = &groups_[next_group_];
+  task.split = next_split_++;
+  task.unit = Split(*task.group, task.split);
+  if (next_split_ == task.group->splits) {
     ++next_group_;
     next_split_ = 0;
   }
-  return group;
+  return task;
 }
 
-bool Run::Work() {
+// The memory for a split of the group; false if there is none left.
+bool Run::PrepareMemory(Group* group, Memory* scratch) {
+  if (!group->workspace) {
+    if (free_workspaces_.empty()) free_workspaces_.push_back(Allocate(workspace_size_));
+    group->workspace = std::move(free_workspaces_.back());
+    free_workspaces_.pop_back();
+  }
+  if (!*scratch) *scratch = Allocate(scratch_size_);
+  out_of_memory_ |= !group->workspace || !*scratch;
+  return !out_of_memory_;
+}
+
+bool Run::Work(const CallHelp& call_help) {
   Memory scratch;
-  int64_t split;
   std::unique_lock<std::mutex> lock(mutex_);
-  while (Group* const group = Take(&split)) {
-    if (!scratch) scratch = Allocate(scratch_size_);
-    out_of_memory_ |= scratch == nullptr;
-    if (!out_of_memory_) {
+  for (Task task = Take(); task.group != nullptr || !to_merge_.empty();) {
+    if (!to_merge_.empty()) {
+      Group* const group = to_merge_.back();
+      const int64_t head = group->merging++;
+      if (group->merging == group->unit.heads) to_merge_.pop_back();
       lock.unlock();
-      const Layout layout = LayOut(*group);
-      kernel_.attend(plan_, Split(*group, split),
-                     layout.partials.data() + split * group->unit.heads, scratch.get());
+      Merge(*group, head);
       lock.lock();
-      if (--group->unfinished == 0 && !out_of_memory_) {
+      if (--group->unmerged == 0) free_workspaces_.push_back(std::move(group->workspace));
+    } else {
+      Group* const group = task.group;
+      if (PrepareMemory(group, &scratch)) {
+        Task next;
         lock.unlock();
-        Merge(*group, layout);
+        Attend(task, scratch.get(), &next);
         lock.lock();
-        free_workspaces_.push_back(std::move(group->workspace));
+        task = next;
+      } else {
+        task = Take();
+      }
+      if (--group->unfinished == 0) {
+        if (out_of_memory_) {
+          unfinished_ -= group->unit.heads;
+        } else {
+          to_merge_.push_back(group);
+          // Those who found nothing left to take are gone.
+          if (next_group_ == groups_.size() && group->unit.heads > 1 &&
+              workspace_size_ >= kSerialBytes) {
+            lock.unlock();
+            call_help(group->unit.heads - 1);
+            lock.lock();
+          }
+        }
       }
     }
-    if (++finished_ == num_units_) return true;
+    if (--unfinished_ == 0) return true;
   }
   return false;
 }
 
-void Run::Merge(const Group& group, const Layout& layout) {
+// Attends to a split and takes the next.
+void Run::Attend(const Task& task, char* scratch, Task* next) {
+  struct Taker {
+    Run* run;
+    Task* next;
+  } taker = {this, next};
+  const auto take = [](void* pointer) -> const Unit* {
+    const Taker& taker = *static_cast<Taker*>(pointer);
+    const std::lock_guard<std::mutex> lock(taker.run->mutex_);
+    *taker.next = taker.run->Take();
+    return taker.next->group != nullptr ? &taker.next->unit : nullptr;
+  };
+  const Layout layout = LayOut(*task.group);
+  kernel_.attend(plan_, task.unit, {take, &taker},
+                 layout.partials.data() + task.split * task.unit.heads, scratch);
+}
+
+// Merges the partials of the group's kv head h.
+void Run::Merge(const Group& group, int64_t h) {
   const Problem& problem = plan_.problem;
   const Arrays& arrays = plan_.arrays;
   const Unit& unit = group.unit;
-  std::vector<std::pair<float, int32_t>> heap;
+  const Layout layout = LayOut(group);
+  float* const importance = layout.importance + h * unit.tokens * unit.num_blocks;
+  float* const peak = layout.peaks + h * layout.state;
+  float* const total = layout.totals + h * layout.state;
+  const int64_t head = unit.first_head + h;
+  std::vector<uint64_t> heap;
   heap.reserve(std::min(problem.select_count, unit.num_blocks));
-  for (int64_t h = 0; h < unit.heads; ++h) {
-    const int64_t head = unit.first_head + h;
-    std::fill_n(layout.importance, unit.tokens * unit.num_blocks, 0.0f);
-    const int64_t rows = unit.tokens * plan_.group;
-    const auto query_row = [&](int64_t r) {
-      return (unit.first_row + r / plan_.group) * problem.heads + head * plan_.group +
-             r % plan_.group;
-    };
-    if (arrays.block_scores) {
-      for (int64_t r = 0; r < rows; ++r) {
-        std::fill_n(arrays.block_scores + query_row(r) * plan_.max_blocks, plan_.max_blocks, 0.0f);
-      }
+  std::fill_n(importance, unit.tokens * unit.num_blocks, 0.0f);
+  const int64_t rows = unit.tokens * plan_.group;
+  const auto query_row = [&](int64_t r) {
+    return (unit.first_row + r / plan_.group) * problem.heads + head * plan_.group +
+           r % plan_.group;
+  };
+  if (arrays.block_scores) {
+    for (int64_t r = 0; r < rows; ++r) {
+      std::fill_n(arrays.block_scores + query_row(r) * plan_.max_blocks, plan_.max_blocks, 0.0f);
     }
-    kernel_.merge(plan_, unit, head, group.splits, group.pages_per_split,
-                  layout.partials.data() + h, layout.importance, layout.peak, layout.total);
-    if (arrays.lse) {
-      for (int64_t r = 0; r < rows; ++r) {
-        // Of a sum of powers of two, as kernels take scores. -inf where nothing was summed.
-        const double lse = (layout.peak[r] + std::log2(double{layout.total[r]})) * std::log(2.0);
-        arrays.lse[query_row(r)] = static_cast<float>(lse);
-      }
+  }
+  kernel_.merge(plan_, unit, head, group.splits, group.pages_per_split, layout.partials.data() + h,
+                importance, peak, total);
+  if (arrays.lse) {
+    for (int64_t r = 0; r < rows; ++r) {
+      // Of a sum of powers of two, as kernels take scores. -inf where nothing was summed.
+      const double lse = (peak[r] + std::log2(double{total[r]})) * std::log(2.0);
+      arrays.lse[query_row(r)] = static_cast<float>(lse);
     }
-    for (int64_t t = 0; t < unit.tokens; ++t) {
-      const int64_t row = (unit.first_row + t) * problem.key_value_heads + head;
-      Select(layout.importance + t * unit.num_blocks, unit.num_blocks, problem.select_count, heap,
-             arrays.topk_indices + row * problem.select_count);
-    }
+  }
+  for (int64_t t = 0; t < unit.tokens; ++t) {
+    const int64_t row = (unit.first_row + t) * problem.key_value_heads + head;
+    Select(importance + t * unit.num_blocks, unit.num_blocks, problem.select_count, heap,
+           arrays.topk_indices + row * problem.select_count);
   }
 }
 

@@ -4,20 +4,24 @@
 #define JAX_NSA_CPU_RUN_H_
 
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
+#include <functional>
 #include <mutex>
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "cpu/memory.h"
 
 namespace jax_nsa::cpu {
+
+// Work that reads less is not given to other threads: waking them costs more.
+constexpr int64_t kSerialBytes = 256 << 10;
 
 // How a call is divided. It follows from the call alone, never from the number of threads, and so
 // do the bits of its results.
 //
 // A *group* is a panel's tokens and some kv heads of one sequence; its *splits* are runs of its
-// pages. Each split is a unit; whoever finishes the last unit of a group merges them.
+// pages. Each split is a unit. When the last of a group is finished, each kv head's partials are to
+// be merged, by whoever is free.
 class Run {
  public:
   // The operands must have been checked.
@@ -27,32 +31,40 @@ class Run {
   // Bytes of keys and values that the call reads.
   int64_t bytes() const { return bytes_; }
 
-  // Does units until none is left to take. Returns true to the one caller that finishes the last.
-  bool Work();
+  // Asks so many threads to come, or come back, and work.
+  using CallHelp = std::function<void(int64_t threads)>;
 
-  // Whether memory ran out, to be asked when the last unit is finished; there are no results then.
+  // Works until nothing is left to take. Returns true to the one caller that finishes the last.
+  bool Work(const CallHelp& call_help = [](int64_t) {});
+
+  // Whether memory ran out, to be asked when all is finished; there are no results then.
   bool out_of_memory() const { return out_of_memory_; }
 
  private:
-  struct FreeMemory {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  using Memory = std::unique_ptr<char, FreeMemory>;
-
   struct Group {
     Unit unit;  // over the whole sequence
     int64_t splits;
     int64_t pages_per_split;
     int64_t unfinished;  // splits
+    int64_t merging;     // kv heads that someone merges or has merged
+    int64_t unmerged;    // kv heads
     Memory workspace;    // while some are in work
+  };
+
+  // A split to be attended to, if there is one.
+  struct Task {
+    Group* group = nullptr;
+    int64_t split;
+    Unit unit;
   };
 
   // Where the partials and the sums of a group lie in its workspace.
   struct Layout {
     std::vector<Partial> partials;  // [splits, heads]
-    float* importance;              // [tokens, blocks]
-    float* peak;                    // [padded rows]
-    float* total;                   // [padded rows]
+    float* importance;              // [heads, tokens, blocks]
+    float* peaks;                   // [heads, padded rows]
+    float* totals;                  // [heads, padded rows]
+    int64_t state;                  // [padded rows] in memory
     int64_t size;                   // bytes
   };
 
@@ -60,9 +72,10 @@ class Run {
   void FillRows(int64_t first, int64_t end);
   Unit Split(const Group& group, int64_t split) const;
   Layout LayOut(const Group& group) const;
-  static Memory Allocate(int64_t size);
-  Group* Take(int64_t* split);
-  void Merge(const Group& group, const Layout& layout);
+  Task Take();
+  bool PrepareMemory(Group* group, Memory* scratch);
+  void Attend(const Task& task, char* scratch, Task* next);
+  void Merge(const Group& group, int64_t h);
 
   Plan plan_;
   const Kernel& kernel_;
@@ -74,10 +87,11 @@ class Run {
   int64_t workspace_size_ = 0;  // of the largest group
   int64_t scratch_size_ = 0;    // of the largest unit
 
-  std::mutex mutex_;  // guards what follows, and `unfinished` and `workspace` of the groups
+  std::mutex mutex_;  // guards what follows, and what changes in the groups
   size_t next_group_ = 0;
   int64_t next_split_ = 0;
-  int64_t finished_ = 0;
+  std::vector<Group*> to_merge_;  // groups some of whose heads no one merges yet
+  int64_t unfinished_ = 0;        // splits to attend to, and kv heads of groups to merge
   bool out_of_memory_ = false;
   std::vector<Memory> free_workspaces_;
 };

@@ -141,17 +141,6 @@ inline Float FoldRuns(const Float* vectors) {
   }
 }
 
-// Transposes a matrix of kLanes rows.
-template <int h = 1>
-inline void Transpose(Float* rows) {
-  if constexpr (h < kLanes) {
-    for (int i = 0; i < kLanes; ++i) {
-      if ((i & h) == 0) Exchange<h>(&rows[i], &rows[i + h], AllLanes{});
-    }
-    Transpose<2 * h>(rows);
-  }
-}
-
 template <int size, int... lane>
 inline Float TransposeRuns(Float a, std::integer_sequence<int, lane...>) {
   constexpr int runs = kLanes / size;
@@ -163,6 +152,21 @@ template <int size>
 inline Float TransposeRuns(Float a) {
   if constexpr (size == 1 || size == kLanes) return a;
   return TransposeRuns<size>(a, AllLanes{});
+}
+
+// Transposes a matrix of `size` columns and kLanes rows, which fill as many vectors.
+template <int size, int h = 1>
+inline void Transpose(Float* vectors) {
+  if constexpr (h < size) {
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i) {
+      if ((i & h) == 0) Exchange<h>(&vectors[i], &vectors[i + h], AllLanes{});
+    }
+    Transpose<size, 2 * h>(vectors);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i) vectors[i] = TransposeRuns<size>(vectors[i]);
+  }
 }
 
 template <int... lane>

@@ -1,0 +1,84 @@
+// The working memory of calls, kept from one to the next: fresh pages from the system cost more
+// than the work on them.
+
+#ifndef JAX_NSA_CPU_MEMORY_H_
+#define JAX_NSA_CPU_MEMORY_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cpu/kernel.h"
+
+namespace jax_nsa::cpu {
+
+constexpr int64_t kKeptBytes = 32 << 20;  // between calls, at most
+
+// Blocks that no call uses at present.
+class KeptMemory {
+ public:
+  static KeptMemory& Get() {
+    static KeptMemory* const kept = new KeptMemory;  // never destroyed: threads may outlive statics
+    return *kept;
+  }
+
+  // A block of at least `size` bytes, or null. Sets `size` to its bytes.
+  char* Take(int64_t* size) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto fits = [&](const Block& b) { return b.size >= *size && b.size <= 2 * *size; };
+      const auto found = std::find_if(blocks_.rbegin(), blocks_.rend(), fits);
+      if (found != blocks_.rend()) {
+        const Block block = *found;
+        blocks_.erase(std::next(found).base());
+        bytes_ -= block.size;
+        *size = block.size;
+        return block.memory;
+      }
+    }
+    return static_cast<char*>(std::aligned_alloc(kAlignment, *size));
+  }
+
+  // The oldest make way.
+  void Keep(char* memory, int64_t size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks_.push_back({memory, size});
+    bytes_ += size;
+    while (bytes_ > kKeptBytes) {
+      std::free(blocks_.front().memory);
+      bytes_ -= blocks_.front().size;
+      blocks_.erase(blocks_.begin());
+    }
+  }
+
+ private:
+  struct Block {
+    char* memory;
+    int64_t size;
+  };
+
+  std::mutex mutex_;
+  std::vector<Block> blocks_;
+  int64_t bytes_ = 0;
+};
+
+struct KeepMemory {
+  int64_t size = 0;
+  void operator()(char* memory) const { KeptMemory::Get().Keep(memory, size); }
+};
+
+// Aligned, not cleared. Null if there is none.
+using Memory = std::unique_ptr<char, KeepMemory>;
+
+// `size` is a multiple of kAlignment.
+inline Memory Allocate(int64_t size) {
+  char* const memory = KeptMemory::Get().Take(&size);
+  return Memory(memory, KeepMemory{size});
+}
+
+}  // namespace jax_nsa::cpu
+
+#endif  // JAX_NSA_CPU_MEMORY_H_
