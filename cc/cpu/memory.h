@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -15,7 +16,7 @@
 
 namespace jax_nsa::cpu {
 
-constexpr int64_t kKeptBytes = 32 << 20;  // between calls, at most
+constexpr int64_t kKeptBytes = 64 << 20;  // between calls, at most
 
 // Blocks that no call uses at present.
 class KeptMemory {
@@ -25,7 +26,7 @@ class KeptMemory {
     return *kept;
   }
 
-  // A block of at least `size` bytes, or null. Sets `size` to its bytes.
+  // A block of at least `size` bytes and at most twice that, or null. Sets `size` to its bytes.
   char* Take(int64_t* size) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -44,6 +45,7 @@ class KeptMemory {
 
   // The oldest make way.
   void Keep(char* memory, int64_t size) {
+    if (size > kKeptBytes) return std::free(memory);
     const std::lock_guard<std::mutex> lock(mutex_);
     blocks_.push_back({memory, size});
     bytes_ += size;

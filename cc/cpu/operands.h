@@ -20,10 +20,9 @@ constexpr int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 // Words of a row of `size` elements in scratch memory, by any multiplier.
 constexpr int64_t PaddedWords(int64_t size) { return RoundUp(size, 2 * kLanes); }
 
-// Calls Type::Load on `count` elements, those past them zero.
+// Calls Type::Load on `count` elements, fewer than it reads, and zeros after them.
 template <class Type>
 inline void LoadSome(const void* source, int64_t count, Float* a, Float* b) {
-  if (count >= 2 * kLanes) return Type::Load(source, a, b);
   typename Type::Bits elements[2 * kLanes] = {};
   for (int64_t i = 0; i < count; ++i) {
     elements[i] = static_cast<const typename Type::Bits*>(source)[i];
@@ -56,12 +55,12 @@ struct Operands {
 
   // Writes the RowWords(size) words of a row, zeros past its end; keys and queries in one order.
   static void PackRow(const char* row, int64_t size, uint32_t* words) {
-    for (int64_t c = 0; c < size; c += kChunk) {
-      if constexpr (kPairs) {
+    if constexpr (kPairs) {
+      for (int64_t c = 0; c < size; c += kChunk) {
         Store(words + c / 2, LoadPairs(row + c * kElementSize, size - c));
-      } else {
-        Convert(row + c * kElementSize, size - c, words + c);
       }
+    } else {
+      Convert(row, size, words);
     }
   }
 
@@ -82,9 +81,7 @@ struct Operands {
         StorePairs(low, high, words + c);
       }
     } else {
-      for (int64_t c = 0; c < size; c += kChunk) {
-        Convert(first + c * kElementSize, size - c, words + c);
-      }
+      Convert(first, size, words);
     }
   }
 
@@ -98,11 +95,18 @@ struct Operands {
     Store(words + kLanes, (low >> 16) | (high & 0xffff0000));
   }
 
-  static void Convert(const char* source, int64_t count, uint32_t* words) {
+  static void Convert(const char* row, int64_t size, uint32_t* words) {
     Float a, b;
-    LoadSome<Type>(source, count, &a, &b);
-    Store(words, a);
-    Store(words + kLanes, b);
+    int64_t c = 0;
+    for (; c + kChunk <= size; c += kChunk) {
+      Type::Load(row + c * kElementSize, &a, &b);
+      Store(words + c, a);
+      Store(words + c + kLanes, b);
+    }
+    if (c == size) return;
+    LoadSome<Type>(row + c * kElementSize, size - c, &a, &b);
+    Store(words + c, a);
+    Store(words + c + kLanes, b);
   }
 
   static Word LoadPairs(const char* source, int64_t count) {

@@ -319,6 +319,19 @@ std::vector<Case> Cases(DataType dtype) {
   return cases;
 }
 
+// Memory is used again, unless it is much too large.
+void CheckMemory() {
+  const char* first = nullptr;
+  {
+    const Memory memory = Allocate(4096);
+    first = memory.get();
+  }
+  EXPECT(Allocate(1024).get() != first) << "a quarter of a block was wanted, all of it given";
+  const Memory memory = Allocate(2048), other = Allocate(2048);
+  EXPECT(memory.get() == first) << "fresh memory in spite of some kept";
+  EXPECT(other.get() != first) << "one block given twice";
+}
+
 template <class T>
 bool SameBits(const std::vector<T>& a, const std::vector<T>& b) {
   return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
@@ -330,6 +343,7 @@ bool SameBits(const std::vector<T>& a, const std::vector<T>& b) {
 int main() {
   using jax_nsa::DataType;
   namespace cpu = jax_nsa::cpu;
+  cpu::CheckMemory();
   for (const cpu::Kernel* kernel : cpu::Kernels()) {
     std::cout << "kernel " << kernel->name << std::endl;
     for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
