@@ -203,6 +203,38 @@ class CompressAttentionContract:
     def test_scores_whose_exponentials_overflow(self):
         self.check(self.usual(scale=1.0, spread=100.0, return_lse=self.domain.returns_lse))
 
+    @pytest.mark.parametrize("scale", [0.01, 1e4])
+    def test_huge_scores(self, dtype, scale):
+        # Far above the others', the greatest score has all probability, however it is rounded.
+        geometry = self.usual(dtype=dtype, lengths=(128,), group=4, scale=scale, k=4)
+        self.require(geometry)
+        arguments = build(geometry)
+        query, table = arguments["query"], arguments["block_table"][0]
+        query *= 1e4
+        arguments["key"] *= 1e4
+        key, value = (
+            np.asarray(arguments[name])[table[: 128 // geometry.page]]
+            .astype(np.float64)
+            .reshape(128, geometry.key_value_heads, -1)
+            for name in ("key", "value")
+        )
+        heads = np.arange(query.shape[1]) // geometry.group
+        scores = np.einsum("hd,phd->hp", query[0].astype(np.float64), key[:, heads])
+        attention = np.asarray(self.call(arguments)[0])[0].astype(np.float64)
+        want = value[scores.argmax(1), heads]
+        np.testing.assert_allclose(attention, want, rtol=1e-6)
+
+    def test_subnormal_halves(self):
+        geometry = self.usual(dtype="float16", scale=0.1, return_lse=self.domain.returns_lse)
+        self.require(geometry)
+        arguments = build(geometry)
+        arguments["query"][:] = 60000.0
+        arguments["key"][:] = np.where(arguments["key"] > 0, 2.0**-15, 3 * 2.0**-17)
+        arguments["value"][:] = 2.0**-15
+        results = self.call(arguments)
+        self.assert_agrees(results, arguments)
+        np.testing.assert_array_equal(np.asarray(results[0]).astype(float), 2.0**-15)
+
     def test_equal_bits_each_time(self, dtype):
         geometry = self.usual(SEVERAL_TOKENS, dtype=dtype)
         self.require(geometry)

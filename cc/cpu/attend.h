@@ -20,7 +20,6 @@ namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
 constexpr int64_t kGranule = kPositionGranule;
-constexpr float kLog2E = 1.44269504f;
 
 void Fill(float* target, int64_t count, float value) {
   for (int64_t i = 0; i < count; ++i) target[i] = value;
@@ -183,8 +182,7 @@ class Attention {
   // rescaled if that grew.
   void Softmax(const Tile& tile, int64_t h, Ahead& ahead) {
     const Partial& partial = partials_[h];
-    const float scale =
-        plan_.problem.scale == 0 ? 1 : __builtin_fabsf(plan_.problem.scale) * kLog2E;
+    const float scale = plan_.exponent_scale;
     Mask(tile);
     const int64_t end = RoundUp(tile.count, kGranule) * padded_rows_;
     const int64_t stride = Most(padded_rows_, kLanes);
@@ -204,12 +202,13 @@ class Attention {
         peak = Max(Load<Float>(twice + turn), peak);
       }
       const Float old_peak = Load<Float>(partial.peak + v);
-      peak = Max(peak * scale, old_peak);
-      const Float factor = Exp2(old_peak - peak);
+      peak = Max(peak, old_peak);
+      const Float factor = Exp2((old_peak - peak) * scale);
       for (int lane = 0; lane < kLanes; ++lane) grew |= factor[lane] != 1.0f;
 
       ForVectors(v, end, stride, [&](int64_t i, int chain) {
-        const Float weight = Exp2(Load<Float>(weights_ + i) * scale - peak);
+        // The difference first: however large products are, that of the greatest is 0.
+        const Float weight = Exp2((Load<Float>(weights_ + i) - peak) * scale);
         Store(weights_ + i, weight);
         totals[chain] += weight;
         if (chain % 2 == 0) ahead.Step(2);  // one for each, in fewer calls

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 
@@ -42,8 +43,12 @@ ffi::Future Finished(ffi::Error error) {
   return future;
 }
 
-ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   Attributes attributes, std::string_view isa) {
+ffi::Error OutOfMemory() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the CPU kernel ran out of memory");
+}
+
+ffi::Future Start(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                  Attributes attributes, std::string_view isa) {
   ffi::ErrorOr<Call> call = Decode(args, rets, attributes);
   if (call.has_error()) return Finished(call.error());
   const Kernel* const kernel = FindKernel(isa);
@@ -69,8 +74,7 @@ ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   const auto work = [shared](const Run::CallHelp& call_help) {
     if (!shared->run.Work(call_help)) return;
     if (shared->run.out_of_memory()) {
-      shared->promise.SetError(
-          ffi::Error(ffi::ErrorCode::kResourceExhausted, "the CPU kernel ran out of memory"));
+      shared->promise.SetError(OutOfMemory());
     } else {
       shared->promise.SetAvailable();
     }
@@ -85,6 +89,15 @@ ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
   if (shared->run.bytes() >= kSerialBytes) call_help(shared->run.num_units() - 1);
   work(call_help);
   return future;
+}
+
+ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   Attributes attributes, std::string_view isa) {
+  try {
+    return Start(pool, args, rets, attributes, isa);
+  } catch (const std::bad_alloc&) {  // before any thread has begun
+    return Finished(OutOfMemory());
+  }
 }
 
 }  // namespace

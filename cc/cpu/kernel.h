@@ -18,11 +18,11 @@
 
 namespace jax_nsa::cpu {
 
-constexpr int64_t kMaxRows = 128;         // of a panel
-constexpr int64_t kMaxTaps = 16;          // positions that add to one block, at most
-constexpr int64_t kPositionGranule = 16;  // page sizes and tiles are multiples of it
-constexpr int64_t kAlignment = 64;        // bytes; of scratch memory and of partials
-constexpr float kNoPeak = -1e38f;         // below every score, and finite
+constexpr int64_t kMaxRows = 128;          // of a panel
+constexpr int64_t kMaxTaps = 16;           // positions that add to one block, at most
+constexpr int64_t kPositionGranule = 16;   // page sizes and tiles are multiples of it
+constexpr int64_t kAlignment = 64;         // bytes; of scratch memory and of partials
+constexpr float kNoPeak = -3.4028235e38f;  // no product is below it; finite
 
 // What is the same for all units of a call.
 struct Plan {
@@ -34,6 +34,7 @@ struct Plan {
   int64_t strides_per_select_block;
   int64_t num_taps;
   int64_t max_blocks;
+  float exponent_scale;     // of products of queries and keys, for powers of two; positive
   float weights[kMaxTaps];  // Window::Weight
 };
 
@@ -63,9 +64,9 @@ struct Upcoming {
 struct Partial {
   float* attention;   // [padded rows, padded value size], weights relative to `peak`, order of the
                       // kernel
-  float* peak;        // [padded rows] greatest score
+  float* peak;        // [padded rows] greatest product of query and key
   float* total;       // [padded rows] sum of the weights
-  float* tile_peaks;  // [tiles, padded rows] greatest score up to each tile
+  float* tile_peaks;  // [tiles, padded rows] greatest product up to each tile
   float* scores;      // [last_block - first_block, padded rows] weights summed into the blocks that
                       // close in a tile, relative to its tile_peaks
   int64_t first_block;

@@ -17,6 +17,7 @@
 namespace jax_nsa::cpu {
 
 constexpr int64_t kKeptBytes = 64 << 20;  // between calls, at most
+constexpr size_t kMostBlocks = 256;       // the same
 
 // Blocks that no call uses at present.
 class KeptMemory {
@@ -47,13 +48,10 @@ class KeptMemory {
   void Keep(char* memory, int64_t size) {
     if (size > kKeptBytes) return std::free(memory);
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (blocks_.size() == kMostBlocks) DropOldest();
     blocks_.push_back({memory, size});
     bytes_ += size;
-    while (bytes_ > kKeptBytes) {
-      std::free(blocks_.front().memory);
-      bytes_ -= blocks_.front().size;
-      blocks_.erase(blocks_.begin());
-    }
+    while (bytes_ > kKeptBytes) DropOldest();
   }
 
  private:
@@ -62,8 +60,16 @@ class KeptMemory {
     int64_t size;
   };
 
+  KeptMemory() { blocks_.reserve(kMostBlocks); }
+
+  void DropOldest() {
+    std::free(blocks_.front().memory);
+    bytes_ -= blocks_.front().size;
+    blocks_.erase(blocks_.begin());
+  }
+
   std::mutex mutex_;
-  std::vector<Block> blocks_;
+  std::vector<Block> blocks_;  // never grows: Keep must not run out of memory
   int64_t bytes_ = 0;
 };
 

@@ -73,6 +73,7 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
   const int64_t vectors_end = Most(padded_rows, kLanes);
 
   // Weigh each split against the overall peak; its total becomes its share of the attention.
+  const float scale = plan.exponent_scale;
   for (int64_t r = 0; r < vectors_end; r += kLanes) {
     Float all = Set(kNoPeak), sum = {};
     for (int64_t s = 0; s < splits; ++s) {
@@ -80,11 +81,11 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
     }
     for (int64_t s = 0; s < splits; ++s) {
       const Partial& partial = partials[s * unit.heads];
-      sum += Load<Float>(partial.total + r) * Exp2(Load<Float>(partial.peak + r) - all);
+      sum += Load<Float>(partial.total + r) * Exp2((Load<Float>(partial.peak + r) - all) * scale);
     }
     for (int64_t s = 0; s < splits; ++s) {
       const Partial& partial = partials[s * unit.heads];
-      Store(partial.total + r, Exp2(Load<Float>(partial.peak + r) - all) * Inverse(sum));
+      Store(partial.total + r, Exp2((Load<Float>(partial.peak + r) - all) * scale) * Inverse(sum));
     }
     Store(peak + r, all);
     Store(total + r, sum);
@@ -122,7 +123,7 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
       WithConstant(Least(padded_rows, kLanes), [&](auto size) {
         const auto repeated = [&](const float* row) { return (Float)Repeated<size()>(row); };
         for (int64_t r = 0; r < vectors_end; r += kLanes) {
-          const Float factor = Exp2(repeated(tile_peaks + r) - repeated(peak + r));
+          const Float factor = Exp2((repeated(tile_peaks + r) - repeated(peak + r)) * scale);
           Store(factors + r, factor * Inverse(repeated(total + r)));
         }
       });

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <new>
 #include <utility>
 
 namespace jax_nsa::cpu {
@@ -64,6 +65,17 @@ void Select(const float* importance, int64_t count, int64_t k, std::vector<uint6
   for (int64_t n = 0; n < k; ++n) indices[n] = n < count ? static_cast<int32_t>(~heap[n]) : -1;
 }
 
+// Calls the function; false if it ran out of memory.
+template <typename Function>
+bool HasMemory(Function function) {
+  try {
+    function();
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : kernel_(kernel) {
@@ -73,18 +85,26 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
   plan_.strides_per_select_block = problem.window.strides_per_select_block();
   plan_.num_taps = problem.window.num_taps();
   plan_.max_blocks = problem.max_blocks();
+  // Kernels take the scale's sign, and whether it is zero, into account with the queries. Neither
+  // end may spoil a difference of nothing or of infinity.
+  constexpr float kLog2E = 1.44269504f;
+  using Limits = std::numeric_limits<float>;
+  plan_.exponent_scale = problem.scale == 0 ? 1
+                                            : std::clamp(std::fabs(problem.scale) * kLog2E,
+                                                         Limits::min(), Limits::max());
   for (int64_t o = 0; o < plan_.num_taps; ++o) {
     plan_.weights[o] = static_cast<float>(problem.window.Weight(o));
   }
 
   const int64_t head_bytes = (problem.head_size + problem.value_size) * ElementSize(problem.dtype);
+  const int64_t tokens_per_panel = std::max<int64_t>(1, kMaxRows / plan_.group);
   std::vector<SequenceRows> rows(problem.sequences);
   int64_t most_tokens = 1;
   for (int64_t b = 0; b < problem.sequences; ++b) {
     FindRows(problem, arrays, b, &rows[b]);
     most_tokens = std::max(most_tokens, rows[b].count);
-    const int64_t panels = CeilDiv(rows[b].count, std::max<int64_t>(1, kMaxRows / plan_.group));
-    bytes_ += panels * arrays.lengths[b] * problem.key_value_heads * head_bytes;
+    bytes_ += CeilDiv(rows[b].count, tokens_per_panel) * arrays.lengths[b] *
+              problem.key_value_heads * head_bytes;
   }
 
   // All kv heads of a row lie side by side: a unit takes as many as its state and tile allow.
@@ -101,6 +121,11 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
   const int64_t unit_bytes = std::clamp(bytes_ / kUnits, kMinUnitBytes, kMaxUnitBytes);
   pages_per_split_ = std::max<int64_t>(1, unit_bytes / (problem.page_size * position_bytes));
 
+  int64_t panels = 0;
+  for (const SequenceRows& r : rows) panels += CeilDiv(r.count, tokens_per_panel);
+  groups_.reserve(panels * CeilDiv(problem.key_value_heads, heads_per_unit_));
+  to_merge_.reserve(groups_.capacity());
+  free_workspaces_.reserve(groups_.capacity());
   // Rows that no sequence claims, then those of each.
   if (problem.sequences > 0) FillRows(0, rows[0].first);
   for (int64_t b = 0; b < problem.sequences; ++b) AddGroups(b, rows[b]);
@@ -250,17 +275,19 @@ bool Run::Work(const CallHelp& call_help) {
       const int64_t head = group->merging++;
       if (group->merging == group->unit.heads) to_merge_.pop_back();
       lock.unlock();
-      Merge(*group, head);
+      const bool merged = HasMemory([&] { Merge(*group, head); });
       lock.lock();
+      out_of_memory_ |= !merged;
       if (--group->unmerged == 0) free_workspaces_.push_back(std::move(group->workspace));
     } else {
       Group* const group = task.group;
       if (PrepareMemory(group, &scratch)) {
         Task next;
         lock.unlock();
-        Attend(task, scratch.get(), &next);
+        const bool attended = HasMemory([&] { Attend(task, scratch.get(), &next); });
         lock.lock();
-        task = next;
+        out_of_memory_ |= !attended;
+        task = attended ? next : Take();
       } else {
         task = Take();
       }
@@ -329,7 +356,8 @@ void Run::Merge(const Group& group, int64_t h) {
   if (arrays.lse) {
     for (int64_t r = 0; r < rows; ++r) {
       // Of a sum of powers of two, as kernels take scores. -inf where nothing was summed.
-      const double lse = (peak[r] + std::log2(double{total[r]})) * std::log(2.0);
+      const double log2_sum = double{peak[r]} * plan_.exponent_scale + std::log2(double{total[r]});
+      const double lse = log2_sum * std::log(2.0);
       arrays.lse[query_row(r)] = static_cast<float>(lse);
     }
   }

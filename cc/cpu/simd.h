@@ -272,10 +272,13 @@ struct Float16 {
 #else
   static constexpr bool kInterleaves = true;
   static inline Float FromBits(Word half) {
-    // Exponent and mantissa in place, the bias mended by a product, which also serves denormals.
-    const Float magnitude = (Float)((half & 0x7fff) << 13) * 0x1p112f;
-    const Word infinite = (half & 0x7c00) == 0x7c00 ? Word{} + 0x7f800000u : Word{};
-    return (Float)((Word)magnitude | infinite | ((half & 0x8000) << 16));
+    // Exponent and mantissa in place, the bias mended. XLA has denormal floats taken for 0, so
+    // those of halves, which floats hold as normal numbers, are made from integers.
+    const Word exponent = half & 0x7c00, denormal = half & 0x3ff;
+    Word bits = ((half & 0x7fff) << 13) + 0x38000000u;
+    bits = exponent == 0x7c00 ? bits | 0x7f800000u : bits;
+    bits = exponent == 0 ? (Word)(__builtin_convertvector((Int)denormal, Float) * 0x1p-24f) : bits;
+    return (Float)(bits | ((half & 0x8000) << 16));
   }
   static inline Word ToBits(Float a) {
     const Word bits = (Word)a, sign = (bits >> 16) & 0x8000;
