@@ -1,0 +1,39 @@
+// cc/cuda/kernel.cu, compiled for the emulated machine.
+
+#include "cuda_runtime_api.h"
+#include "language.h"
+#include "machine.h"
+
+namespace jax_nsa::cuda {
+namespace {
+
+// The shared memory that the kernel declares: the most that a device has.
+alignas(128) char memory[232448];
+
+}  // namespace
+}  // namespace jax_nsa::cuda
+
+#include "cuda/kernel.cu"
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = emulated_cuda::current_device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const emulated_cuda::Device& found = emulated_cuda::kDevices[device];
+  *value = attribute == cudaDevAttrMultiProcessorCount ? found.multiprocessors : found.shared_bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
+                             size_t shared_bytes, cudaStream_t) {
+  using jax_nsa::cuda::Params;
+  const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
+  const Params& params = *static_cast<const Params*>(arguments[0]);
+  emulated_cuda::Launch(grid.x, block.x, jax_nsa::cuda::memory, static_cast<int>(shared_bytes),
+                        [&] { function(params); });
+  return cudaSuccess;
+}

@@ -1,0 +1,98 @@
+// A GPU in plain C++: runs a kernel's thread blocks on one host thread, so that the kernel's logic
+// is tested on machines without a GPU.
+//
+// Every CUDA thread is a fiber. It runs until it has to wait: for the other lanes of its warp, at a
+// barrier, or, now and then, without a reason. Who goes on then is drawn from a seed: lanes, warps,
+// thread blocks and copies on their way come in a different order with each. Memory that a kernel
+// finds uninitialised holds garbage, mostly NaN, which differs with the seed, too.
+//
+// What this cannot show: the order in which other threads see writes to memory, which is the
+// program's here, and any question of time.
+
+#ifndef JAX_NSA_TESTS_EMULATED_CUDA_MACHINE_H_
+#define JAX_NSA_TESTS_EMULATED_CUDA_MACHINE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace emulated_cuda {
+
+constexpr int kLanes = 32;
+
+struct Device {
+  int multiprocessors;
+  int shared_bytes;  // that a thread block can have
+};
+// The devices that there are, and the current one.
+extern const Device kDevices[];
+extern const int kNumDevices;
+extern int current_device;
+
+// What the next launch draws its order and its garbage from.
+extern uint64_t seed;
+
+// What launches have done so far.
+struct Counts {
+  int64_t launches, blocks, waits, copies, claims, discarded_lines;
+};
+extern Counts counts;
+
+// Fills memory with what `seed` has for uninitialised memory.
+void FillWithGarbage(void* memory, size_t bytes);
+
+// Runs `kernel`, which is one thread's, on a grid. Thread blocks have their dynamic shared memory
+// at `shared`, one after the other. Ends the program if the kernel is at fault.
+void Launch(int blocks, int threads, char* shared, int shared_bytes,
+            const std::function<void()>& kernel);
+
+// Ends the program unless the condition holds.
+void Require(bool condition, const char* what);
+
+// Called by the kernel's threads.
+
+// Where `pointer` lies in shared memory, and back.
+uint32_t SharedOffset(const void* pointer);
+char* SharedPointer(uint32_t offset);
+
+// Lets others go on, once in `odds` times; other thread blocks too.
+void MaybeYield(unsigned odds);
+
+// Waits until `threads` threads have come to the thread block's barrier `id`; with 0, all of them.
+void Sync(int id, int threads);
+
+// A barrier in shared memory.
+void InitBarrier(uint64_t* barrier, int arrivals);
+void Arrive(uint64_t* barrier, int count);
+void WaitForPhase(uint64_t* barrier, uint32_t parity);
+
+// Copies 16 bytes, some time before ArriveAfterCopies arrives. Until then they are garbage.
+void CopyLater(uint32_t to, const void* from);
+void ArriveAfterCopies(uint64_t* barrier);
+
+// Performs an instruction of all lanes of a warp, once all have come to it.
+using Instruction = void (*)(void* const (&operands)[kLanes]);
+void PerformTogether(const char* name, Instruction instruction, void* operands);
+
+// The same for operands of one type: calls Perform(lanes), an array of pointers to them.
+template <auto kPerform, typename Operands>
+void Together(const char* name, Operands& own) {
+  PerformTogether(
+      name,
+      [](void* const(&operands)[kLanes]) {
+        Operands* lanes[kLanes];
+        for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<Operands*>(operands[i]);
+        kPerform(lanes);
+      },
+      &own);
+}
+
+}  // namespace emulated_cuda
+
+// Integers in CUDA, without a sign there; comparisons with signed ones are common.
+struct EmulatedIndex {
+  int x;
+};
+extern EmulatedIndex threadIdx, blockIdx;
+
+#endif  // JAX_NSA_TESTS_EMULATED_CUDA_MACHINE_H_
