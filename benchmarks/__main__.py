@@ -7,7 +7,8 @@
 Each run prints a table and writes a JSON file. On a CPU calls are timed one by one, on a GPU inside
 programs of many. All problem sets of a shape together exceed the caches and are used in turn (not
 those of `tiny`, which shows what a call costs that moves next to nothing).
-Figures are medians; the bandwidth is measured between the calls of the same run.
+Figures are medians; the bandwidth is measured between the calls of the same run, for each shape.
+`--plot` needs matplotlib: pip install 'jax_nsa[examples]'.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def print_row(row: dict) -> None:
     floor = row["floor_bytes"] / row["read_bandwidth"]
     reference = row["seconds"].get("reference")
     for implementation, elapsed in row["seconds"].items():
-        times = f"{reference / elapsed:7.1f} x" if reference else ""
+        times = f"{reference / elapsed:7.1f} x as fast as the reference" if reference else ""
         print(
             f"{row['shape']:6} {row['floor_bytes'] / 1e6:8.1f} MB  {implementation:16}"
             f"{elapsed * 1e6:12.1f} us {row['floor_bytes'] / elapsed / 1e9:8.1f} GB/s"
@@ -116,17 +117,20 @@ def main() -> None:
     parser.add_argument("--plot", metavar="PNG", help="draw the results in the given JSON files")
     arguments = parser.parse_args()
     if arguments.plot:
-        from benchmarks.plot import draw
-
+        try:
+            from benchmarks.plot import draw
+        except ModuleNotFoundError as error:
+            parser.exit(1, f"--plot needs {error.name}: pip install 'jax_nsa[examples]'\n")
         draw([json.loads(pathlib.Path(p).read_text()) for p in arguments.what], arguments.plot)
         return
     if unknown := set(arguments.what) - set(SHAPES):
-        parser.error(f"no such shape: {', '.join(sorted(unknown))}")
+        parser.error(f"no such shape: {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
 
     implementations = available(arguments.implementation)
     report = {"machine": machine(), "trivial_call": measure.trivial_call(), "rows": []}
-    print("  ".join(report["machine"].values()))
-    print(f"a trivial jitted call takes {report['trivial_call'] * 1e6:.1f} us")
+    print("  ".join(f"{what}: {value}" for what, value in report["machine"].items()))
+    trivial = f"a trivial jitted call takes {report['trivial_call'] * 1e6:.1f} us"
+    print(f"medians of up to {arguments.repeat} calls; {trivial}")
     on_host = jax.default_backend() == "cpu"
     bandwidth = measure.HostBandwidth() if on_host else measure.DeviceBandwidth()
     for name in arguments.what or SHAPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Hashable, Sequence
 from typing import Any, TypeAlias
 
@@ -49,6 +50,15 @@ def nsa_compress_attention_infer(
     probabilities of all `G = N / Nkv` query heads of the group into the importance of each block
     of `select_block_size` original tokens, and returns the `select_block_count` most important
     blocks. Block 0 and the last two are always among them.
+
+    With `p` the probabilities of a query head, 0 outside `[0, S_b)`, its score of block `j` is (eq.
+    9, blocks counted from 0)
+
+        score[j] = sum(p[M * (j + 1) - m - n] for m in range(M) for n in range(L)),
+        M = l' / d,  L = floor(l / d),
+
+    the importance of a block is the sum of its scores over the heads of the group (eq. 10), and a
+    sequence has `ceil(((S_b - 1) * d + l) / l')` blocks.
 
     It is pure: it works eagerly, under `jax.jit`, `jax.vmap` and in control flow. (Environment
     variables choose defaults when a program is traced; a compiled one keeps them.) Lists, tuples
@@ -99,8 +109,9 @@ def nsa_compress_attention_infer(
         `return_lse`:
 
         * attention: query's dtype `[T, N, Dv]`.
-        * topk_indices: int32 `[T, Nkv, k]`, block indices by descending importance, the lower
-          index first among equals, padded with -1 where the sequence has fewer blocks.
+        * topk_indices: int32 `[T, Nkv, k]`, block indices: 0 and the last two in ascending order,
+          then the others by descending importance, the lower index first among equals, padded
+          with -1 where the sequence has fewer blocks.
         * lse: float32 `[T, N]`, `log(sum(exp(scale * q.k)))`, natural logarithm; -inf where a row
           sees no position.
 
@@ -264,18 +275,28 @@ class _Integers:
                 raise TypeError(f"{name} must not be a masked array")
             try:
                 array = np.asarray(values)
-            except (ValueError, jax.errors.JAXTypeError) as error:
+            except jax.errors.JAXTypeError as error:
                 raise TypeError(
                     f"{name} must be an array or nested lists of integers of rank {rank}; lists "
                     f"cannot hold traced values (stack them with jnp.stack): {error}"
                 ) from None
+            except ValueError:
+                raise TypeError(
+                    f"{name} must be an array or nested lists of integers of rank {rank}, all rows "
+                    f"of one length, got {reprlib.repr(values)}"
+                ) from None
             self.host = array
-        if len(array.shape) != rank:
-            raise ValueError(f"{name} must have rank {rank}, got shape {tuple(array.shape)}")
         empty = self.host is not None and array.size == 0  # an empty list's dtype is no choice
         integral = jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.kind != "m"  # timedelta
         if not empty and not integral:
-            raise TypeError(f"{name} must hold integers, got dtype {array.dtype.name}: {values!r}")
+            raise TypeError(
+                f"{name} must hold integers, got dtype {array.dtype.name}: {reprlib.repr(values)}"
+            )
+        if len(array.shape) != rank:
+            raise ValueError(
+                f"{name} must have rank {rank}, got shape {tuple(array.shape)}: "
+                f"{reprlib.repr(values)}"
+            )
         self.shape: tuple[Any, ...] = tuple(array.shape)
         self.dtype = array.dtype
         self._values = array

@@ -188,10 +188,11 @@ REFUSED = [
         (changes, error, message)
         for name in ("actual_cmp_seq_kvlen", "actual_seq_qlen", "actual_sel_seq_kvlen")
         for changes, error, message in [
-            ({name: 40}, ValueError, rf"{name} must have rank 1, got shape \(\)"),
+            ({name: 40}, ValueError, rf"{name} must have rank 1, got shape \(\): 40"),
             ({name: [[40, 7]]}, ValueError, rf"{name} must have rank 1, got shape \(1, 2\)"),
             ({name: [40]}, ValueError, rf"{name} must have an entry for .* 2 .* shape \(1,\)"),
             ({name: []}, ValueError, rf"{name} must have an entry for .* 2 .* shape \(0,\)"),
+            ({name: "40"}, TypeError, rf"{name} must hold integers, got dtype str.*'40'"),
             ({name: [40.0, 7.0]}, TypeError, rf"{name} must hold integers, got .*\[40.0, 7.0\]"),
             ({name: [True, False]}, TypeError, f"{name} must hold integers, got dtype bool"),
             ({name: np.ones(2, "m8[s]")}, TypeError, f"{name} must hold integers, .*timedelta64"),
@@ -216,7 +217,7 @@ REFUSED = [
     ({"block_table": []}, ValueError, r"block_table must have rank 2, got shape \(0,\)"),
     ({"block_table": [[]]}, ValueError, r"block_table must not be empty, got shape \(1, 0\)"),
     ({"block_table": TABLE[0]}, ValueError, r"block_table must have rank 2, got shape \(4,\)"),
-    ({"block_table": [[0, 1], [2]]}, TypeError, "block_table must be an array or nested lists"),
+    ({"block_table": [[0, 1], [2]]}, TypeError, r"block_table must be .*, got \[\[0, 1\], \[2\]\]"),
     ({"block_table": TABLE.astype(float)}, TypeError, "block_table must hold integers, .*float64"),
     ({"block_table": TABLE[:1]}, ValueError, r"must have an entry for .* 1 rows of block_table"),
     ({"block_table": TABLE[:, :2]}, ValueError, r"kvlen\[0\] must be in \[0, 32\] .*, got 40"),
