@@ -5,20 +5,10 @@
 
 #include <cstdint>
 
+#include "cpu/amx_configuration.h"
+
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
-
-// What each tile register holds: its palette, rows and bytes in a row.
-struct alignas(64) TileConfiguration {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  void Set(int tile, int64_t tile_rows, int64_t words) {
-    rows[tile] = static_cast<uint8_t>(tile_rows);
-    row_bytes[tile] = static_cast<uint16_t>(4 * words);
-  }
-};
 
 inline void ConfigureTiles(const TileConfiguration& configuration) {
   asm volatile("ldtilecfg %0" ::"m"(configuration));

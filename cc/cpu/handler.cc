@@ -1,10 +1,12 @@
 // The XLA FFI handler of the CPU kernel.
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 #include <new>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "cpu/isa.h"
 #include "cpu/run.h"
@@ -47,57 +49,76 @@ ffi::Error OutOfMemory() {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "the CPU kernel ran out of memory");
 }
 
-ffi::Future Start(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                  Attributes attributes, std::string_view isa) {
+// A call that threads work on. Whoever takes part keeps it alive: a thread may come late, to
+// nothing left to do.
+struct Work {
+  Work(const Call& call, const Kernel& kernel) : run(call.problem, call.arrays, kernel) {}
+
+  Run run;
+  ffi::Promise promise;
+  ffi::Error out_of_memory = OutOfMemory();  // made while there is memory
+};
+
+ffi::ErrorOr<std::shared_ptr<Work>> Prepare(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                            const Attributes& attributes, std::string_view isa) {
   ffi::ErrorOr<Call> call = Decode(args, rets, attributes);
-  if (call.has_error()) return Finished(call.error());
+  if (call.has_error()) return ffi::Unexpected(call.error());
   const Kernel* const kernel = FindKernel(isa);
   if (kernel == nullptr) {
-    return Finished(ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                               "this machine has no CPU kernel \"" + std::string(isa) + "\""));
+    return ffi::Unexpected(
+        ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                   "this machine has no CPU kernel \"" + std::string(isa) + "\""));
   }
-  if (ffi::Error error = Check(*call); error.failure()) return Finished(std::move(error));
+  if (ffi::Error error = Check(*call); error.failure()) return ffi::Unexpected(std::move(error));
+  return std::make_shared<Work>(*call, *kernel);
+}
 
-  // Whoever takes part keeps the call alive: a thread may come late, to nothing left to do. No one
-  // ever waits, as XLA runs handlers on the same threads.
-  struct Shared {
-    Shared(const Call& call, const Kernel& kernel) : run(call.problem, call.arrays, kernel) {}
-    Run run;
-    ffi::Promise promise;
-  };
-  const auto shared = std::make_shared<Shared>(*call, *kernel);
-  ffi::Future future(shared->promise);
-  if (shared->run.num_units() == 0) {
-    shared->promise.SetAvailable();
-    return future;
+// Takes part in the work, and finishes the call if nothing is left.
+void TakePart(Work& work, const Run::CallHelp& call_help) {
+  if (!work.run.Work(call_help)) return;
+  if (work.run.out_of_memory()) {
+    work.promise.SetError(std::move(work.out_of_memory));
+  } else {
+    work.promise.SetAvailable();
   }
-  const auto work = [shared](const Run::CallHelp& call_help) {
-    if (!shared->run.Work(call_help)) return;
-    if (shared->run.out_of_memory()) {
-      shared->promise.SetError(OutOfMemory());
-    } else {
-      shared->promise.SetAvailable();
-    }
-  };
-  // The pool can only be asked from within this call.
+}
+
+// Works with as many threads as are free. No one ever waits, as XLA runs handlers on the same
+// threads. Other threads write results from here on, so that nothing may fail the call early.
+void Start(ffi::ThreadPool pool, const std::shared_ptr<Work>& work) noexcept {
+  // The pool can only be asked from within this call. Asking takes memory; where there is none,
+  // fewer threads do the same work.
   const auto call_help = [&](int64_t threads) {
     const int64_t helpers = std::min(threads, pool.num_threads() - 1);
-    for (int64_t i = 0; i < helpers; ++i) {
-      pool.Schedule([work] { work([](int64_t) {}); });
+    try {
+      for (int64_t i = 0; i < helpers; ++i) {
+        pool.Schedule([work] { TakePart(*work, [](int64_t) {}); });
+      }
+    } catch (const std::bad_alloc&) {
     }
   };
-  if (shared->run.bytes() >= kSerialBytes) call_help(shared->run.num_units() - 1);
-  work(call_help);
-  return future;
+  if (work->run.bytes() >= kSerialBytes) call_help(work->run.num_units() - 1);
+  TakePart(*work, std::cref(call_help));
 }
 
 ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                    Attributes attributes, std::string_view isa) {
-  try {
-    return Start(pool, args, rets, attributes, isa);
-  } catch (const std::bad_alloc&) {  // before any thread has begun
-    return Finished(OutOfMemory());
+  const auto prepare = [&]() -> ffi::ErrorOr<std::shared_ptr<Work>> {
+    try {
+      return Prepare(args, rets, attributes, isa);
+    } catch (const std::bad_alloc&) {
+      return ffi::Unexpected(OutOfMemory());
+    }
+  };
+  const ffi::ErrorOr<std::shared_ptr<Work>> work = prepare();
+  if (work.has_error()) return Finished(work.error());
+  ffi::Future future((*work)->promise);
+  if ((*work)->run.num_units() == 0) {
+    (*work)->promise.SetAvailable();
+  } else {
+    Start(pool, *work);
   }
+  return future;
 }
 
 }  // namespace

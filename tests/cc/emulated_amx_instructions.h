@@ -9,19 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/amx_configuration.h"
+
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
-
-struct TileConfiguration {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-
-  void Set(int tile, int64_t tile_rows, int64_t words) {
-    rows[tile] = static_cast<uint8_t>(tile_rows);
-    row_bytes[tile] = static_cast<uint16_t>(4 * words);
-  }
-};
 
 thread_local TileConfiguration configured;
 thread_local uint32_t tiles[8][16][16];
