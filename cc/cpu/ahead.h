@@ -16,15 +16,17 @@ struct Rows {
   int64_t count;
 };
 
-// Fetches the keys, then the values, of the next tile while the present one is worked on: a
-// straight line through memory, whatever order the heads are read in. The inner loops call Step
-// every few instructions, so that memory is always busy and never stalls them.
+// Fetches the keys, then the values, of the next tile, and the queries if it is the first of a
+// unit, while the present one is worked on: a straight line through memory, whatever order the
+// heads are read in. The inner loops call Step every few instructions, so that memory is always
+// busy and never stalls them.
 class Ahead {
  public:
   // To be fetched by `steps` steps.
-  Ahead(const Rows& keys, const Rows& values, int64_t steps)
-      : rows_(Join(keys)), later_(Join(values)) {
-    rate_ = (Lines(rows_) + Lines(later_)) * kLine / (steps > 0 ? steps : 1) + 1;
+  Ahead(const Rows& keys, const Rows& values, const Rows& queries, int64_t steps)
+      : rows_(Join(keys)), later_{Join(values), Join(queries)} {
+    const int64_t lines = Lines(rows_) + Lines(later_[0]) + Lines(later_[1]);
+    rate_ = lines * kLine / (steps > 0 ? steps : 1) + 1;
   }
 
   inline void Step(int64_t steps = 1) {
@@ -57,9 +59,10 @@ class Ahead {
 
   // False if there is none.
   bool NextRow() {
-    if (rows_.count == 0) {
-      rows_ = later_;
-      later_.count = 0;
+    for (int i = 0; i < 2 && rows_.count == 0; ++i) {
+      rows_ = later_[0];
+      later_[0] = later_[1];
+      later_[1].count = 0;
     }
     if (rows_.count == 0) {
       rate_ = due_ = 0;
@@ -72,7 +75,7 @@ class Ahead {
     return true;
   }
 
-  Rows rows_, later_;           // what is left
+  Rows rows_, later_[2];        // what is left
   const char* next_ = nullptr;  // in the present row
   const char* end_ = nullptr;
   int64_t rate_, due_ = -1;

@@ -2,8 +2,9 @@
 //
 // A tile product is C[m][n] += sum_k A[m][k] B[k][n], with A of up to 16 rows of 32 elements, and B
 // of 16 rows of up to 16 pairs. Keys are A as they lie in memory, queries B as packed for vectors
-// that do not repeat; weights are A transposed, values B as packed for vectors. Panels of fewer
-// than 16 rows make narrow tiles: fewer columns of scores, fewer rows of weighted values.
+// that do not repeat; weights are A, 16 steps of a row side by side, values B as packed for
+// vectors. Panels of fewer than 16 rows make narrow tiles: fewer columns of scores, fewer rows of
+// weighted values.
 
 #ifndef JAX_NSA_CPU_AMX_H_
 #define JAX_NSA_CPU_AMX_H_
@@ -51,6 +52,7 @@ class AmxTiles {
  public:
   static constexpr int kElements = 2;
   static constexpr int64_t kStepGranule = kTileRows;
+  static constexpr int64_t kSteps = kMostSteps;  // loading and storing sums costs more than misses
 
   static int64_t Repeat(int64_t) { return 1; }
   static int64_t WordGranule(int64_t) { return kTileWords; }
@@ -74,15 +76,22 @@ class AmxTiles {
            kWeighSteps;
   }
 
-  // As Vectors::Weigh. Weights and values of the steps up to the next multiple of 16 must be zero;
-  // sums must hold all padded rows, which are the stride of the weights.
+  // As Vectors::Weigh; sums must hold all padded rows.
   static void Weigh(const Weighing& weighing, int64_t rows, float* sums, Ahead& ahead) {
-    int64_t r = 0;
-    for (; r + kTileRows < rows; r += 2 * kTileRows) {
-      WeighRows<2, 2>(weighing, r, sums, ahead);
+    // There is an even number of tiles of columns. All rows meet the same values in turn.
+    int64_t c = 0;
+    if (rows <= kTileRows && weighing.stride >= kTileRows) {
+      for (; c + 4 * kTileWords <= weighing.columns; c += 4 * kTileWords) {
+        WeighTiles<1, 4>(weighing, 0, c, sums, ahead);
+      }
     }
-    if (r < rows && weighing.stride < kTileRows) WeighRows<1, 2>(weighing, r, sums, ahead);
-    if (r < rows && weighing.stride >= kTileRows) WeighRows<1, 4>(weighing, r, sums, ahead);
+    for (; c < weighing.columns; c += 2 * kTileWords) {
+      int64_t r = 0;
+      for (; r + kTileRows < rows; r += 2 * kTileRows) {
+        WeighTiles<2, 2>(weighing, r, c, sums, ahead);
+      }
+      if (r < rows) WeighTiles<1, 2>(weighing, r, c, sums, ahead);
+    }
   }
 
  private:
@@ -135,30 +144,10 @@ class AmxTiles {
     });
   }
 
-  // Adds the weighted values to `height` tiles of rows from row r, `width` tiles of columns at a
-  // time.
+  // Adds the weighted values to `height` tiles of rows from row r and `width` tiles of columns from
+  // column c.
   template <int height, int width>
-  static void WeighRows(const Weighing& weighing, int64_t r, float* sums, Ahead& ahead) {
-    alignas(64) uint32_t weights[height][kMostSteps * kTileWords];
-    for (int64_t s = 0; s < weighing.steps; s += kTileRows) {
-      for (int64_t i = 0; i < height; ++i) {
-        const uint32_t* const source = weighing.weights + s * weighing.stride + r + i * kTileRows;
-        WithConstant(weighing.stride < kTileRows ? weighing.stride : kTileRows, [&](auto size) {
-          TransposeTile<size()>(source, weighing.stride, weights[i] + s * kTileWords);
-        });
-      }
-    }
-    int64_t c = 0;
-    for (; c + width * kTileWords <= weighing.columns; c += width * kTileWords) {
-      WeighTiles<height, width>(weights, weighing, r, c, sums, ahead);
-    }
-    // There is an even number of tiles.
-    if (c < weighing.columns) WeighTiles<height, 2>(weights, weighing, r, c, sums, ahead);
-  }
-
-  template <int height, int width>
-  static void WeighTiles(const uint32_t (*weights)[kMostSteps * kTileWords],
-                         const Weighing& weighing, int64_t r, int64_t c, float* sums,
+  static void WeighTiles(const Weighing& weighing, int64_t r, int64_t c, float* sums,
                          Ahead& ahead) {
     const int64_t stride = 4 * weighing.columns;
     const auto sum = [&](int64_t i) {
@@ -166,8 +155,11 @@ class AmxTiles {
     };
     ForEach<height * width>([&](auto i) { LoadTile<kSums[i()]>(sum(i()), stride); });
     for (int64_t s = 0; s < weighing.steps; s += kTileRows) {
-      ForEach<height>(
-          [&](auto i) { LoadTile<kWeights[i()]>(weights[i()] + s * kTileWords, 4 * kTileWords); });
+      ForEach<height>([&](auto i) {
+        const int64_t row = r + i() * kTileRows;
+        LoadTile<kWeights[i()]>(weighing.weights + s * weighing.stride + row * kTileRows,
+                                4 * kTileWords);
+      });
       ForEach<width>([&](auto j) {
         LoadTile<kFull>(weighing.values + s * weighing.columns + c + j() * kTileWords, stride);
         ForEach<height>(
@@ -176,16 +168,6 @@ class AmxTiles {
       });
     }
     ForEach<height * width>([&](auto i) { StoreTile<kSums[i()]>(sum(i()), stride); });
-  }
-
-  // Weights of 16 steps, [step][stride], of which `size` rows become [row][16].
-  template <int size>
-  static void TransposeTile(const uint32_t* source, int64_t stride, uint32_t* target) {
-    Float vectors[size];
-    const int64_t apart = size < kTileRows ? kTileRows : stride;
-    for (int64_t i = 0; i < size; ++i) vectors[i] = Load<Float>(source + i * apart);
-    Transpose<size>(vectors);
-    for (int64_t i = 0; i < size; ++i) Store(target + i * kTileWords, vectors[i]);
   }
 };
 

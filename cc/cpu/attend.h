@@ -28,7 +28,7 @@ void Fill(float* target, int64_t count, float value) {
 // The memory of one unit.
 struct Scratch {
   uint32_t* queries;  // [heads][words][padded rows], see Queries
-  float* history;     // [heads][kGranule][padded rows], weights of the positions before the tile
+  float* history;     // [heads][taps][padded rows], weights of the positions before the tile
   float* weights;     // [kGranule + tile + kGranule][padded rows]: history; scores, then weights
   uint32_t* pairs;    // [steps of a tile][padded rows], weights as words
   uint32_t* keys;     // [kGranule][words]
@@ -48,7 +48,7 @@ struct Scratch {
     const int64_t row_words = PaddedWords(plan.problem.head_size);
     // Transposing few rows writes a vector past the end.
     queries = words(heads * row_words * padded_rows + kLanes);
-    history = floats(heads * kGranule * padded_rows);
+    history = floats(heads * plan.num_taps * padded_rows);
     // Sums over few rows read a vector past the end.
     weights = floats((kGranule + plan.tile_size + kGranule) * padded_rows + kLanes);
     pairs = words(RoundUp(plan.tile_size, kMostSteps) * padded_rows);
@@ -130,8 +130,9 @@ class Attention {
         words[i] = Load<Float>(scratch_.keys + i * row_words + w);
       }
       Transpose<kLanes>(words);
-      for (int64_t i = 0; i < Least(kLanes, key_words_ - w); ++i) {
-        Store(target + (w + i) * padded_rows_, words[i]);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes; ++i) {
+        if (w + i < key_words_) Store(target + (w + i) * padded_rows_, words[i]);
       }
     }
   }
@@ -142,12 +143,7 @@ class Attention {
     const float scale = plan_.problem.scale;
     const uint32_t sign = scale < 0 ? (Key::kPairs ? 0x80008000u : 0x80000000u) : 0;
     const uint32_t keep = scale == 0 || r >= rows_ ? 0 : ~0u;
-    const int64_t head = (unit_.first_head + h) * plan_.group + r % plan_.group;
-    const int64_t row = (unit_.first_row + r / plan_.group) * plan_.problem.heads + head;
-    if (keep) {
-      Key::PackRow(static_cast<const char*>(plan_.arrays.query) + row * head_size_ * kElement,
-                   head_size_, words);
-    }
+    if (keep) Key::PackRow(QueryRow(unit_, h, r), head_size_, words);
     for (int64_t w = 0; w < Key::RowWords(head_size_); ++w) words[w] = (words[w] ^ sign) & keep;
   }
 
@@ -156,7 +152,7 @@ class Attention {
     Fill(partial.attention, padded_rows_ * columns_, 0);
     Fill(partial.peak, Most(padded_rows_, kLanes), kNoPeak);
     Fill(partial.total, Most(padded_rows_, kLanes), 0);
-    Fill(scratch_.history + h * kGranule * padded_rows_, kGranule * padded_rows_, 0);
+    Fill(History(h), history_size_, 0);
   }
 
   // Scores of all positions of the tile, and of those up to a multiple of kGranule.
@@ -211,7 +207,7 @@ class Attention {
         const Float weight = Exp2((Load<Float>(weights_ + i) - peak) * scale);
         Store(weights_ + i, weight);
         totals[chain] += weight;
-        if (chain % 2 == 0) ahead.Step(2);  // one for each, in fewer calls
+        if (chain == 0) ahead.Step(kChains);  // one for each, in fewer calls
       });
       const Float total = (totals[0] + totals[1]) + (totals[2] + totals[3]);
       Store(partial.total + v, Load<Float>(partial.total + v) * factor + total);
@@ -220,7 +216,7 @@ class Attention {
     }
     __builtin_memcpy(partial.tile_peaks + tile.index * padded_rows_, partial.peak,
                      4 * padded_rows_);
-    if (grew) Rescale(partial, scratch_.history + h * kGranule * padded_rows_);
+    if (grew && tile.index > 0) Rescale(partial, History(h));
   }
 
   static constexpr int kChains = 4;          // of what is added or compared one after another
@@ -255,47 +251,57 @@ class Attention {
       float* const row = partial.attention + r * columns_;
       for (int64_t c = 0; c < columns_; c += kLanes) Store(row + c, Load<Float>(row + c) * factor);
     }
-    for (int64_t i = 0; i < kGranule; ++i) {
-      for (int64_t r = 0; r < padded_rows_; ++r) {
-        history[i * padded_rows_ + r] *= scratch_.factors[r];
-      }
+    for (int64_t i = 0; i < history_size_; i += padded_rows_) {
+      for (int64_t r = 0; r < padded_rows_; ++r) history[i + r] *= scratch_.factors[r];
     }
   }
 
   // Sums the weights into the blocks that close in the tile.
   void SumBlocks(const Tile& tile, int64_t h, Ahead& ahead) {
     const Partial& partial = partials_[h];
-    float* const history = scratch_.history + h * kGranule * padded_rows_;
-    __builtin_memcpy(scratch_.weights, history, 4 * kGranule * padded_rows_);
+    float* const history = History(h);
+    __builtin_memcpy(weights_ - history_size_, history, 4 * history_size_);
     if (tile.begin + tile.count == unit_.end) {
       Fill(weights_ + tile.count * padded_rows_, kGranule * padded_rows_, 0);
     }
     const int64_t last = BlocksEnd(plan_, unit_, partial, tile.begin + tile.count);
-    for (int64_t j = BlocksBegin(plan_, unit_, partial, tile); j < last; ++j) {
-      const float* const closing =
-          weights_ + (plan_.strides_per_select_block * (j + 1) - tile.begin) * padded_rows_;
-      float* const scores = partial.scores + (j - partial.first_block) * padded_rows_;
-      // Of few rows, the lanes past them are of later positions; the next block overwrites them.
-      for (int64_t r = 0; r < padded_rows_; r += kLanes) {
-        Float sum = {};
-        for (int64_t o = 0; o < plan_.num_taps; ++o) {
-          sum += plan_.weights[o] * Load<Float>(closing - o * padded_rows_ + r);
-        }
-        Store(scores + r, sum);
-        ahead.Step(kBlockSteps);
-      }
-    }
-    __builtin_memcpy(history, weights_ + (tile.count - kGranule) * padded_rows_,
-                     4 * kGranule * padded_rows_);
+    int64_t j = BlocksBegin(plan_, unit_, partial, tile);
+    for (; j + kChains <= last; j += kChains) SumBlocksFrom<kChains>(tile, j, partial, ahead);
+    for (; j < last; ++j) SumBlocksFrom<1>(tile, j, partial, ahead);
+    __builtin_memcpy(history, weights_ + tile.count * padded_rows_ - history_size_,
+                     4 * history_size_);
   }
+
+  // The sums of `count` blocks from block j.
+  template <int count>
+  void SumBlocksFrom(const Tile& tile, int64_t j, const Partial& partial, Ahead& ahead) {
+    const int64_t stride = plan_.strides_per_select_block * padded_rows_;
+    const float* const closing = weights_ + stride * (j + 1) - tile.begin * padded_rows_;
+    float* const scores = partial.scores + (j - partial.first_block) * padded_rows_;
+    // Of few rows, the lanes past them are of later positions; the next block overwrites them.
+    for (int64_t r = 0; r < padded_rows_; r += kLanes) {
+      Float sums[count] = {};
+      for (int64_t o = 0; o < plan_.num_taps; ++o) {
+#pragma GCC unroll 4
+        for (int i = 0; i < count; ++i) {
+          sums[i] += plan_.weights[o] * Load<Float>(closing + i * stride - o * padded_rows_ + r);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < count; ++i) Store(scores + i * padded_rows_ + r, sums[i]);
+      ahead.Step(count * kBlockSteps);
+    }
+  }
+
+  float* History(int64_t h) { return scratch_.history + h * history_size_; }
 
   // Adds the weighted values of the tile.
   void Weigh(const Tile& tile, int64_t h, Ahead& ahead) {
     const int64_t steps = Steps(tile);
     const uint32_t* const weights = WeightWords(tile, ahead);
     const char* const first = ValueRow(unit_, tile, h);
-    for (int64_t s = 0; s < steps; s += kMostSteps) {
-      const int64_t count = Least(kMostSteps, steps - s);
+    for (int64_t s = 0; s < steps; s += ValuesBy::kSteps) {
+      const int64_t count = Least(ValuesBy::kSteps, steps - s);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t position = (s + i) * ValuesBy::kElements;
         const char* const row = first + position * value_stride_;
@@ -310,32 +316,48 @@ class Attention {
     }
   }
 
-  // Weights as words, [step][padded rows]: themselves, or rounded in pairs of positions.
+  // Weights as words, as the multiplier reads them: themselves, or rounded in pairs of positions.
   const uint32_t* WeightWords(const Tile& tile, Ahead& ahead) {
     if constexpr (!Value::kPairs) {
       return reinterpret_cast<const uint32_t*>(weights_);
     } else {
+      const int64_t scored = RoundUp(tile.count, kGranule);
+      const int64_t whole = RoundUp(scored, 2 * ValuesBy::kStepGranule);
+      Fill(weights_ + scored * padded_rows_, (whole - scored) * padded_rows_, 0);
       WithConstant(Least(padded_rows_, kLanes),
-                   [&](auto rows) { PairWeights<rows()>(tile, ahead); });
-      const int64_t whole = RoundUp(Steps(tile), ValuesBy::kStepGranule);
-      for (int64_t i = RoundUp(tile.count, kGranule) / 2 * padded_rows_; i < whole * padded_rows_;
-           ++i) {
-        scratch_.pairs[i] = 0;
-      }
+                   [&](auto rows) { PairWeights<rows()>(whole, ahead); });
       return scratch_.pairs;
     }
   }
 
   // With `rows` rows to a position in a vector.
   template <int rows>
-  void PairWeights(const Tile& tile, Ahead& ahead) {
-    const int64_t positions = RoundUp(tile.count, kGranule);
+  void PairWeights(int64_t positions, Ahead& ahead) {
     const int64_t apart = Most(padded_rows_, kLanes);  // from even vectors to odd ones
-    for (int64_t s = 0; s < positions * padded_rows_; s += 2 * apart) {
-      for (int64_t r = 0; r < apart; r += kLanes) {
-        const Float a = Load<Float>(weights_ + s + r), b = Load<Float>(weights_ + s + r + apart);
-        Store(scratch_.pairs + s / 2 + r, Type::template RoundPairs<rows>(a, b));
-        ahead.Step();
+    const auto pairs = [&](int64_t i) {
+      return Type::template RoundPairs<rows>(Load<Float>(weights_ + i),
+                                             Load<Float>(weights_ + i + apart));
+    };
+    if constexpr (ValuesBy::kStepGranule == 1) {
+      for (int64_t i = 0; i < positions * padded_rows_; i += 2 * apart) {
+        for (int64_t r = 0; r < apart; r += kLanes) {
+          Store(scratch_.pairs + i / 2 + r, pairs(i + r));
+          ahead.Step();
+        }
+      }
+    } else {
+      static_assert(ValuesBy::kStepGranule == kLanes);
+      for (int64_t i = 0; i < positions * padded_rows_; i += 2 * kLanes * padded_rows_) {
+        for (int64_t r = 0; r < padded_rows_; r += rows) {
+          Float steps[rows];
+#pragma GCC unroll 16
+          for (int64_t e = 0; e < rows; ++e) steps[e] = (Float)pairs(i + r + e * 2 * apart);
+          Transpose<rows>(steps);
+          uint32_t* const target = scratch_.pairs + i / 2 + r * kLanes;
+#pragma GCC unroll 16
+          for (int64_t e = 0; e < rows; ++e) Store(target + e * kLanes, steps[e]);
+          ahead.Step(rows);
+        }
       }
     }
   }
@@ -357,17 +379,21 @@ class Attention {
   // Fetches the next tile, of this unit or the upcoming one, in the time of the work on a tile.
   Ahead FetchAhead(const Tile& tile, Tile next, const Upcoming& upcoming) const {
     const Unit* unit = &unit_;
+    Rows keys = {}, values = {}, queries = {};
     if (next.count == 0) {
       unit = upcoming.take(upcoming.taker);
-      if (unit != nullptr) next = Tile::At(plan_, *unit, 0);
+      if (unit != nullptr) {
+        next = Tile::At(plan_, *unit, 0);
+        queries = {QueryRow(*unit, 0, 0), plan_.problem.heads * head_size_ * kElement,
+                   unit->heads * plan_.group * head_size_ * kElement, unit->tokens};
+      }
     }
-    Rows keys = {}, values = {};
     if (next.count > 0) {
       keys = {KeyRow(*unit, next, 0), key_stride_, unit->heads * head_size_ * kElement, next.count};
       values = {ValueRow(*unit, next, 0), value_stride_, unit->heads * value_size_ * kElement,
                 next.count};
     }
-    return Ahead(keys, values, StepsAhead(tile));
+    return Ahead(keys, values, queries, StepsAhead(tile));
   }
 
   // How many steps ahead the work on a tile takes.
@@ -381,6 +407,13 @@ class Attention {
            (KeysBy::ScoreSteps(keys, padded_rows_) + vectors + kBlockSteps * block_vectors +
             (Value::kPairs ? vectors / 2 : 0) + steps * Value::PackSteps(value_size_) +
             ValuesBy::WeighSteps(rows_, columns_, steps));
+  }
+
+  // Of the unit's kv head h, row r of the panel.
+  const char* QueryRow(const Unit& unit, int64_t h, int64_t r) const {
+    const int64_t head = (unit.first_head + h) * plan_.group + r % plan_.group;
+    const int64_t row = (unit.first_row + r / plan_.group) * plan_.problem.heads + head;
+    return static_cast<const char*>(plan_.arrays.query) + row * head_size_ * kElement;
   }
 
   const char* KeyRow(const Unit& unit, const Tile& tile, int64_t h) const {
@@ -402,10 +435,11 @@ class Attention {
   const int64_t rows_ = unit_.tokens * plan_.group;
   const int64_t head_size_ = plan_.problem.head_size;
   const int64_t value_size_ = plan_.problem.value_size;
-  const int64_t columns_ = PaddedWords(value_size_);  // of partials
-  bool in_place_;                                     // keys are read where they lie
-  int64_t key_words_;                                 // of a key, as it is read
-  int64_t key_stride_;                                // bytes, in the pool
+  const int64_t columns_ = PaddedWords(value_size_);            // of partials
+  const int64_t history_size_ = plan_.num_taps * padded_rows_;  // floats of a head
+  bool in_place_;                                               // keys are read where they lie
+  int64_t key_words_;                                           // of a key, as it is read
+  int64_t key_stride_;                                          // bytes, in the pool
   int64_t value_stride_;
 };
 

@@ -31,6 +31,7 @@ void AddScores(const Plan& plan, const Unit& unit, int64_t head, const float* sc
         Float sum = {};
         for (int64_t g = 0; j + e * blocks < last && g < plan.group; g += kLanes) {
           const float* const source = scores + (j - first + e * blocks) * padded_rows + r + g;
+          __builtin_prefetch(source + run * blocks * padded_rows);
           sum += Load<Float>(source) * Load<Float>(factors + r + g);
         }
         of_blocks[e] = sum;

@@ -30,10 +30,11 @@ struct Queries {
   int64_t padded_rows;
 };
 
-constexpr int64_t kMostSteps = 32;  // weighed at once
+constexpr int64_t kMostSteps = 64;  // weighed at once, by any multiplier
 
-// Weights of some steps, [step][stride], and the values to be weighed, [step][columns]. A step is
-// as many positions as a word has elements.
+// Weights of some steps and `stride` rows, and the values to be weighed, [step][columns]. A step is
+// as many positions as a word has elements. Of weights, the steps of a granule of the multiplier
+// lie side by side: [step / granule][row][step % granule]. Both are zero up to a whole granule.
 struct Weighing {
   const uint32_t* weights;
   int64_t stride;
@@ -47,7 +48,8 @@ template <class Products, int64_t chain = 0>
 class Vectors {
  public:
   static constexpr int kElements = Products::kElements;
-  static constexpr int64_t kStepGranule = 1;  // steps up to a multiple of it are zero
+  static constexpr int64_t kStepGranule = 1;
+  static constexpr int64_t kSteps = 32;  // weighed at once: a share of the L1 cache
 
   // Words of a key that meet as many of each row at a time. A panel that is no wider than a vector
   // fills two: the more lanes a load of the key repeats over, the fewer loads there are.

@@ -74,21 +74,30 @@ inline Float Max(Float a, Float b) { return a > b ? a : b; }
 
 inline Float Set(float value) { return Float{} + value; }
 
+// 2^f to 2 ulp, for f in [-1/2, 1/2].
+inline Float Exp2OfFraction(Float f) {
+  Float p = Set(0x1.5c08e6p-10f);  // minimax polynomial of relative error 7.5e-8
+  p = p * f + 0x1.3d0c52p-7f;
+  p = p * f + 0x1.c6b6e4p-5f;
+  p = p * f + 0x1.ebf918p-3f;
+  p = p * f + 0x1.62e428p-1f;
+  return p * f + 1.0f;
+}
+
 // 2^x to 2 ulp; 0 below 2^-126. NaN stays NaN.
 inline Float Exp2(Float x) {
+#if defined(__AVX512F__)
+  const Float f = (Float)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  return (Float)_mm512_maskz_scalef_ps(normal, (__m512)Exp2OfFraction(f), (__m512)(x - f));
+#else
   x = Max(Set(-127.0f), x);
   // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits; adding the bias too
   // makes them those of an exponent.
   constexpr float kShift = 12582912.0f + 127.0f;
   const Float shifted = x + kShift;
-  const Float f = x - (shifted - kShift);  // in [-1/2, 1/2]
-  Float p = Set(0x1.5c08e6p-10f);          // minimax polynomial of relative error 7.5e-8
-  p = p * f + 0x1.3d0c52p-7f;
-  p = p * f + 0x1.c6b6e4p-5f;
-  p = p * f + 0x1.ebf918p-3f;
-  p = p * f + 0x1.62e428p-1f;
-  p = p * f + 1.0f;
-  return p * (Float)((Int)shifted << 23);
+  return Exp2OfFraction(x - (shifted - kShift)) * (Float)((Int)shifted << 23);
+#endif
 }
 
 // Repeats the `count` words at `source` over a vector.
@@ -154,9 +163,10 @@ inline Float TransposeRuns(Float a) {
   return TransposeRuns<size>(a, AllLanes{});
 }
 
-// Transposes a matrix of `size` columns and kLanes rows, which fill as many vectors.
+// Transposes a matrix of `size` columns and kLanes rows, which fill as many vectors. Called, it
+// would have them in memory.
 template <int size, int h = 1>
-inline void Transpose(Float* vectors) {
+[[gnu::always_inline]] inline void Transpose(Float* vectors) {
   if constexpr (h < size) {
 #pragma GCC unroll 16
     for (int i = 0; i < size; ++i) {
@@ -206,6 +216,10 @@ struct BFloat16 {
   // Two vectors of positions of `rows` rows each, rounded, in pairs of positions.
   template <int rows>
   static inline Word RoundPairs(Float a, Float b) {
+    if constexpr (rows == kLanes) {
+      // Of weights, which ties away from zero do not bias: a third fewer instructions.
+      return (((Word)a + 0x8000) >> 16) | (((Word)b + 0x8000) & 0xffff0000);
+    }
     return RoundPairs<rows>(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
   }
 
