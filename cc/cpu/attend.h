@@ -216,6 +216,7 @@ class Attention {
     }
     __builtin_memcpy(partial.tile_peaks + tile.index * padded_rows_, partial.peak,
                      4 * padded_rows_);
+    // Before the first tile nothing was summed.
     if (grew && tile.index > 0) Rescale(partial, History(h));
   }
 
