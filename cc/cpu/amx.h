@@ -62,13 +62,9 @@ class AmxTiles {
   }
 
   static void Score(const Keys& keys, const Queries& queries, float* scores, Ahead& ahead) {
-    const int64_t rows = queries.padded_rows;
-    int64_t r = 0;
-    for (; r + 2 * kTileWords <= rows; r += 2 * kTileWords) {
-      ScoreRows<2, 2>(keys, queries, r, scores, ahead);
-    }
-    if (r < rows && rows < kTileWords) ScoreRows<2, 1>(keys, queries, r, scores, ahead);
-    if (r < rows && rows >= kTileWords) ScoreRows<4, 1>(keys, queries, r, scores, ahead);
+    if (queries.padded_rows > kTileWords) return ScoreAll<2, 2>(keys, queries, scores, ahead);
+    if (queries.padded_rows == kTileWords) return ScoreAll<4, 1>(keys, queries, scores, ahead);
+    ScoreAll<2, 1>(keys, queries, scores, ahead);
   }
 
   static int64_t WeighSteps(int64_t rows, int64_t columns, int64_t steps) {
@@ -78,7 +74,7 @@ class AmxTiles {
 
   // As Vectors::Weigh; sums must hold all padded rows.
   static void Weigh(const Weighing& weighing, int64_t rows, float* sums, Ahead& ahead) {
-    // There is an even number of tiles of columns. All rows meet the same values in turn.
+    // All rows meet the same values in turn. There is an even number of tiles of columns.
     int64_t c = 0;
     if (rows <= kTileRows && weighing.stride >= kTileRows) {
       for (; c + 4 * kTileWords <= weighing.columns; c += 4 * kTileWords) {
@@ -109,17 +105,25 @@ class AmxTiles {
     }
   }
 
-  // Scores of `width` tiles of rows from row r, for `height` tiles of keys at a time.
+  // For `height` tiles of keys and `width` tiles of rows at a time.
   template <int height, int width>
-  static void ScoreRows(const Keys& keys, const Queries& queries, int64_t r, float* scores,
-                        Ahead& ahead) {
+  static void ScoreAll(const Keys& keys, const Queries& queries, float* scores, Ahead& ahead) {
     int64_t p = 0;
     for (; p + height * kTileRows <= keys.count; p += height * kTileRows) {
+      ScoreKeys<height, width>(keys, p, queries, scores, ahead);
+    }
+    for (; p < keys.count; p += kTileRows) ScoreKeys<1, width>(keys, p, queries, scores, ahead);
+  }
+
+  // `height` tiles of keys from position p, which all rows meet in turn.
+  template <int height, int width>
+  static void ScoreKeys(const Keys& keys, int64_t p, const Queries& queries, float* scores,
+                        Ahead& ahead) {
+    int64_t r = 0;
+    for (; r + width * kTileWords <= queries.padded_rows; r += width * kTileWords) {
       ScoreTiles<height, width>(keys, p, queries, r, scores, ahead);
     }
-    for (; p < keys.count; p += kTileRows) {
-      ScoreTiles<1, width>(keys, p, queries, r, scores, ahead);
-    }
+    if (r < queries.padded_rows) ScoreTiles<height, 1>(keys, p, queries, r, scores, ahead);
   }
 
   template <int height, int width>
