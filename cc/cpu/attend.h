@@ -220,7 +220,8 @@ class Attention {
     if (grew && tile.index > 0) Rescale(partial, History(h));
   }
 
-  static constexpr int kChains = 4;          // of what is added or compared one after another
+  static constexpr int kChains = 4;  // of what is added or compared one after another
+  static constexpr int kBlocks = kLanes > 4 ? 4 : 2;  // summed at once, as measured to serve
   static constexpr int64_t kBlockSteps = 2;  // of Ahead, in the time of a vector of block scores
 
   // Calls the function with every `stride`-th index in [begin, end) and the chain it belongs to.
@@ -267,7 +268,7 @@ class Attention {
     }
     const int64_t last = BlocksEnd(plan_, unit_, partial, tile.begin + tile.count);
     int64_t j = BlocksBegin(plan_, unit_, partial, tile);
-    for (; j + kChains <= last; j += kChains) SumBlocksFrom<kChains>(tile, j, partial, ahead);
+    for (; j + kBlocks <= last; j += kBlocks) SumBlocksFrom<kBlocks>(tile, j, partial, ahead);
     for (; j < last; ++j) SumBlocksFrom<1>(tile, j, partial, ahead);
     __builtin_memcpy(history, weights_ + tile.count * padded_rows_ - history_size_,
                      4 * history_size_);
