@@ -92,7 +92,7 @@ template <typename T, int kHeadSize, int kValueSize>
 __device__ void MergeWarps(const Params& params, const Part& part,
                            WarpRows<T, kHeadSize, kValueSize>& rows, bool faulty,
                            ConsumerState& state, MergeScratch& scratch) {
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int thread = ThreadIndex(), lane = thread % 32, warp = thread / 32;
   const int row_groups = RowGroups(part.rows(params));  // a power of two
   const int region = part.own_region();
   const int g = lane / 4, t = lane % 4;
@@ -184,8 +184,8 @@ constexpr unsigned long long kArrived = 0x6a61785f6e736121ull, kClaimed = ~kArri
 
 // Whether this thread block, whose part is stored, is the one that merges the item.
 __device__ inline bool Arrive(const Params& params, const Part& part, ConsumerState& state) {
-  const int lane = threadIdx.x % 32, parts = part.parts;
-  if (threadIdx.x < 32) {
+  const int thread = ThreadIndex(), lane = thread % 32, parts = part.parts;
+  if (thread < 32) {
     volatile unsigned long long* flags = params.flags();
     __threadfence();
     if (lane == 0) flags[part.own_region()] = kArrived;
@@ -205,7 +205,7 @@ __device__ inline bool Arrive(const Params& params, const Part& part, ConsumerSt
   const bool is_last = state.is_last != 0;
   if (is_last) {
 #pragma unroll 1
-    for (int p = threadIdx.x; p < parts; p += kComputeThreads) {
+    for (int p = thread; p < parts; p += kComputeThreads) {
       params.flags()[part.Region(p)] = 0;
     }
   }
@@ -224,7 +224,7 @@ __device__ inline void FillTokens(const Params& params, const Part& part, int fi
     const int64_t first_head = row * params.heads + part.head * group;
     const auto fill = [&](auto* to, int64_t count, auto with) {
 #pragma unroll 1
-      for (int64_t i = threadIdx.x; i < count; i += kComputeThreads) to[i] = with;
+      for (int64_t i = ThreadIndex(); i < count; i += kComputeThreads) to[i] = with;
     };
     const int64_t at = first_head * params.value_size;
     const int size = group * params.value_size;
@@ -248,11 +248,11 @@ __device__ inline void FillTokens(const Params& params, const Part& part, int fi
 // Merges the parts' maxima and sums: as many lanes for each row as there are parts, if a warp has
 // them.
 __device__ inline void MergeNorms(const Params& params, const Part& part, ConsumerState& state) {
-  const int lane = threadIdx.x % 32, rows = part.rows(params);
+  const int thread = ThreadIndex(), lane = thread % 32, rows = part.rows(params);
   const int lanes = part.parts >= 32 ? 32 : 1 << (32 - __clz(part.parts - 1));
   const int per_warp = 32 / lanes;
 #pragma unroll 1
-  for (int first = threadIdx.x / 32 * per_warp; first < rows; first += kConsumers * per_warp) {
+  for (int first = thread / 32 * per_warp; first < rows; first += kConsumers * per_warp) {
     const int own = first + lane / lanes, row = min(own, rows - 1);
     float maximum = -INFINITY, total = 0.0f;
     bool faulty = false;
@@ -284,11 +284,11 @@ __device__ inline void MergeNorms(const Params& params, const Part& part, Consum
 template <typename T>
 __device__ void MergeAttention(const Params& params, const Part& part, const RowNorms& norms) {
   static_assert(kMaxValueSize <= 4 * 32);  // a lane for four columns
-  const int column = threadIdx.x % 32 * 4, rows = part.rows(params);
+  const int thread = ThreadIndex(), column = thread % 32 * 4, rows = part.rows(params);
   if (column >= params.value_columns) return;
   // A warp takes two rows at a time, to have more loads in flight.
 #pragma unroll 1
-  for (int first = threadIdx.x / 32; first < rows; first += 2 * kConsumers) {
+  for (int first = thread / 32; first < rows; first += 2 * kConsumers) {
     const int row[2] = {first, min(first + kConsumers, rows - 1)};
     float sum[2][4] = {};
 #pragma unroll 8

@@ -17,7 +17,7 @@ constexpr int kRowTile = 16;
 // Warps that compute, and warps that load. A multiprocessor's four schedulers have three each,
 // which leaves every thread 168 registers.
 constexpr int kConsumers = 8, kLoaders = 4;
-constexpr int kThreads = 32 * (kConsumers + kLoaders);
+constexpr int kThreads = 32 * (kConsumers + kLoaders), kComputeThreads = 32 * kConsumers;
 // Rows that a thread block processes against one reading of the keys and values.
 constexpr int kMaxRows = kRowTile * kConsumers;
 constexpr int kMaxHeadSize = 192, kMaxValueSize = 128;
@@ -43,9 +43,13 @@ JAX_NSA_HOST_DEVICE constexpr int RowGroups(int rows) {
 // each chunk of tokens (as many as kMaxRows rows hold) the tiles of the sequence, then some entries
 // for the end. Those of one sequence, head and chunk are an item. Each thread block gets an equal,
 // contiguous share of the list, whatever the lengths; so it holds at most two items in part, the
-// first and the last.
+// first and the last. Where all items are equally long, shares end where items do, or items where
+// shares do, if that leaves enough thread blocks at work: an item in part costs a merge.
 struct Plan {
   int32_t ctas;              // thread blocks
+  int32_t items;             // at most; for as many equally long ones,
+  int32_t items_per_share;   // so many whole ones are a share, if not 0,
+  int32_t shares_per_item;   // or an item is so many shares, at most, if not 0
   int32_t tokens_per_chunk;  // at most
   int32_t rows;              // of a chunk, padded, at most
   int32_t record_rows;       // of a tile's record, at most
@@ -82,12 +86,15 @@ JAX_NSA_HOST_DEVICE constexpr int RecordRows(int rows) { return (rows + 3) / 4 *
 // more that stand for as much time.
 JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 16 + 6; }
 
-// Entries of the list that the call can have at most.
-constexpr int64_t MaxEntries(const Problem& problem) {
+// Items that the call can have at most, and entries of the list.
+constexpr int64_t MaxItems(const Problem& problem) {
   const int64_t per_chunk = kMaxRows / problem.group();
   const int64_t chunks = problem.tokens ? problem.sequences * CeilDiv(problem.tokens, per_chunk)
                                         : problem.sequences + CeilDiv(problem.rows, per_chunk);
-  return chunks * problem.key_value_heads * ItemEntries(CeilDiv(problem.capacity(), kTile));
+  return chunks * problem.key_value_heads;
+}
+constexpr int64_t MaxEntries(const Problem& problem) {
+  return MaxItems(problem) * ItemEntries(CeilDiv(problem.capacity(), kTile));
 }
 
 // The plan for `ctas` thread blocks, at most kMaxCtas.
@@ -107,18 +114,33 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   // An equal share of what there can be at most, and never less than kMinShare.
   const int64_t share = total > int64_t{ctas} * kMinShare ? CeilDiv(total, ctas) : kMinShare;
   plan.ctas = static_cast<int32_t>(CeilDiv(total, share));
-  plan.region_tiles = static_cast<int32_t>(tiles < share ? tiles : share);
+  // Fewer thread blocks can keep memory busy, if each has little to compute.
+  const int64_t items = MaxItems(problem), enough = plan.rows <= kRowTile ? 6 : 9;  // tenths
+  plan.items = static_cast<int32_t>(items);
+  if (items > plan.ctas) {
+    const int64_t per_share = CeilDiv(items, plan.ctas);
+    if (10 * items >= enough * per_share * plan.ctas) {
+      plan.items_per_share = static_cast<int32_t>(per_share);
+    }
+  } else if (items > 0) {
+    const int64_t per_item = plan.ctas / items;
+    if (10 * items * per_item >= enough * plan.ctas) {
+      plan.shares_per_item = static_cast<int32_t>(per_item);
+    }
+  }
+  // With shares_per_item, a share is less than twice an equal one, or than two of the least.
+  const int64_t longest = 2 * (share + kMinShare);
+  plan.region_tiles = static_cast<int32_t>(tiles < longest ? tiles : longest);
 
   plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
   plan.region_floats = int64_t{plan.region_tiles} * plan.record_rows * (1 + plan.slots);
   plan.importances = problem.max_blocks() > kSharedBlocks ? 2 * problem.max_blocks() : 0;
-  // The candidates of a selection are at most an eighth more than it needs; sorting pads them to a
-  // power of two.
+  // The candidates of a selection are at most as many as the power of two that sorting pads to.
   const int64_t most =
       problem.select_count < problem.max_blocks() ? problem.select_count : problem.max_blocks();
   plan.sorted = 0;
-  if (most + most / 8 > kSharedChosen) {
-    for (plan.sorted = kSharedChosen; plan.sorted < most + most / 8;) plan.sorted *= 2;
+  if (most > kSharedChosen) {
+    for (plan.sorted = kSharedChosen; plan.sorted < most;) plan.sorted *= 2;
   }
   plan.parts_offset = AlignUp(2 * 8 * plan.ctas);
   plan.tiles_offset = plan.parts_offset + AlignUp(2 * 4 * plan.ctas * plan.part_floats);

@@ -14,6 +14,14 @@ __device__ inline uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew. What follows from it would otherwise be worked out once, ahead of the
+// kernel's loop over its work, and keep registers there that attention needs.
+__device__ inline int ThreadIndex() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Barriers in shared memory.
 
 __device__ inline void BarrierInit(uint64_t* barrier, int arrivals) {

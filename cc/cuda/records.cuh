@@ -16,8 +16,6 @@
 
 namespace jax_nsa::cuda {
 
-constexpr int kComputeThreads = 32 * kConsumers;
-
 // The records of one item, by the consumer warps.
 class Records {
  public:
@@ -50,7 +48,7 @@ class Records {
       // Whole lines only: what lies beside may be in use.
       const uintptr_t first = (at(min(shared_tiles_, tiles)) + 127) / 128 * 128, end = at(tiles);
 #pragma unroll 1
-      for (uintptr_t line = first + 128 * threadIdx.x; line + 128 <= end;
+      for (uintptr_t line = first + 128 * ThreadIndex(); line + 128 <= end;
            line += 128 * kComputeThreads) {
         DiscardLine(reinterpret_cast<char*>(line));
       }

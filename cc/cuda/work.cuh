@@ -91,6 +91,7 @@ struct Part {
 // Scratch of the WorkList's constructor, in shared memory.
 struct WorkStart {
   int warp_entries[kThreads / 32];
+  Sequence first;     // of the list
   Sequence sequence;  // that holds the first entry of the share
   int base;           // index of that sequence's first entry in the list
 };
@@ -109,6 +110,7 @@ class WorkList {
     for (int b = first; b < last; ++b) {
       sequence = FindSequence(params, b);
       own += sequence.TotalEntries(params);
+      if (b == 0) start.first = sequence;
     }
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -126,14 +128,31 @@ class WorkList {
       total += start.warp_entries[w];
     }
     share_ = max(kMinShare, (total + params.plan.ctas - 1) / params.plan.ctas);
+    const int items = sequences * params.key_value_heads * (total > 0 ? start.first.chunks : 0);
+    if (items == params.plan.items && int64_t{items} * start.first.entries == total) {
+      // All items are equally long.
+      if (params.plan.items_per_share > 0) {
+        share_ = params.plan.items_per_share * start.first.entries;
+      } else if (params.plan.shares_per_item > 0) {
+        const int tiles = start.first.tiles;
+        const int shares = max(1, min(params.plan.shares_per_item, tiles / kMinShare));
+        share_ = Quotient(tiles + shares - 1, shares);
+        item_entries_ = shares * share_;
+        const int sequence_entries = item_entries_ * params.key_value_heads * start.first.chunks;
+        total = sequence_entries * sequences;
+        own = sequence_entries * (last - first);
+        up_to = sequence_entries * last;
+      }
+    }
     next_ = min(total, static_cast<int>(blockIdx.x) * share_);
     end_ = min(total, next_ + share_);
 
     if (up_to - own <= next_ && next_ < up_to) {
       base_ = up_to - own;
+      if (item_entries_ > 0) sequence.entries = item_entries_;
 #pragma unroll 1
       for (int b = first; b < last; ++b) {
-        if (each > 1) sequence = FindSequence(params, b);
+        if (each > 1) sequence = Find(b);
         const int entries = sequence.TotalEntries(params);
         if (next_ < base_ + entries) break;
         base_ += entries;
@@ -155,7 +174,7 @@ class WorkList {
       const int total = sequence_.TotalEntries(params_);
       if (next_ >= base_ + total) {
         base_ += total;
-        sequence_ = FindSequence(params_, sequence_.b + 1);
+        sequence_ = Find(sequence_.b + 1);
         continue;
       }
       index = Quotient(next_ - base_, sequence_.entries);
@@ -178,8 +197,15 @@ class WorkList {
   }
 
  private:
+  __device__ Sequence Find(int b) const {
+    Sequence sequence = FindSequence(params_, b);
+    if (item_entries_ > 0) sequence.entries = item_entries_;
+    return sequence;
+  }
+
   const Params& params_;
-  int next_, end_;  // the share's next entry, and the end of the share
+  int item_entries_ = 0;  // if not 0, of each item, instead of ItemEntries
+  int next_, end_;        // the share's next entry, and the end of the share
   int share_;
   int base_;  // index of sequence_'s first entry
   Sequence sequence_;
