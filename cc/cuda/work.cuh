@@ -91,6 +91,7 @@ struct Part {
 // Scratch of the WorkList's constructor, in shared memory.
 struct WorkStart {
   int warp_entries[kThreads / 32];
+  int warp_longest[kThreads / 32];
   Sequence first;     // of the list
   Sequence sequence;  // that holds the first entry of the share
   int base;           // index of that sequence's first entry in the list
@@ -104,12 +105,13 @@ class WorkList {
     const int each = (sequences + kThreads - 1) / kThreads;
     const int first = min(sequences, static_cast<int>(threadIdx.x) * each);
     const int last = min(sequences, first + each);
-    int own = 0;
+    int own = 0, longest = 0;  // entries of this thread's sequences, and of their longest item
     Sequence sequence;
 #pragma unroll 1
     for (int b = first; b < last; ++b) {
       sequence = FindSequence(params, b);
       own += sequence.TotalEntries(params);
+      longest = max(longest, sequence.entries);
       if (b == 0) start.first = sequence;
     }
 
@@ -119,20 +121,25 @@ class WorkList {
       const int before = __shfl_up_sync(~0u, up_to, step);
       if (lane >= step) up_to += before;
     }
-    if (lane == 31) start.warp_entries[warp] = up_to;
+    longest = __reduce_max_sync(~0u, longest);
+    if (lane == 31) {
+      start.warp_entries[warp] = up_to;
+      start.warp_longest[warp] = longest;
+    }
     __syncthreads();
     int total = 0;
 #pragma unroll
     for (int w = 0; w < kThreads / 32; ++w) {
       if (w == warp) up_to += total;
       total += start.warp_entries[w];
+      longest = max(longest, start.warp_longest[w]);
     }
     share_ = max(kMinShare, (total + params.plan.ctas - 1) / params.plan.ctas);
-    const int items = sequences * params.key_value_heads * (total > 0 ? start.first.chunks : 0);
-    if (items == params.plan.items && int64_t{items} * start.first.entries == total) {
-      // All items are equally long.
+    // As many items as there can be, all as long as the longest. (Comparing with any other one's
+    // length won't do: lengths of 2, 1 and 3 add up to three times 2.)
+    if (int64_t{params.plan.items} * longest == total) {
       if (params.plan.items_per_share > 0) {
-        share_ = params.plan.items_per_share * start.first.entries;
+        share_ = params.plan.items_per_share * longest;
       } else if (params.plan.shares_per_item > 0) {
         const int tiles = start.first.tiles;
         const int shares = max(1, min(params.plan.shares_per_item, tiles / kMinShare));
