@@ -182,8 +182,8 @@ __device__ inline void List(const Share& share, uint64_t least, uint64_t* list, 
   share.Visit([&](uint32_t key, int block) {
     const uint64_t order = Order(key, block);
     if (order >= least) {
-      // Not atomicAdd: the compiler makes it one for the whole warp, and that takes longer.
-      const unsigned i = atomicInc(&scratch.listed, ~0u);
+      // Of atomicAdd, and of atomicInc up to ~0u, the compiler makes one for the whole warp.
+      const unsigned i = atomicInc(&scratch.listed, ~0u >> 1);
       if (i < room) list[i] = order;
     }
   });
