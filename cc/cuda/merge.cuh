@@ -190,7 +190,8 @@ __device__ inline bool Arrive(const Params& params, const Part& part, ConsumerSt
     __threadfence();
     if (lane == 0) flags[part.own_region()] = kArrived;
     __syncwarp();
-    FenceSequentially();  // of two that arrive together, one at least sees the other
+    FenceSequentially();  // of those that arrive together, one at least sees all others:
+    __syncwarp();         // no lane looks before every lane has passed its fence
     bool all = true;
 #pragma unroll 1
     for (int p = lane; p < parts; p += 32) all = all && flags[part.Region(p)] == kArrived;
