@@ -228,7 +228,7 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
   // As many stages as the records of an item leave room for, but enough to keep memory busy.
   const int64_t records =
-      sizeof(float) * params.plan.region_tiles * params.plan.record_rows * (1 + params.plan.slots);
+      sizeof(float) * params.plan.whole_tiles * params.plan.record_rows * (1 + params.plan.slots);
   for (params.stages = 1; params.stages < kMaxStages;) {
     const int64_t rest = room - 2 * int64_t{params.stages} * kernel.stage_bytes;
     if (rest < 0 || (rest < records && params.stages * kernel.stage_bytes >= kBusyBytes)) break;

@@ -4,6 +4,7 @@
 #ifndef JAX_NSA_CUDA_PLAN_H_
 #define JAX_NSA_CUDA_PLAN_H_
 
+#include <algorithm>
 #include <cstdint>
 
 #include "problem.h"
@@ -55,6 +56,7 @@ struct Plan {
   int32_t record_rows;       // of a tile's record, at most
   int32_t slots;             // blocks that one tile's positions add to, at most
   int32_t region_tiles;      // tiles of one item in one thread block's share, at most
+  int32_t whole_tiles;       // of an item that one share holds whole, at most as a rule
 
   // The workspace: a flag for each region, the regions' parts, their tiles, and each thread block's
   // lists for the selection. A thread block has two regions: 0 for an item that began in an earlier
@@ -128,9 +130,15 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
       plan.shares_per_item = static_cast<int32_t>(per_item);
     }
   }
-  // With shares_per_item, a share is less than twice an equal one, or than two of the least.
-  const int64_t longest = 2 * (share + kMinShare);
-  plan.region_tiles = static_cast<int32_t>(tiles < longest ? tiles : longest);
+  const int64_t in_equal_share = std::min(tiles, share);
+  // An item that is several shares is shares_per_item of them, or fewer if these would be less than
+  // kMinShare each: then each is less than twice that.
+  const int64_t in_item_share =
+      plan.shares_per_item == 0
+          ? 0
+          : std::min(tiles, std::max(CeilDiv(tiles, plan.shares_per_item), int64_t{2 * kMinShare}));
+  plan.region_tiles = static_cast<int32_t>(std::max(in_equal_share, in_item_share));
+  plan.whole_tiles = static_cast<int32_t>(plan.shares_per_item == 1 ? tiles : in_equal_share);
 
   plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
   plan.region_floats = int64_t{plan.region_tiles} * plan.record_rows * (1 + plan.slots);
