@@ -120,7 +120,7 @@ const Kernel& ChooseKernel(const Problem& problem) {
       return kernel;
     }
   }
-  std::abort();  // Refuses() has seen to it
+  std::abort();  // Decode() has seen to it
 }
 
 // Of keys and values on their way to a multiprocessor, that keep memory busy.
@@ -168,11 +168,6 @@ uint32_t Bfloat16Bits(float integer) {
 }  // namespace
 
 const char* Refuses(const Problem& problem) {
-  if (kMaxRows % problem.group() != 0) {
-    return "query heads for each key/value head must divide 128";
-  }
-  if (problem.head_size > kMaxHeadSize) return "head_size must be at most 192";
-  if (problem.value_size > kMaxValueSize) return "value_size must be at most 128";
   constexpr int64_t kMost = int64_t{1} << 30;
   if (problem.capacity() > kMost || MaxEntries(problem) > kMost ||
       problem.num_pages * problem.page_size * problem.key_value_heads > 2 * kMost) {

@@ -11,7 +11,7 @@
 
 namespace jax_nsa::cuda {
 
-// Why the kernel cannot serve the problem, or null if it can.
+// Why the kernel cannot serve a problem that is within problem.h's limits, or null if it can.
 const char* Refuses(const Problem& problem);
 
 // Queues the computation on `stream` of the current device: one kernel, nothing else. `workspace`

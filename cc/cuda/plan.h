@@ -21,7 +21,7 @@ constexpr int kConsumers = 8, kLoaders = 4;
 constexpr int kThreads = 32 * (kConsumers + kLoaders), kComputeThreads = 32 * kConsumers;
 // Rows that a thread block processes against one reading of the keys and values.
 constexpr int kMaxRows = kRowTile * kConsumers;
-constexpr int kMaxHeadSize = 192, kMaxValueSize = 128;
+static_assert(kMaxRows % kMaxGroup == 0);
 // One persistent thread block for each multiprocessor, up to so many: the workspace is sized before
 // the device is known.
 constexpr int kMaxCtas = 160;
