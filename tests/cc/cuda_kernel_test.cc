@@ -121,10 +121,10 @@ struct Case {
 
 unsigned first_seed = 0;  // of problems and launches
 
-// How many launches were of each kind: whether items were cut, where records lay; and how many
-// kinds there are.
+// How many launches were of each kind: how the plan splits items, where records lie. A share of
+// whole items cuts none; of the others there are so many kinds at least.
 std::map<std::string, int> covered;
-constexpr size_t kKinds = 7;
+constexpr size_t kKinds = 11;
 
 class Call {
  public:
@@ -154,6 +154,17 @@ class Call {
     for (int i = 0; i < 4; ++i) {
       std::memcpy(int_operands_[i].data(), operands[i]->data(), 4 * c.sequences);
     }
+  }
+
+  // Whether all items are equally long.
+  bool IsUniform() const {
+    const Plan plan = MakePlan(problem_, 1);
+    int64_t items = 0;
+    for (int b = 0; b < case_.sequences; ++b) {
+      if (faulty_[b] == kBadRows || lengths_[b] != lengths_[0] || lengths_[b] <= 0) return false;
+      items += CeilDiv(counts_[b], plan.tokens_per_chunk) * case_.key_value_heads;
+    }
+    return items == plan.items && counts_[0] > 0;
   }
 
   // The results' bits from one launch.
@@ -197,7 +208,11 @@ class Call {
 
     const bool cut = emulated_cuda::counts.claims > counts.claims;
     const bool spilled = tiles_before != tiles();
-    ++covered[cut ? "some items cut" : "no item cut"];
+    const char* split = !IsUniform()               ? "unequal items"
+                        : plan.items_per_share > 0 ? "whole items for each share"
+                        : plan.shares_per_item > 0 ? "whole shares for each item"
+                                                   : "equal items, cut anywhere";
+    ++covered[std::string(split) + (cut ? ", some cut" : ", none cut")];
     ++covered[!spilled ? "records in shared memory alone"
               : cut    ? "records in the workspace, of a cut item at least"
                        : "records in the workspace, all of whole items"];
