@@ -59,7 +59,7 @@ def available(names: list[str] | None) -> list[str]:
     return names or able
 
 
-def run(name: str, implementations: list[str], repeat: int, bandwidth) -> dict:
+def run(name: str, implementations: list[str], repeat: int, bandwidth, with_peers: bool) -> dict:
     """Times one shape; returns its row of the results."""
     shape = SHAPES[name]
     sets = problem_sets(shape)
@@ -76,7 +76,7 @@ def run(name: str, implementations: list[str], repeat: int, bandwidth) -> dict:
         for implementation in implementations:
             if i < max(3, repeat * min(1.0, 0.05 / slow[implementation])):
                 samples[implementation].append(timer.sample(implementation, i))
-    if torch_run := peers.torch_attention(shape):
+    if with_peers and (torch_run := peers.torch_attention(shape)):
         samples["torch attention"] = []
         for operands in itertools.islice(itertools.cycle(sets), 4):
             samples["torch attention"].append(
@@ -112,7 +112,9 @@ def main() -> None:
         prog="benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("what", nargs="*", help=f"shapes among {', '.join(SHAPES)}; or JSON files")
-    parser.add_argument("--implementation", action="append", help="time only this one")
+    parser.add_argument(
+        "--implementation", action="append", help="time only this one, without peers"
+    )
     parser.add_argument("--repeat", type=int, default=40, help="calls that a median is of")
     parser.add_argument("--plot", metavar="PNG", help="draw the results in the given JSON files")
     arguments = parser.parse_args()
@@ -135,7 +137,9 @@ def main() -> None:
     bandwidth = measure.HostBandwidth() if on_host else measure.DeviceBandwidth()
     for name in arguments.what or SHAPES:
         try:
-            row = run(name, implementations, arguments.repeat, bandwidth)
+            row = run(
+                name, implementations, arguments.repeat, bandwidth, not arguments.implementation
+            )
         except Exception as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
                 raise

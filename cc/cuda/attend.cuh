@@ -15,6 +15,20 @@
 
 namespace jax_nsa::cuda {
 
+// The weights of the window sums, as the matrix instruction takes them: entry o + kWeightsBefore
+// has those at offsets o and o - 1 as a pair of bfloat16. Offsets are those of selection.h's
+// Weight.
+constexpr int kWeightsBefore = kTile, kWeightPairs = 3 * kTile;
+
+__device__ inline uint32_t WeightPair(const Params& params, int entry) {
+  const Window& window = params.problem.window;
+  const auto weight = [&](int offset) {
+    const bool counts = 0 <= offset && offset < params.taps;
+    return counts ? static_cast<float>(static_cast<int>(window.Weight(offset))) : 0.0f;
+  };
+  return Pack<__nv_bfloat16>(weight(entry - kWeightsBefore), weight(entry - kWeightsBefore - 1));
+}
+
 // One warp's 16 rows while it goes through the tiles of a part.
 template <typename T, int kHeadSize, int kValueSize>
 class WarpRows {

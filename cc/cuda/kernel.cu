@@ -6,7 +6,6 @@
 // merge it with the others and select (merge.cuh, selection.cuh).
 
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
 
 #include "cuda/attend.cuh"
@@ -29,7 +28,8 @@ struct alignas(128) Shared {
   };
   ConsumerState state;
   Barriers barriers;
-  WorkStart start;
+  Share share;
+  Part last;  // the part that is an item's last, if the share has one
 };
 
 template <typename T, int kHeadSize, int kValueSize>
@@ -38,37 +38,58 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
   const int warp = threadIdx.x / 32;
   RingPosition start;
   Part part;
+  bool has_last = false;
 #pragma unroll 1
-  while (work.Next(&part)) {
-    if (!part.sequence.loads) {
+  while (true) {
+    const bool more = work.Next(&part);
+    if (!more && !has_last) return;
+    if (more && !part.sequence.loads) {
       FillTokens(params, part, 0, part.sequence.owned, part.sequence.faulty);
       continue;
     }
-    // The warps that share rows take turns with the tiles.
-    const int row_groups = RowGroups(part.rows(params));
-    const int own_group = warp & (row_groups - 1), own_turn = warp / row_groups;
-    const int turns = min(kConsumers / row_groups, params.stages);
-    WarpRows<T, kHeadSize, kValueSize> rows(params, part, own_group * kRowTile);
-    const Records records(params, part, ring.behind(params.stages));
-    bool faulty = false;
-    RingPosition position = start;
-    position.Advance(own_turn, params.stages);
-    const int releases = kConsumers / row_groups;  // of the arrivals that empty a stage
+    if (!more) part = shared.last;
+    // In the end the ring's memory is free, too.
+    const Records records(params, part, more ? ring.behind(params.stages) : ring.behind(0),
+                          more ? params.shared_floats : params.ring_floats);
+    if (more) {
+      // The warps that share rows take turns with the tiles.
+      const int row_groups = RowGroups(part.rows(params));
+      const int own_group = warp & (row_groups - 1), own_turn = warp / row_groups;
+      const int turns = min(kConsumers / row_groups, params.stages);
+      WarpRows<T, kHeadSize, kValueSize> rows(params, part, own_group * kRowTile);
+      bool faulty = false;
+      RingPosition position = start;
+      position.Advance(own_turn, params.stages);
+      const int releases = kConsumers / row_groups;  // of the arrivals that empty a stage
 #pragma unroll 1
-    for (int tile = part.begin + own_turn; own_turn < turns && tile < part.end; tile += turns) {
-      const int slot = position.slot;
-      BarrierWait(&ring.barriers->full[slot], position.parity);
-      BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // long over; for synccheck
-      faulty |= ring.barriers->faulty[slot] != 0;
-      rows.Attend(ring[slot], tile * kTile, shared.state.weights, &ring.barriers->empty[slot],
-                  releases, records.Own(tile));
-      position.Advance(turns, params.stages);
+      for (int tile = part.begin + own_turn; own_turn < turns && tile < part.end; tile += turns) {
+        const int slot = position.slot;
+        BarrierWait(&ring.barriers->full[slot], position.parity);
+        BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // long over; for synccheck
+        faulty |= ring.barriers->faulty[slot] != 0;
+        rows.Attend(ring[slot], tile * kTile, shared.state.weights, &ring.barriers->empty[slot],
+                    releases, records.Own(tile));
+        position.Advance(turns, params.stages);
+      }
+      start.Advance(part.end - part.begin, params.stages);
+      if (part.is_last()) {
+        has_last = true;
+        if (ThreadIndex() == 0) shared.last = part;
+      }
+      MergeWarps(params, part, rows, faulty, shared.state, shared.merge);
+      if (part.is_cut()) {
+        if (!part.is_last() && ThreadIndex() == 0) RaiseFlag(params, part);
+        continue;
+      }
+    } else {
+      AwaitFlags(params, part);
+      MergeNorms(params, part, shared.state,
+                 [&] { records.Fetch(0, 0, 0, min(records.BatchTiles(), part.sequence.tiles)); });
+      SyncAll();  // the loading warps need the norms
+      LowerFlags(params, part);
     }
-    start.Advance(part.end - part.begin, params.stages);
-    MergeWarps(params, part, rows, faulty, shared.state, shared.merge);
-    if (!part.is_cut() || Arrive(params, part, shared.state)) {
-      FinishItem<T>(params, part, records, shared.state, shared.selection);
-    }
+    FinishItem(params, part, records, shared.state, shared.selection);
+    if (!more) return;
   }
 }
 
@@ -78,14 +99,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Ring<T, kHeadSize, kValueSize> ring = {memory + sizeof(Shared), &shared.barriers};
+  // The first warps have the sequences' lengths to wait for, the last ones begin with the rest.
   InitRing(params, ring);
-  if (threadIdx.x < kWeightPairs) shared.state.weights[threadIdx.x] = params.weights[threadIdx.x];
-  const WorkList work(params, shared.start);  // synchronises
+  if (const int entry = threadIdx.x - kComputeThreads; entry >= 0 && entry < kWeightPairs) {
+    shared.state.weights[entry] = WeightPair(params, entry);
+  }
+  FindShare(params, shared.share);
+  const WorkList work(params, shared.share);
   if (threadIdx.x / 32 >= kConsumers) {
-    ShrinkRegisters<56>();
-    Load<T, kHeadSize, kValueSize>(params, ring, work);
+    ShrinkRegisters<72>();
+    if (Load<T, kHeadSize, kValueSize>(params, ring, work)) {
+      SyncAll();  // the norms are known
+      const Records records(params, shared.last, nullptr, 0);
+      FinishAttention<T>(params, shared.last, records, shared.state);
+    }
   } else {
-    GrowRegisters<224>();
+    GrowRegisters<216>();
     Compute<T, kHeadSize, kValueSize>(params, ring, work, shared);
   }
 }
@@ -126,6 +155,9 @@ const Kernel& ChooseKernel(const Problem& problem) {
 // Of keys and values on their way to a multiprocessor, that keep memory busy.
 constexpr int kBusyBytes = 64 << 10;
 
+// Records that the L2 cache can write to memory in no more time than it takes to discard them.
+constexpr int64_t kFewRecordBytes = 2 << 20;
+
 // What a launch needs to know of a device.
 struct Device {
   std::once_flag once;
@@ -156,13 +188,6 @@ cudaError_t FindDevice(const Device** found) {
   });
   *found = &device;
   return device.error;
-}
-
-// A small integer in bfloat16.
-uint32_t Bfloat16Bits(float integer) {
-  uint32_t bits;
-  std::memcpy(&bits, &integer, sizeof(bits));
-  return bits >> 16;
 }
 
 }  // namespace
@@ -201,16 +226,15 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.block_positions = static_cast<int32_t>(window.strides_per_select_block());
   params.taps = static_cast<int32_t>(window.num_taps());
   params.max_blocks = static_cast<int32_t>(problem.max_blocks());
+  params.sequences_each = static_cast<int32_t>(CeilDiv(problem.sequences, kThreads));
   params.page_size = static_cast<int32_t>(problem.page_size);
   params.by_page_size = Divider::By(params.page_size);
   params.by_block_positions = Divider::By(params.block_positions);
-  for (int i = 0; i < kWeightPairs; ++i) {
-    const auto weight = [&](int64_t offset) -> uint32_t {
-      const bool counts = offset >= 0 && offset < window.num_taps();
-      return Bfloat16Bits(counts ? static_cast<float>(window.Weight(offset)) : 0.0f);
-    };
-    params.weights[i] = weight(i - kWeightsBefore) | weight(i - kWeightsBefore - 1) << 16;
-  }
+  // NumBlocks grows by one with every block_positions positions: next where it grows first.
+  int64_t length = 1;
+  while (window.NumBlocks(length + 1) == window.NumBlocks(1)) ++length;
+  params.block_shift =
+      static_cast<int32_t>(window.NumBlocks(length + 1) * params.block_positions - (length + 1));
   const Kernel& kernel = ChooseKernel(problem);
   const auto aligned = [&](const void* array, int64_t size) {
     return reinterpret_cast<uintptr_t>(array) % 16 == 0 && size * element % 16 == 0;
@@ -218,23 +242,30 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.aligned = aligned(arrays.key, problem.head_size) &&
                    aligned(arrays.value, problem.value_size) &&
                    aligned(arrays.query, problem.head_size);
-  params.by_slots = Divider::By(params.plan.slots);
+  params.by_record_rows = Divider::By(1 + params.plan.slots);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
   if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
-  // As many stages as the records of an item leave room for, but enough to keep memory busy.
+  // As many stages as the records of an item leave room for, but enough to keep memory busy; no
+  // more where several warps share a tile's rows, and each stage is the work of more time.
   const int64_t records =
-      sizeof(float) * params.plan.whole_tiles * params.plan.record_rows * (1 + params.plan.slots);
+      sizeof(float) * params.plan.whole_tiles * (params.plan.record_floats + kRecordGap);
   for (params.stages = 1; params.stages < kMaxStages;) {
     const int64_t rest = room - 2 * int64_t{params.stages} * kernel.stage_bytes;
-    if (rest < 0 || (rest < records && params.stages * kernel.stage_bytes >= kBusyBytes)) break;
+    const bool busy = params.stages * kernel.stage_bytes >= kBusyBytes;
+    if (rest < 0 || (busy && (rest < records || params.plan.rows > kRowTile))) break;
     params.stages *= 2;
   }
+  params.ring_floats = room / static_cast<int>(sizeof(float));
   params.shared_floats =
       (room - params.stages * kernel.stage_bytes) / static_cast<int>(sizeof(float));
 
+  const int64_t tiles = CeilDiv(problem.capacity(), kTile) * params.plan.items;
+  params.discards = tiles * params.plan.record_floats > kFewRecordBytes / 4;
+
   void* arguments[] = {&params};
-  return cudaLaunchKernel(kernel.function, dim3(params.plan.ctas), dim3(kThreads), arguments,
-                          device->shared_bytes, stream);
+  // Cooperative, so that a thread block that waits for others cannot keep them from running.
+  return cudaLaunchCooperativeKernel(kernel.function, dim3(params.plan.ctas), dim3(kThreads),
+                                     arguments, device->shared_bytes, stream);
 }
 
 }  // namespace jax_nsa::cuda

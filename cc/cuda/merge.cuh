@@ -1,6 +1,7 @@
 // From the warps' rows to results. The warps of a part are merged: to results, if it is all of its
-// item, otherwise into its region of the workspace; the thread block that stores an item's last
-// part merges the parts, always in their order, whichever came last.
+// item, otherwise into its region of the workspace. The thread block that has the item's last part
+// merges the parts when its own share is through: its loading warps the attention, its consumer
+// warps what it takes to select.
 
 #ifndef JAX_NSA_CUDA_MERGE_CUH_
 #define JAX_NSA_CUDA_MERGE_CUH_
@@ -25,10 +26,11 @@ struct MergeScratch {
 
 struct ConsumerState {
   uint32_t weights[kWeightPairs];  // Params::weights
-  float warp_max[kConsumers][kRowTile], warp_total[kConsumers][kRowTile];
-  int warp_faulty[kConsumers];
+  // Of each row, what the warps that have it found.
+  alignas(16) float warp_max[kMaxRows][kConsumers];
+  alignas(16) float warp_total[kMaxRows][kConsumers];
+  alignas(16) int warp_faulty[kConsumers];
   RowNorms norms;
-  int is_last;
   int faulty;
 };
 
@@ -58,18 +60,15 @@ __device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
   }
 }
 
-// The norm of a row of the merged item, from the largest score and the sum of the exponentials. A
-// row that sees nothing has a sum of 0 and a score of -inf.
-__device__ inline float Log2Sum(float maximum, float total) {
-  return total == 0.0f ? 0.0f : maximum + log2f(total);
-}
-
+// Takes down the norm of a row of the merged item, from its greatest score and the sum of its
+// exponentials. A row that sees nothing has a score of -inf and a sum of 0.
 __device__ inline void StoreNorm(const Params& params, const Part& part, int row, float maximum,
                                  float total, RowNorms& norms) {
-  const float log2_sum = Log2Sum(maximum, total);
-  norms.log2_sum[row] = log2_sum;
+  norms.maxima[row] = total == 0.0f ? 0.0f : maximum;
+  norms.inverses[row] = total == 0.0f ? 0.0f : Inverse(total);
   if (params.arrays.lse) {
-    params.arrays.lse[ResultRow(params, part, row)] = total == 0.0f ? -INFINITY : log2_sum * kLn2;
+    params.arrays.lse[ResultRow(params, part, row)] =
+        total == 0.0f ? -INFINITY : (maximum + log2f(total)) * kLn2;
   }
 }
 
@@ -86,54 +85,55 @@ __device__ inline void StoreAttention(const Params& params, const Part& part, in
   }
 }
 
+// What the first `members` of a row's warps found.
+struct alignas(16) FromWarps {
+  float x[kConsumers];
+
+  __device__ float Max(int members) const {
+    float maximum = x[0];
+#pragma unroll
+    for (int w = 1; w < kConsumers; ++w) maximum = w < members ? fmaxf(maximum, x[w]) : maximum;
+    return maximum;
+  }
+  __device__ float Sum(int members) const {
+    float sum = x[0];
+#pragma unroll
+    for (int w = 1; w < kConsumers; ++w) sum += w < members ? x[w] : 0.0f;
+    return sum;
+  }
+};
+__device__ inline FromWarps LoadFromWarps(const float (&row)[kConsumers]) {
+  return *reinterpret_cast<const FromWarps*>(row);
+}
+
 // Adds up the sums of the warps that have the same rows: to the results if the part is the whole
-// item, otherwise into its region.
+// item, otherwise into its region. A step of this is waited for by all: it takes few instructions.
 template <typename T, int kHeadSize, int kValueSize>
 __device__ void MergeWarps(const Params& params, const Part& part,
                            WarpRows<T, kHeadSize, kValueSize>& rows, bool faulty,
                            ConsumerState& state, MergeScratch& scratch) {
   const int thread = ThreadIndex(), lane = thread % 32, warp = thread / 32;
-  const int row_groups = RowGroups(part.rows(params));  // a power of two
+  const int num_rows = part.rows(params);
+  const int row_groups = RowGroups(num_rows), members = kConsumers / row_groups;
+  const int member = warp / row_groups;  // of the warps that have these rows
+  const int first_row = (warp & (row_groups - 1)) * kRowTile + lane / 4, t = lane % 4;
   const int region = part.own_region();
-  const int g = lane / 4, t = lane % 4;
 
+#pragma unroll
   for (int r = 0; r < 2; ++r) {
     rows.totals[r] += __shfl_xor_sync(~0u, rows.totals[r], 1);
     rows.totals[r] += __shfl_xor_sync(~0u, rows.totals[r], 2);
-    if (t == 0) {
-      state.warp_max[warp][g + 8 * r] = rows.maxima[r];
-      state.warp_total[warp][g + 8 * r] = rows.totals[r];
-    }
+    if (t == 0) state.warp_max[first_row + 8 * r][member] = rows.maxima[r];
   }
   if (lane == 0) state.warp_faulty[warp] = faulty;
   SyncConsumers();
+  float shrink[2] = {0.0f, 0.0f};
 #pragma unroll
-  for (int w = 0; w < kConsumers; ++w) faulty |= state.warp_faulty[w] != 0;
-  if (thread == 0) state.faulty = faulty;
-  const auto same_rows = [&](int w) { return ((w ^ warp) & (row_groups - 1)) == 0; };
-  float shrink[2];
   for (int r = 0; r < 2; ++r) {
-    float maximum = -INFINITY, total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
-      if (same_rows(w)) maximum = fmaxf(maximum, state.warp_max[w][g + 8 * r]);
-    }
-#pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
-      if (same_rows(w)) {
-        total += state.warp_total[w][g + 8 * r] * Shrink(state.warp_max[w][g + 8 * r], maximum);
-      }
-    }
-    shrink[r] = Shrink(rows.maxima[r], part.is_cut() ? maximum : Log2Sum(maximum, total));
-    const int row = kRowTile * warp + g + 8 * r;
-    if (warp < row_groups && t == 0) {
-      if (part.is_cut()) {
-        params.part_max(region)[row] = maximum;
-        params.part_sum(region)[row] = faulty ? -1.0f : total;
-      } else if (row < part.rows(params)) {
-        StoreNorm(params, part, row, maximum, total, state.norms);
-      }
-    }
+    if (8 * r >= num_rows) break;
+    const int row = first_row + 8 * r;
+    shrink[r] = Shrink(rows.maxima[r], LoadFromWarps(state.warp_max[row]).Max(members));
+    if (t == 0) state.warp_total[row][member] = rows.totals[r] * shrink[r];
   }
 
   const int columns = params.value_columns;
@@ -142,75 +142,86 @@ __device__ void MergeWarps(const Params& params, const Part& part,
   for (int chunk = 0; chunk < kValueSize; chunk += kMergedColumns) {
     if (chunk >= columns) break;
 #pragma unroll
-    for (int n = 0; n < kMergedColumns / 8; ++n) {
-      const float (&sums)[4] = rows.sums[chunk / 8 + n];
-      float* to = &scratch.sums[warp][g][8 * n + 2 * t];
-      *reinterpret_cast<float2*>(to) = {sums[0] * shrink[0], sums[1] * shrink[0]};
-      *reinterpret_cast<float2*>(to + 8 * kMergePitch) = {sums[2] * shrink[1], sums[3] * shrink[1]};
+    for (int r = 0; r < 2; ++r) {
+      if (8 * r >= num_rows) break;
+      float* to = &scratch.sums[warp][lane / 4 + 8 * r][2 * t];
+#pragma unroll
+      for (int n = 0; n < kMergedColumns / 8; ++n) {
+        const float (&sums)[4] = rows.sums[chunk / 8 + n];
+        *reinterpret_cast<float2*>(to + 8 * n) = {sums[2 * r] * shrink[r],
+                                                  sums[2 * r + 1] * shrink[r]};
+      }
     }
     SyncConsumers();
 #pragma unroll 1
-    for (int i = thread; i < row_groups * kRowTile * kMergedColumns / 4; i += kComputeThreads) {
-      const int row = i / (kMergedColumns / 4), column = chunk + i % (kMergedColumns / 4) * 4;
+    for (int i = thread; i < num_rows * kMergedColumns / 4; i += kComputeThreads) {
+      const int row = i / (kMergedColumns / 4), column = i % (kMergedColumns / 4) * 4;
+      const float* own = &scratch.sums[row / kRowTile][row % kRowTile][column];
       float sum[4] = {};
 #pragma unroll
-      for (int turn = 0; turn < kConsumers; ++turn) {
-        const int w = row / kRowTile + turn * row_groups;
-        if (w < kConsumers) {
-          const float4 own =
-              *reinterpret_cast<const float4*>(&scratch.sums[w][row % kRowTile][column - chunk]);
-          sum[0] += own.x;
-          sum[1] += own.y;
-          sum[2] += own.z;
-          sum[3] += own.w;
-        }
+      for (int w = 0; w < kConsumers; ++w) {
+        if (w >= members) break;
+        const float4 x = *reinterpret_cast<const float4*>(own);
+        sum[0] += x.x;
+        sum[1] += x.y;
+        sum[2] += x.z;
+        sum[3] += x.w;
+        own += row_groups * (kRowTile * kMergePitch);
       }
-      if (column >= columns) continue;
+      if (chunk + column >= columns) continue;
       if (part.is_cut()) {
-        StoreColumns(attention + row * columns + column, sum, 4);
-      } else if (row < part.rows(params)) {
-        StoreAttention<T>(params, part, row, column, sum);
+        *reinterpret_cast<float4*>(attention + row * columns + chunk + column) = {sum[0], sum[1],
+                                                                                  sum[2], sum[3]};
+      } else {
+        const float total = LoadFromWarps(state.warp_total[row]).Sum(members);
+        const float inverse = total == 0.0f ? 0.0f : Inverse(total);
+#pragma unroll
+        for (float& x : sum) x *= inverse;
+        StoreAttention<T>(params, part, row, chunk + column, sum);
+      }
+    }
+    if (chunk == 0 && thread < num_rows) {
+      const int4* of_warps = reinterpret_cast<const int4*>(state.warp_faulty);
+      const int4 a = of_warps[0], b = of_warps[1];
+      const bool any_faulty = (a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) != 0;
+      const float maximum = LoadFromWarps(state.warp_max[thread]).Max(members);
+      const float total = LoadFromWarps(state.warp_total[thread]).Sum(members);
+      if (part.is_cut()) {
+        params.part_max(region)[thread] = maximum;
+        params.part_sum(region)[thread] = any_faulty ? -1.0f : total;
+      } else {
+        StoreNorm(params, part, thread, maximum, total, state.norms);
+        if (thread == 0) state.faulty = any_faulty;
       }
     }
     SyncConsumers();
   }
 }
 
-// The workspace comes uninitialised, so arrival cannot be counted. Each part raises its flag to a
-// value that no garbage holds, then looks at all of the item's flags: the last one to arrive sees
-// them all raised, as may some that came just before it. Exactly one of them takes the first flag
-// down, and it is the one that merges; it leaves no flag raised for the next launch.
-constexpr unsigned long long kArrived = 0x6a61785f6e736121ull, kClaimed = ~kArrived;
+// The workspace comes uninitialised, so arrivals cannot be counted. Each part but the last raises
+// its flag to a value that no garbage holds; the thread block of the last one, which has seen all
+// of them, takes them down, and so leaves none raised for the next launch. All run at once, as the
+// launch is cooperative, and none waits before it has raised its own flags.
+constexpr uint64_t kArrived = 0x6a61785f6e736121ull;
 
-// Whether this thread block, whose part is stored, is the one that merges the item.
-__device__ inline bool Arrive(const Params& params, const Part& part, ConsumerState& state) {
-  const int thread = ThreadIndex(), lane = thread % 32, parts = part.parts;
-  if (thread < 32) {
-    volatile unsigned long long* flags = params.flags();
-    __threadfence();
-    if (lane == 0) flags[part.own_region()] = kArrived;
-    __syncwarp();
-    FenceSequentially();  // of those that arrive together, one at least sees all others:
-    __syncwarp();         // no lane looks before every lane has passed its fence
-    bool all = true;
+// By one thread, after all have stored the part.
+__device__ inline void RaiseFlag(const Params& params, const Part& part) {
+  StoreRelease(params.flags() + part.own_region(), kArrived);
+}
+// By each warp that reads the parts.
+__device__ inline void AwaitFlags(const Params& params, const Part& part) {
 #pragma unroll 1
-    for (int p = lane; p < parts; p += 32) all = all && flags[part.Region(p)] == kArrived;
-    all = __all_sync(~0u, all);
-    if (lane == 0) {
-      unsigned long long* first = params.flags() + part.Region(0);
-      state.is_last = all && atomicCAS(first, kArrived, kClaimed) == kArrived;
-    }
-    if (all) __threadfence();
-  }
-  SyncConsumers();
-  const bool is_last = state.is_last != 0;
-  if (is_last) {
-#pragma unroll 1
-    for (int p = thread; p < parts; p += kComputeThreads) {
-      params.flags()[part.Region(p)] = 0;
+  for (int p = ThreadIndex() % 32; p < part.parts - 1; p += 32) {
+    while (LoadAcquire(params.flags() + part.Region(p)) != kArrived) {
     }
   }
-  return is_last;
+  __syncwarp();
+}
+__device__ inline void LowerFlags(const Params& params, const Part& part) {
+#pragma unroll 1
+  for (int p = ThreadIndex(); p < part.parts - 1; p += kComputeThreads) {
+    params.flags()[part.Region(p)] = 0;
+  }
 }
 
 // Results of tokens [first, end) of the sequence without any attention: NaN and -1 if faulty, 0, -1
@@ -247,90 +258,131 @@ __device__ inline void FillTokens(const Params& params, const Part& part, int fi
 }
 
 // Merges the parts' maxima and sums: as many lanes for each row as there are parts, if a warp has
-// them.
-__device__ inline void MergeNorms(const Params& params, const Part& part, ConsumerState& state) {
+// them. Calls `meanwhile` while it waits for memory.
+template <typename Function>
+__device__ inline void MergeNorms(const Params& params, const Part& part, ConsumerState& state,
+                                  Function meanwhile) {
   const int thread = ThreadIndex(), lane = thread % 32, rows = part.rows(params);
-  const int lanes = part.parts >= 32 ? 32 : 1 << (32 - __clz(part.parts - 1));
-  const int per_warp = 32 / lanes;
+  const int lanes_log2 = part.parts >= 32 ? 5 : 32 - __clz(part.parts - 1);
+  const int lanes = 1 << lanes_log2, per_warp = 32 >> lanes_log2;
+  const auto own_row = [&](int first) { return first + (lane >> lanes_log2); };
+  // What a part found; nothing if there is no such part.
+  struct Found {
+    float maximum, sum;
+  };
+  const auto load = [&](int row, int p) -> Found {
+    const int region = part.Region(min(p, part.parts - 1)), at = min(row, rows - 1);
+    const Found found = {params.part_max(region)[at], params.part_sum(region)[at]};
+    return p < part.parts ? found : Found{-INFINITY, 0.0f};
+  };
+  const int first_part = lane & (lanes - 1);
+  int first = thread / 32 * per_warp;
+  Found next = load(own_row(first), first_part);
+  meanwhile();
 #pragma unroll 1
-  for (int first = thread / 32 * per_warp; first < rows; first += kConsumers * per_warp) {
-    const int own = first + lane / lanes, row = min(own, rows - 1);
-    float maximum = -INFINITY, total = 0.0f;
-    bool faulty = false;
+  for (; first < rows; first += kConsumers * per_warp) {
+    const int row = own_row(first);
+    float maximum = next.maximum, total = next.sum;
+    bool faulty = total < 0.0f;
 #pragma unroll 1
-    for (int p = lane & (lanes - 1); p < part.parts; p += lanes) {
-      const float part_max = params.part_max(part.Region(p))[row];
-      const float part_sum = params.part_sum(part.Region(p))[row];
-      const float larger = fmaxf(maximum, part_max);
-      total = total * Shrink(maximum, larger) + part_sum * Shrink(part_max, larger);
+    for (int p = first_part + lanes; p < part.parts; p += lanes) {
+      const Found found = load(row, p);
+      const float larger = fmaxf(maximum, found.maximum);
+      total = total * Shrink(maximum, larger) + found.sum * Shrink(found.maximum, larger);
       maximum = larger;
-      faulty |= part_sum < 0.0f;
+      faulty |= found.sum < 0.0f;
     }
+    next = load(row + kConsumers * per_warp, first_part);
+    float largest = maximum;
 #pragma unroll 1
-    for (int step = lanes / 2; step > 0; step /= 2) {
-      const float larger = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
-      total *= Shrink(maximum, larger);
-      total += __shfl_xor_sync(~0u, total, step);
-      maximum = larger;
+    for (int step = 1; step < lanes; step *= 2) {
+      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
     }
+    total *= Shrink(maximum, largest);
+#pragma unroll 1
+    for (int step = 1; step < lanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
     faulty = __any_sync(~0u, faulty);
-    if ((lane & (lanes - 1)) == 0 && own < rows) {
-      StoreNorm(params, part, row, maximum, total, state.norms);
+    if (first_part == 0 && row < rows) {
+      StoreNorm(params, part, row, largest, total, state.norms);
       if (row == 0) state.faulty = faulty;
     }
   }
 }
 
-// Merges the parts' attention and writes it out.
+// Merges the parts' attention and writes it out, by the loading warps. A warp has four parts of two
+// rows in hand.
 template <typename T>
 __device__ void MergeAttention(const Params& params, const Part& part, const RowNorms& norms) {
   static_assert(kMaxValueSize <= 4 * 32);  // a lane for four columns
-  const int thread = ThreadIndex(), column = thread % 32 * 4, rows = part.rows(params);
-  if (column >= params.value_columns) return;
-  // A warp takes two rows at a time, to have more loads in flight.
+  constexpr int kRows = 2, kParts = 4;
+  const int thread = ThreadIndex() - kComputeThreads, lane = thread % 32;
+  const int column = min(4 * lane, params.value_columns - 4), rows = part.rows(params);
 #pragma unroll 1
-  for (int first = thread / 32; first < rows; first += 2 * kConsumers) {
-    const int row[2] = {first, min(first + kConsumers, rows - 1)};
-    float sum[2][4] = {};
-#pragma unroll 8
-    for (int p = 0; p < part.parts; ++p) {
-      const int region = part.Region(p);
-      const float* maxima = params.part_max(region);
-      const float* attention = params.part_attention(region) + column;
+  for (int row = thread / 32 * kRows; row < rows; row += kLoaders * kRows) {
+    // Of which row and part this lane, one of eight, finds the place and the factor for all.
+    const int own_row = min(row + lane / kParts % kRows, rows - 1), own_part = lane % kParts;
+    const float maximum = norms.maxima[own_row], inverse = norms.inverses[own_row];
+    float4 sums[kRows] = {};
+#pragma unroll 1
+    for (int first = 0; first < part.parts; first += kParts) {
+      const int region = part.Region(min(first + own_part, part.parts - 1));
+      const int place =
+          region * static_cast<int>(params.plan.part_floats) + own_row * params.value_columns;
+      const float* attention = params.part_attention(0) + column;
+      float4 found[kRows][kParts];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float4 own =
-            *reinterpret_cast<const float4*>(attention + row[r] * params.value_columns);
-        const float factor = Exp2(maxima[row[r]] - norms.log2_sum[row[r]]);
-        sum[r][0] += own.x * factor;
-        sum[r][1] += own.y * factor;
-        sum[r][2] += own.z * factor;
-        sum[r][3] += own.w * factor;
+      for (int i = 0; i < kRows * kParts; ++i) {
+        found[i / kParts][i % kParts] =
+            *reinterpret_cast<const float4*>(attention + __shfl_sync(~0u, place, i));
+      }
+      const bool exists = first + own_part < part.parts;
+      const float factor =
+          exists ? Exp2(params.part_max(region)[own_row] - maximum) * inverse : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kRows * kParts; ++i) {
+        const float of_part = __shfl_sync(~0u, factor, i);
+        const float4& x = found[i / kParts][i % kParts];
+        float4& sum = sums[i / kParts];
+        sum = {sum.x + x.x * of_part, sum.y + x.y * of_part, sum.z + x.z * of_part,
+               sum.w + x.w * of_part};
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) StoreAttention<T>(params, part, row[r], column, sum[r]);
+    for (int r = 0; r < kRows; ++r) {
+      if (row + r >= rows || 4 * lane >= params.value_columns) continue;
+      StoreAttention<T>(params, part, row + r, column,
+                        {sums[r].x, sums[r].y, sums[r].z, sums[r].w});
+    }
   }
 }
 
-// Writes the results of an item whose parts are all merged or stored.
-template <typename T>
-__device__ void FinishItem(const Params& params, const Part& part, const Records& records,
-                           ConsumerState& state, SelectionScratch& scratch) {
-  if (part.is_cut()) {
-    MergeNorms(params, part, state);
-    SyncConsumers();
-  }
+// Writes what is left of an item's results when its norms are known: the choice of blocks, and the
+// rows without a token.
+__device__ inline void FinishItem(const Params& params, const Part& part, const Records& records,
+                                  ConsumerState& state, SelectionScratch& scratch) {
   const int padding = part.is_last_chunk() ? part.sequence.owned : 0;
   const int end = part.first_token + part.tokens;
   if (state.faulty) {
+    WaitForCopies<0>();
+    if (part.is_cut()) ArriveForLoaders();
     FillTokens(params, part, part.first_token, max(end, padding), true);
   } else {
-    if (part.is_cut()) MergeAttention<T>(params, part, state.norms);
     Select(params, part, records, state.norms, scratch);
     FillTokens(params, part, end, padding, false);
   }
-  SyncConsumers();  // the region and the scratch are free again
+  if (!part.is_cut()) records.Discard(ThreadIndex(), kComputeThreads);
+  SyncConsumers();  // the scratch, and the records' memory, are free again
+}
+
+// The loading warps' part in finishing an item that is cut.
+template <typename T>
+__device__ inline void FinishAttention(const Params& params, const Part& part,
+                                       const Records& records, const ConsumerState& state) {
+  if (!state.faulty) MergeAttention<T>(params, part, state.norms);
+  AwaitConsumers();  // until they have read the records
+  if (params.discards) {
+    records.Discard(ThreadIndex() - kComputeThreads, kThreads - kComputeThreads);
+  }
 }
 
 }  // namespace jax_nsa::cuda

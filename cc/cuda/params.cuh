@@ -28,11 +28,6 @@ struct Divider {
   }
 };
 
-// The weights of the window sums, as the matrix instruction takes them: entry o + kWeightsBefore
-// has those at offsets o and o - 1 as a pair of bfloat16. Offsets are those of selection.h's
-// Weight.
-constexpr int kWeightsBefore = kTile, kWeightPairs = 3 * kTile;
-
 // Integers are worked out on the host and 32 bits wide where the kernel needs them often: dividing
 // on the device, and 64-bit arithmetic, cost far more than they look.
 struct Params {
@@ -41,7 +36,9 @@ struct Params {
   Plan plan;
   char* workspace;
   int32_t stages;         // of the pipeline
-  int32_t shared_floats;  // of records, in shared memory
+  int32_t ring_floats;    // of the ring and
+  int32_t shared_floats;  // of the records in shared memory, that lie behind it
+  bool discards;          // whether records in the workspace are so many that they cost time
   bool aligned;           // rows of keys, values and query start at multiples of 16 bytes
   float scale_log2;       // makes powers of two of scores
   int32_t heads, key_value_heads, head_size, value_size;
@@ -50,17 +47,17 @@ struct Params {
   int32_t tokens_log2;      // of plan.tokens_per_chunk
   int32_t block_positions;  // M of selection.h's Window
   int32_t taps;             // its num_taps()
+  int32_t block_shift;      // its NumBlocks(n) = (n + block_shift) / block_positions, for n > 0
   int32_t max_blocks;
-  Divider by_page_size, by_block_positions, by_slots;
+  int32_t sequences_each;  // that a thread counts entries of
+  Divider by_page_size, by_block_positions;
+  Divider by_record_rows;  // 1 + plan.slots
   int32_t page_size;
-  uint32_t weights[kWeightPairs];
 
   __device__ int group() const { return 1 << group_log2; }
 
   // One flag for each region.
-  __device__ unsigned long long* flags() const {
-    return reinterpret_cast<unsigned long long*>(workspace);
-  }
+  __device__ uint64_t* flags() const { return reinterpret_cast<uint64_t*>(workspace); }
   // A region's sums over its tiles, relative to its maxima: attention [rows, value_columns].
   __device__ float* part_attention(int region) const {
     return reinterpret_cast<float*>(workspace + plan.parts_offset) + region * plan.part_floats;

@@ -66,10 +66,10 @@ struct Ring {
 // products, so they are made zero; no copy ever touches them.
 template <typename T, int kHeadSize, int kValueSize>
 __device__ void InitRing(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring) {
-  if (threadIdx.x < params.stages) {
-    ring.barriers->faulty[threadIdx.x] = 0;
-    BarrierInit(&ring.barriers->full[threadIdx.x], 32);
-    BarrierInit(&ring.barriers->empty[threadIdx.x], 32 * kConsumers);
+  if (const int slot = threadIdx.x - (kThreads - 32); slot >= 0 && slot < params.stages) {
+    ring.barriers->faulty[slot] = 0;
+    BarrierInit(&ring.barriers->full[slot], 32);
+    BarrierInit(&ring.barriers->empty[slot], 32 * kConsumers);
   }
   if (params.head_size == kHeadSize) return;
 #pragma unroll 1
@@ -129,9 +129,10 @@ __device__ inline void CopyTileElements(const void* pool, int row, int row_size,
   }
 }
 
-// A loading warp: fills its stages with its tile of the share.
+// A loading warp: fills its stages with its tiles of the share. Returns whether the share has the
+// last part of an item.
 template <typename T, int kHeadSize, int kValueSize>
-__device__ void Load(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring,
+__device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring,
                      WorkList work) {
   const Problem& problem = params.problem;
   const int lane = threadIdx.x % 32, heads = params.key_value_heads;
@@ -140,13 +141,15 @@ __device__ void Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   unsigned faulty_slots = 0;  // what lane 0 last wrote of each slot
   const int loaders = min(kLoaders, params.stages);
   int turn = threadIdx.x / 32 - kConsumers;  // tiles until this warp's next
-  if (turn >= loaders) return;
+  if (turn >= loaders) turn = 1 << 30;       // never
   position.Advance(turn, params.stages);
 
+  bool has_last = false;
   Part part;
 #pragma unroll 1
   while (work.Next(&part)) {
     if (!part.sequence.loads) continue;
+    has_last |= part.is_last();
     const int32_t* table = params.arrays.block_table + part.sequence.b * problem.pages_per_sequence;
     int tile = part.begin + turn;
 #pragma unroll 1
@@ -197,6 +200,7 @@ __device__ void Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
     }
     turn = tile - part.end;
   }
+  return has_last;
 }
 
 }  // namespace jax_nsa::cuda

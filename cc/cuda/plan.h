@@ -18,15 +18,18 @@ constexpr int kRowTile = 16;
 // Warps that compute, and warps that load. A multiprocessor's four schedulers have three each,
 // which leaves every thread 168 registers.
 constexpr int kConsumers = 8, kLoaders = 4;
-constexpr int kThreads = 32 * (kConsumers + kLoaders), kComputeThreads = 32 * kConsumers;
+constexpr int kComputeThreadsLog2 = 8, kComputeThreads = 1 << kComputeThreadsLog2;
+static_assert(kComputeThreads == 32 * kConsumers);
+constexpr int kThreads = kComputeThreads + 32 * kLoaders;
 // Rows that a thread block processes against one reading of the keys and values.
 constexpr int kMaxRows = kRowTile * kConsumers;
 static_assert(kMaxRows % kMaxGroup == 0);
 // One persistent thread block for each multiprocessor, up to so many: the workspace is sized before
 // the device is known.
 constexpr int kMaxCtas = 160;
-// Splitting a sequence more finely than this costs more in the merge than it saves.
-constexpr int kMinShare = 16;
+// Splitting a sequence more finely than this, or into more parts of equal size, costs more in the
+// merge than it saves.
+constexpr int kMinShare = 8, kMaxParts = 16;
 // Blocks whose importances, and chosen blocks whose order, shared memory holds; more of them go
 // through the workspace.
 constexpr int kSharedBlocks = 2048;
@@ -53,10 +56,10 @@ struct Plan {
   int32_t shares_per_item;   // or an item is so many shares, at most, if not 0
   int32_t tokens_per_chunk;  // at most
   int32_t rows;              // of a chunk, padded, at most
-  int32_t record_rows;       // of a tile's record, at most
+  int32_t record_floats;     // of a tile's record, at most
   int32_t slots;             // blocks that one tile's positions add to, at most
   int32_t region_tiles;      // tiles of one item in one thread block's share, at most
-  int32_t whole_tiles;       // of an item that one share holds whole, at most as a rule
+  int32_t whole_tiles;       // of the longest item, if one share can hold it whole
 
   // The workspace: a flag for each region, the regions' parts, their tiles, and each thread block's
   // lists for the selection. A thread block has two regions: 0 for an item that began in an earlier
@@ -81,12 +84,17 @@ constexpr int Slots(const Window& window) {
 
 constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
 
-// Rows of a tile's record, for so many rows of an item.
+// Rows of a tile's record, for so many rows of an item, and its floats: the maxima and the slots'
+// sums. In shared memory some more lie between records, so that they begin in different banks.
 JAX_NSA_HOST_DEVICE constexpr int RecordRows(int rows) { return (rows + 3) / 4 * 4; }
+JAX_NSA_HOST_DEVICE constexpr int RecordFloats(int rows, int slots) {
+  return RecordRows(rows) * (1 + slots);
+}
+constexpr int kRecordGap = 4;
 
 // Entries of the list for an item of so many tiles: its tiles and, for the work at its end, some
 // more that stand for as much time.
-JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 16 + 6; }
+JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 12 + 7; }
 
 // Items that the call can have at most, and entries of the list.
 constexpr int64_t MaxItems(const Problem& problem) {
@@ -108,16 +116,16 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.tokens_per_chunk = static_cast<int32_t>(per_chunk);
   const int rows = static_cast<int>((tokens < per_chunk ? tokens : per_chunk) * group);
   plan.rows = kRowTile * RowGroups(rows);
-  plan.record_rows = RecordRows(rows);
   plan.slots = Slots(problem.window);
+  plan.record_floats = RecordFloats(rows, plan.slots);
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile);
   const int64_t total = MaxEntries(problem);
   // An equal share of what there can be at most, and never less than kMinShare.
   const int64_t share = total > int64_t{ctas} * kMinShare ? CeilDiv(total, ctas) : kMinShare;
   plan.ctas = static_cast<int32_t>(CeilDiv(total, share));
-  // Fewer thread blocks can keep memory busy, if each has little to compute.
-  const int64_t items = MaxItems(problem), enough = plan.rows <= kRowTile ? 6 : 9;  // tenths
+  // Somewhat fewer thread blocks keep memory as busy.
+  const int64_t items = MaxItems(problem), enough = 9;  // tenths
   plan.items = static_cast<int32_t>(items);
   if (items > plan.ctas) {
     const int64_t per_share = CeilDiv(items, plan.ctas);
@@ -127,7 +135,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   } else if (items > 0) {
     const int64_t per_item = plan.ctas / items;
     if (10 * items * per_item >= enough * plan.ctas) {
-      plan.shares_per_item = static_cast<int32_t>(per_item);
+      plan.shares_per_item = static_cast<int32_t>(std::min<int64_t>(per_item, kMaxParts));
     }
   }
   const int64_t in_equal_share = std::min(tiles, share);
@@ -138,11 +146,14 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
           ? 0
           : std::min(tiles, std::max(CeilDiv(tiles, plan.shares_per_item), int64_t{2 * kMinShare}));
   plan.region_tiles = static_cast<int32_t>(std::max(in_equal_share, in_item_share));
-  plan.whole_tiles = static_cast<int32_t>(plan.shares_per_item == 1 ? tiles : in_equal_share);
+  const bool some_whole =
+      plan.shares_per_item == 1 || (plan.shares_per_item == 0 && tiles <= share);
+  plan.whole_tiles = static_cast<int32_t>(some_whole ? tiles : 0);
 
   plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
-  plan.region_floats = int64_t{plan.region_tiles} * plan.record_rows * (1 + plan.slots);
-  plan.importances = problem.max_blocks() > kSharedBlocks ? 2 * problem.max_blocks() : 0;
+  plan.region_floats = int64_t{plan.region_tiles} * plan.record_floats;
+  plan.importances =
+      problem.max_blocks() > kSharedBlocks ? CeilDiv(problem.max_blocks(), 2) * 4 : 0;
   // The candidates of a selection are at most as many as the power of two that sorting pads to.
   const int64_t most =
       problem.select_count < problem.max_blocks() ? problem.select_count : problem.max_blocks();

@@ -87,6 +87,17 @@ __device__ inline void CopyAsync16(uint32_t to, const void* from, uint64_t polic
                : "memory");
 }
 
+// The same without a policy. A thread that has committed its copies can wait for all but the
+// `kLater` batches that it committed last.
+__device__ inline void CopyAsync16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kLater>
+__device__ inline void WaitForCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
 // Tells that what the 128 bytes hold is not needed any more, so that they need not go from the L2
 // cache to memory. They hold anything then.
 __device__ inline void DiscardLine(char* line) {
@@ -143,6 +154,12 @@ __device__ inline float Exp2(float x) {
   return y;
 }
 
+__device__ inline float Inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two numbers rounded to T, the first in the low half.
 template <typename T>
 __device__ inline uint32_t Pack(float low, float high);
@@ -165,6 +182,11 @@ __device__ inline uint32_t Pack<__half>(float low, float high) {
 
 // Waits for all consumer warps; the loading ones go their own way.
 __device__ inline void SyncConsumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+// Waits for all warps.
+__device__ inline void SyncAll() { asm volatile("bar.sync 2, 384;" ::: "memory"); }
+// The loading warps wait until all consumer warps have arrived.
+__device__ inline void ArriveForLoaders() { asm volatile("bar.arrive 3, 384;" ::: "memory"); }
+__device__ inline void AwaitConsumers() { asm volatile("bar.sync 3, 384;" ::: "memory"); }
 
 // Gives up registers, or takes those that others gave up. All warps of an aligned group of four do.
 template <int kRegisters>
@@ -180,7 +202,15 @@ __device__ inline void GrowRegisters() {
 #endif
 }
 
-__device__ inline void FenceSequentially() { asm volatile("fence.sc.gpu;" ::: "memory"); }
+// Flags between thread blocks: who sees the value also sees all that came before it.
+__device__ inline void StoreRelease(uint64_t* to, uint64_t value) {
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
+}
+__device__ inline uint64_t LoadAcquire(const uint64_t* from) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
 
 }  // namespace jax_nsa::cuda
 

@@ -15,125 +15,78 @@
 
 namespace jax_nsa::cuda {
 
-// Where a tile's record lies, and the block of its slot 0.
-struct TilePlace {
-  const float* record;
-  int first_block;
-};
-// Tiles and heads whose window sums are added up at a time, and how many of them, each of one slot,
-// by one thread.
-constexpr int kPlaces = 128, kHeads = 16, kSumsEach = 3;
-static_assert(kPlaces <= kComputeThreads);
-
 struct SelectionScratch {
-  float importances[2 * kSharedBlocks];
-  TilePlace places[kPlaces];
-  alignas(16) float factors[kPlaces * kHeads];
+  alignas(16) float importances[2 * kSharedBlocks];
   TopkScratch topk;
 };
 
-// What makes an item's exponentials probabilities, in shared memory: the logarithm of each row's
-// sum; 0 where a row sees no position.
+// What makes an item's exponentials probabilities: each row's greatest score, in powers of two, and
+// the inverse of its sum; both 0 where the row sees no position.
 struct alignas(16) RowNorms {
-  float log2_sum[kMaxRows];
+  float maxima[kMaxRows];
+  float inverses[kMaxRows];
 };
 
-// Consecutive rows of one token.
-template <int kRows>
-struct alignas(4 * kRows) Rows {
-  float x[kRows];
-};
-template <int kRows>
-__device__ inline Rows<kRows> LoadRows(const float* from) {
-  return *reinterpret_cast<const Rows<kRows>*>(from);
-}
-
-// The sums over the heads of a token's scores of every block, in two terms: those of even tiles at
-// importances[j], those of odd ones at importances[num_blocks + j]. (A block has positions in two
-// neighbouring tiles at most.) Takes kRows heads at a time, the most that divide the group up to 4.
-//
-// Every thread first fetches all that it will add up, so that it waits for memory once.
-template <int kRows>
-__device__ inline void SumImportances(const Params& params, const Part& part,
-                                      const Records& records, int token, int num_blocks,
-                                      const RowNorms& norms, SelectionScratch& scratch,
-                                      float* importances) {
-  constexpr int kRowsLog2 = kRows == 4 ? 2 : kRows == 2 ? 1 : 0;
-  constexpr int kSteps = kRows == 4 ? kHeads / kRows : 1;
+// Adds up tiles [first, end) of the sums over the heads of a token's scores of every block, in two
+// terms: those of even tiles at importances[j], those of odd ones at importances[num_blocks + j].
+// (A block has positions in two neighbouring tiles at most.) They are 0 before. Takes 4 * kSteps
+// heads at a time; where the group is smaller than 4, the other rows beside it count nothing.
+template <int kSteps>
+__device__ inline void SumImportances(const Params& params, const Records& records, int batch,
+                                      int token, int first, int end, int num_blocks,
+                                      const RowNorms& norms, float* importances) {
   const int thread = ThreadIndex(), slots = params.plan.slots, m = params.block_positions;
-  const int group = params.group(), first_row = token * group, length = part.sequence.length;
-  const int heads = min(group, kHeads), steps_log2 = min(params.group_log2, 4) - kRowsLog2;
-  const int steps = 1 << steps_log2, record_rows = RecordRows(part.rows(params));
-  const int most = min(kPlaces, Quotient(kSumsEach * kComputeThreads, slots));
-  TilePlace(&places)[kPlaces] = scratch.places;
-
+  const int group = params.group(), row = token * group, tiles = end - first;
+  // So many threads share a tile, each with its own slots.
+  const int sharers_log2 = tiles <= 16 ? 4 : tiles <= 32 ? 3 : tiles <= 64 ? 2 : 1;
+  const int sharers = 1 << sharers_log2, first_slot = thread & (sharers - 1);
+  const int slot_floats = records.slot_floats();
+  const auto load = [](const float* from, int step) {
+    return *reinterpret_cast<const float4*>(from + 4 * step);
+  };
+  const auto masked = [&](float4 x) {
+    if constexpr (kSteps > 1) return x;
+    const auto counts = [&](int r) {
+      return static_cast<unsigned>(r - (row & 3)) < static_cast<unsigned>(group);
+    };
+    return float4{counts(0) ? x.x : 0.0f, counts(1) ? x.y : 0.0f, counts(2) ? x.z : 0.0f,
+                  counts(3) ? x.w : 0.0f};
+  };
 #pragma unroll 1
-  for (int batch = 0; batch < part.sequence.tiles; batch += most) {
-    const int tiles = min(part.sequence.tiles - batch, most), count = tiles * slots;
-    SyncConsumers();
-    if (thread < tiles) {
-      const int tile = batch + thread;
-      places[thread] = {records.Of(tile) + first_row,
-                        params.by_block_positions(tile * kTile + m - 1) - 1};
-    }
-    SyncConsumers();
-    float importance[kSumsEach] = {};
+  for (int head = 0; head < group; head += 4 * kSteps) {
+    const float* maxima = norms.maxima + (row & ~3) + head;
+    const float* inverses = norms.inverses + (row & ~3) + head;
 #pragma unroll 1
-    for (int head = 0; head < group; head += kHeads) {
-      Rows<kRows> sums[kSumsEach][kSteps];
-      // Neighbouring threads begin with different heads, whose sums lie in different banks.
-      const auto row = [&](int i, int step) { return ((step + i / 2) & (steps - 1)) * kRows; };
+    for (int i = thread >> sharers_log2; i < tiles; i += kComputeThreads >> sharers_log2) {
+      const int tile = first + i;
+      const float* record = records.Read(batch, first, token, tile) + head;
+      float4 factors[kSteps];
 #pragma unroll
-      for (int u = 0; u < kSumsEach; ++u) {
-        if (u * kComputeThreads >= count) break;
-        const int i = min(thread + u * kComputeThreads, count - 1);
-        const int tile = params.by_slots(i), slot = i - tile * slots;
-        const float* record = places[tile].record + (1 + slot) * record_rows + head;
+      for (int step = 0; step < kSteps; ++step) {
+        const float4 own = load(record, step), maximum = load(maxima, step);
+        const float4 inverse = load(inverses, step);
+        factors[step] =
+            masked({Exp2(own.x - maximum.x) * inverse.x, Exp2(own.y - maximum.y) * inverse.y,
+                    Exp2(own.z - maximum.z) * inverse.z, Exp2(own.w - maximum.w) * inverse.w});
+      }
+      const int first_block = params.by_block_positions(tile * kTile + m - 1) - 1;
+      float* to = importances + (tile & 1) * num_blocks + first_block;
+      const int last_slot = min(slots, num_blocks - first_block);
+      const float* sums = record + (1 + first_slot) * slot_floats;
+#pragma unroll 2
+      for (int slot = first_slot; slot < last_slot; slot += sharers) {
+        float4 terms = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          if (step < steps) sums[u][step] = LoadRows<kRows>(record + row(i, step));
+          const float4 sum = masked(load(sums, step));
+          terms.x += sum.x * factors[step].x;
+          terms.y += sum.y * factors[step].y;
+          terms.z += sum.z * factors[step].z;
+          terms.w += sum.w * factors[step].w;
         }
-      }
-      if (head > 0) SyncConsumers();
-#pragma unroll 1
-      for (int i = thread; i < tiles << steps_log2; i += kComputeThreads) {
-        const int tile = i >> steps_log2, at = (i & (steps - 1)) * kRows;
-        const auto maxima = LoadRows<kRows>(places[tile].record + head + at);
-        const auto log2_sums = LoadRows<kRows>(norms.log2_sum + first_row + head + at);
-        Rows<kRows> factors;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) factors.x[r] = Exp2(maxima.x[r] - log2_sums.x[r]);
-        *reinterpret_cast<Rows<kRows>*>(&scratch.factors[tile * heads + at]) = factors;
-      }
-      SyncConsumers();
-#pragma unroll
-      for (int u = 0; u < kSumsEach; ++u) {
-        if (u * kComputeThreads >= count) break;
-        const int i = min(thread + u * kComputeThreads, count - 1);
-        const float* factors = &scratch.factors[params.by_slots(i) * heads];
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          if (step >= steps) break;
-          const auto factor = LoadRows<kRows>(factors + row(i, step));
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) importance[u] += sums[u][step].x[r] * factor.x[r];
-        }
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kSumsEach; ++u) {
-      const int i = thread + u * kComputeThreads;
-      if (i >= count) break;
-      const int in_batch = params.by_slots(i), tile = batch + in_batch;
-      const int block = places[in_batch].first_block + i - in_batch * slots;
-      if (block < 0 || block >= num_blocks) continue;
-      const int odd = tile & 1;
-      importances[odd * num_blocks + block] = importance[u];
-      // Where no other tile adds to the block, the other term is 0.
-      const int first = max(m * (block + 1) - (params.taps - 1), 0);
-      const int last = min(m * (block + 1), length - 1);
-      if (first >= tile * kTile && last < (tile + 1) * kTile) {
-        importances[(odd ^ 1) * num_blocks + block] = 0.0f;
+        // The first slot of the first tile is of no block.
+        if (slot + first_block >= 0) to[slot] += (terms.x + terms.y) + (terms.z + terms.w);
+        sums += sharers * slot_floats;
       }
     }
   }
@@ -162,7 +115,8 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part,
           const float* record = records.Of(tile) + token * group + g;
           const int slot = j + 1 - params.by_block_positions(tile * kTile + m - 1);
           score += record[(1 + slot) * record_rows] *
-                   Exp2(record[0] - norms.log2_sum[token * group + g]);
+                   Exp2(record[0] - norms.maxima[token * group + g]) *
+                   norms.inverses[token * group + g];
         }
       }
       scores[int64_t{g} * params.max_blocks + j] = score;
@@ -170,40 +124,69 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part,
   }
 }
 
-// Selects the blocks of each token of an item that is through.
+// Selects the blocks of each token of an item that is through. If it is cut, its first batch of
+// records is on its way; the loading warps are told once the last one is read.
 __device__ inline void Select(const Params& params, const Part& part, const Records& records,
                               const RowNorms& norms, SelectionScratch& scratch) {
-  const int num_blocks = static_cast<int>(params.problem.window.NumBlocks(part.sequence.length));
+  const int tiles = part.sequence.tiles;
+  const int num_blocks = params.by_block_positions(part.sequence.length + params.block_shift);
   const int count = static_cast<int>(params.problem.select_count);
   uint64_t* spill = reinterpret_cast<uint64_t*>(params.selection());
   float* importances = params.plan.importances > 0
                            ? reinterpret_cast<float*>(spill + params.plan.sorted)
                            : scratch.importances;
+  const int most = records.BatchTiles();
+  int batch = 0;
 #pragma unroll 1
   for (int token = 0; token < part.tokens; ++token) {
-    const int64_t row = part.sequence.first_row + part.first_token + token;
-    const auto sum = [&](auto rows) {
-      SumImportances<rows()>(params, part, records, token, num_blocks, norms, scratch, importances);
-    };
-    switch (min(params.group_log2, 2)) {
-      case 0:
-        sum(std::integral_constant<int, 1>());
-        break;
-      case 1:
-        sum(std::integral_constant<int, 2>());
-        break;
-      default:
-        sum(std::integral_constant<int, 4>());
-        break;
+#pragma unroll 1
+    for (int i = 4 * ThreadIndex(); i < 2 * num_blocks; i += 4 * kComputeThreads) {
+      *reinterpret_cast<float4*>(importances + i) = {0.0f, 0.0f, 0.0f, 0.0f};
+    }
+#pragma unroll 1
+    for (int first = 0; first < tiles; ++batch) {
+      const int end = min(first + most, tiles);
+      if (part.is_cut()) {
+        // The next batch comes while this one is added up.
+        if (end < tiles) {
+          records.Fetch(batch + 1, token, end, min(end + most, tiles));
+          WaitForCopies<1>();
+        } else if (token + 1 < part.tokens) {
+          records.Fetch(batch + 1, token + 1, 0, min(most, tiles));
+          WaitForCopies<1>();
+        } else {
+          WaitForCopies<0>();
+        }
+      }
+      SyncConsumers();
+      const auto sum = [&](auto steps) {
+        SumImportances<steps()>(params, records, batch, token, first, end, num_blocks, norms,
+                                importances);
+      };
+      switch (params.group_log2) {
+        case 0:
+        case 1:
+        case 2:
+          sum(std::integral_constant<int, 1>());
+          break;
+        case 3:
+          sum(std::integral_constant<int, 2>());
+          break;
+        default:
+          sum(std::integral_constant<int, 4>());
+          break;
+      }
+      first = end;
     }
     if (params.arrays.block_scores) {
       StoreBlockScores(params, part, records, token, num_blocks, norms);
     }
+    if (part.is_cut() && token + 1 == part.tokens) ArriveForLoaders();
+    const int64_t row = part.sequence.first_row + part.first_token + token;
     SelectBlocks(importances, num_blocks, count, spill, scratch.topk,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);
     SyncConsumers();
   }
-  records.Discard();
 }
 
 }  // namespace jax_nsa::cuda

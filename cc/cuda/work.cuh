@@ -74,8 +74,10 @@ struct Part {
   }
   __device__ int own_region() const { return blockIdx.x * 2 + (begin == 0 ? 1 : 0); }
 
-  // Whether the item has parts in several shares.
+  // Whether the item has parts in several shares, and whether this is the last of them. (A share
+  // has at most one of these, the first that it has of all.)
   __device__ bool is_cut() const { return parts > 1; }
+  __device__ bool is_last() const { return begin > 0 && end == sequence.tiles; }
   // Tiles [PartBegin(part), PartBegin(part + 1)) of the item are in the part.
   __device__ int PartBegin(int part) const {
     return part == 0 ? 0 : min(first_tiles + (part - 1) * share, sequence.tiles);
@@ -88,100 +90,112 @@ struct Part {
   __device__ bool is_last_chunk() const { return first_token + tokens >= sequence.count; }
 };
 
-// Scratch of the WorkList's constructor, in shared memory.
-struct WorkStart {
-  int warp_entries[kThreads / 32];
-  int warp_longest[kThreads / 32];
-  Sequence first;     // of the list
-  Sequence sequence;  // that holds the first entry of the share
-  int base;           // index of that sequence's first entry in the list
+// How the list is shared out, and where this thread block's share begins, in shared memory.
+struct Share {
+  int2 warps[kThreads / 32];  // entries of each warp's sequences, and of their longest item
+  Sequence first;             // of the list
+  Sequence sequence;          // that holds the first entry of the share
+  int base;                   // index of that sequence's first entry in the list
+  int entries;                // of each share
+  int item_entries;           // if not 0, of each item, instead of ItemEntries
+  int begin, end;             // of this share
 };
 
+// By all threads of the block together. Whatever is in shared memory before is visible after.
+__device__ inline void FindShare(const Params& params, Share& share) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int sequences = static_cast<int>(params.problem.sequences);
+  const int first = min(sequences, static_cast<int>(threadIdx.x) * params.sequences_each);
+  const int last = min(sequences, first + params.sequences_each);
+  int own = 0, longest = 0;  // entries of this thread's sequences, and of their longest item
+  Sequence sequence;
+#pragma unroll 1
+  for (int b = first; b < last; ++b) {
+    sequence = FindSequence(params, b);
+    own += sequence.TotalEntries(params);
+    longest = max(longest, sequence.entries);
+    if (b == 0) share.first = sequence;
+  }
+
+  int up_to = own;  // entries of this and all earlier threads' sequences
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int before = __shfl_up_sync(~0u, up_to, step);
+    if (lane >= step) up_to += before;
+  }
+  longest = __reduce_max_sync(~0u, longest);
+  if (lane == 31) share.warps[warp] = {up_to, longest};
+  __syncthreads();
+  const int2 of_warp = lane < kThreads / 32 ? share.warps[lane] : int2{0, 0};
+  int total = __reduce_add_sync(~0u, of_warp.x);
+  longest = __reduce_max_sync(~0u, of_warp.y);
+  up_to += __reduce_add_sync(~0u, lane < warp ? of_warp.x : 0);
+
+  // As many items as there can be, all as long as the longest. (Comparing with any other one's
+  // length won't do: lengths of 2, 1 and 3 add up to three times 2.)
+  const Plan& plan = params.plan;
+  const bool uniform = int64_t{plan.items} * longest == total;
+  int entries, item_entries = 0;
+  if (uniform && plan.items_per_share > 0) {
+    entries = plan.items_per_share * longest;
+  } else if (uniform && plan.shares_per_item > 0) {
+    const int tiles = share.first.tiles;
+    const int shares = max(1, min(plan.shares_per_item, tiles / kMinShare));
+    entries = Quotient(tiles + shares - 1, shares);
+    item_entries = shares * entries;
+    // Each thread's entries grow alike.
+    total = item_entries * plan.items;
+    own = Quotient(own, longest) * item_entries;
+    up_to = Quotient(up_to, longest) * item_entries;
+  } else {
+    entries = max(kMinShare, Quotient(total + plan.ctas - 1, plan.ctas));
+  }
+  const int begin = min(total, static_cast<int>(blockIdx.x) * entries);
+
+  if (threadIdx.x == 0) {
+    share.entries = entries;
+    share.item_entries = item_entries;
+    share.begin = begin;
+    share.end = min(total, begin + entries);
+  }
+  int base = up_to - own;
+  if (base <= begin && begin < up_to) {
+    if (last - first > 1) sequence = FindSequence(params, first);
+#pragma unroll 1
+    for (int b = first;;) {
+      if (item_entries > 0) sequence.entries = item_entries;
+      const int of_sequence = sequence.TotalEntries(params);
+      if (begin < base + of_sequence) break;
+      base += of_sequence;
+      sequence = FindSequence(params, ++b);
+    }
+    share.sequence = sequence;
+    share.base = base;
+  }
+  __syncthreads();
+}
+
+// Walks this thread block's share.
 class WorkList {
  public:
-  // All threads of the block together.
-  __device__ WorkList(const Params& params, WorkStart& start) : params_(params) {
-    const int sequences = static_cast<int>(params.problem.sequences);
-    const int each = (sequences + kThreads - 1) / kThreads;
-    const int first = min(sequences, static_cast<int>(threadIdx.x) * each);
-    const int last = min(sequences, first + each);
-    int own = 0, longest = 0;  // entries of this thread's sequences, and of their longest item
-    Sequence sequence;
-#pragma unroll 1
-    for (int b = first; b < last; ++b) {
-      sequence = FindSequence(params, b);
-      own += sequence.TotalEntries(params);
-      longest = max(longest, sequence.entries);
-      if (b == 0) start.first = sequence;
-    }
-
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int up_to = own;  // entries of this and all earlier threads' sequences
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(~0u, up_to, step);
-      if (lane >= step) up_to += before;
-    }
-    longest = __reduce_max_sync(~0u, longest);
-    if (lane == 31) {
-      start.warp_entries[warp] = up_to;
-      start.warp_longest[warp] = longest;
-    }
-    __syncthreads();
-    int total = 0;
-#pragma unroll
-    for (int w = 0; w < kThreads / 32; ++w) {
-      if (w == warp) up_to += total;
-      total += start.warp_entries[w];
-      longest = max(longest, start.warp_longest[w]);
-    }
-    share_ = max(kMinShare, (total + params.plan.ctas - 1) / params.plan.ctas);
-    // As many items as there can be, all as long as the longest. (Comparing with any other one's
-    // length won't do: lengths of 2, 1 and 3 add up to three times 2.)
-    if (int64_t{params.plan.items} * longest == total) {
-      if (params.plan.items_per_share > 0) {
-        share_ = params.plan.items_per_share * longest;
-      } else if (params.plan.shares_per_item > 0) {
-        const int tiles = start.first.tiles;
-        const int shares = max(1, min(params.plan.shares_per_item, tiles / kMinShare));
-        share_ = Quotient(tiles + shares - 1, shares);
-        item_entries_ = shares * share_;
-        const int sequence_entries = item_entries_ * params.key_value_heads * start.first.chunks;
-        total = sequence_entries * sequences;
-        own = sequence_entries * (last - first);
-        up_to = sequence_entries * last;
-      }
-    }
-    next_ = min(total, static_cast<int>(blockIdx.x) * share_);
-    end_ = min(total, next_ + share_);
-
-    if (up_to - own <= next_ && next_ < up_to) {
-      base_ = up_to - own;
-      if (item_entries_ > 0) sequence.entries = item_entries_;
-#pragma unroll 1
-      for (int b = first; b < last; ++b) {
-        if (each > 1) sequence = Find(b);
-        const int entries = sequence.TotalEntries(params);
-        if (next_ < base_ + entries) break;
-        base_ += entries;
-      }
-      start.sequence = sequence;
-      start.base = base_;
-    }
-    __syncthreads();
-    base_ = start.base;
-    sequence_ = start.sequence;
-  }
+  __device__ WorkList(const Params& params, const Share& share)
+      : params_(params),
+        share_(share),
+        next_(share.begin),
+        base_(share.base),
+        sequence_(share.sequence) {}
 
   // Finds the next part; false at the end of the share.
   __device__ bool Next(Part* part) {
     int item, index;  // the item's first entry in the list, and the item's number in the sequence
 #pragma unroll 1
     while (true) {
-      if (next_ >= end_) return false;
+      if (next_ >= share_.end) return false;
       const int total = sequence_.TotalEntries(params_);
       if (next_ >= base_ + total) {
         base_ += total;
-        sequence_ = Find(sequence_.b + 1);
+        sequence_ = FindSequence(params_, sequence_.b + 1);
+        if (share_.item_entries > 0) sequence_.entries = share_.item_entries;
         continue;
       }
       index = Quotient(next_ - base_, sequence_.entries);
@@ -190,30 +204,23 @@ class WorkList {
       next_ = item + sequence_.entries;  // only the entries for its end are left
     }
     part->sequence = sequence_;
-    part->head = Quotient(index, sequence_.chunks);
+    part->head = sequence_.chunks == 1 ? index : Quotient(index, sequence_.chunks);
     part->first_token = (index - part->head * sequence_.chunks) << params_.tokens_log2;
     part->tokens = min(params_.plan.tokens_per_chunk, sequence_.count - part->first_token);
     part->begin = next_ - item;
-    part->end = min(sequence_.tiles, end_ - item);
-    part->first_cta = Quotient(item, share_);
-    part->first_tiles = (part->first_cta + 1) * share_ - item;
-    part->parts = Quotient(item + sequence_.tiles - 1, share_) - part->first_cta + 1;
-    part->share = share_;
+    part->end = min(sequence_.tiles, share_.end - item);
+    part->share = share_.entries;
+    part->first_cta = Quotient(item, part->share);
+    part->first_tiles = (part->first_cta + 1) * part->share - item;
+    part->parts = Quotient(item + sequence_.tiles - 1, part->share) - part->first_cta + 1;
     next_ = item + part->end;
     return true;
   }
 
  private:
-  __device__ Sequence Find(int b) const {
-    Sequence sequence = FindSequence(params_, b);
-    if (item_entries_ > 0) sequence.entries = item_entries_;
-    return sequence;
-  }
-
   const Params& params_;
-  int item_entries_ = 0;  // if not 0, of each item, instead of ItemEntries
-  int next_, end_;        // the share's next entry, and the end of the share
-  int share_;
+  const Share& share_;
+  int next_;
   int base_;  // index of sequence_'s first entry
   Sequence sequence_;
 };

@@ -206,7 +206,7 @@ class Call {
     EXPECT(Launch(problem_, arrays, workspace.data(), workspace.size(), nullptr) == cudaSuccess)
         << context;
 
-    const bool cut = emulated_cuda::counts.claims > counts.claims;
+    const bool cut = emulated_cuda::counts.flags > counts.flags;
     const bool spilled = tiles_before != tiles();
     const char* split = !IsUniform()               ? "unequal items"
                         : plan.items_per_share > 0 ? "whole items for each share"
@@ -597,7 +597,7 @@ int main(int argc, char** argv) {
   }
   const auto& counts = emulated_cuda::counts;
   std::cout << counts.launches << " launches of " << counts.blocks << " thread blocks, "
-            << counts.claims << " items merged from parts\n";
+            << counts.flags << " parts of items\n";
   EXPECT(only != "all" || jax_nsa::cuda::covered.size() >= jax_nsa::cuda::kKinds)
       << "only " << jax_nsa::cuda::covered.size() << " kinds of launches";
   return jax_nsa::testing::ExitStatus();

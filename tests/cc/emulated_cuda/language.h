@@ -26,6 +26,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(16) int4 {
   int x, y, z, w;
 };
@@ -192,7 +195,6 @@ inline void __syncthreads() { emulated_cuda::Sync(0, 0); }
 
 // Memory. Fences order nothing here, but others may go on at them.
 
-inline void __threadfence() { emulated_cuda::MaybeYield(2); }
 inline void __threadfence_block() { emulated_cuda::MaybeYield(2); }
 
 template <typename T>
@@ -206,16 +208,6 @@ inline uint32_t atomicInc(uint32_t* to, uint32_t most) {
   emulated_cuda::MaybeYield(8);
   const uint32_t before = *to;
   *to = before >= most ? 0 : before + 1;
-  return before;
-}
-inline unsigned long long atomicCAS(unsigned long long* to, unsigned long long expected,
-                                    unsigned long long value) {
-  emulated_cuda::MaybeYield(2);
-  const unsigned long long before = *to;
-  if (before == expected) {
-    *to = value;
-    ++emulated_cuda::counts.claims;
-  }
   return before;
 }
 

@@ -11,7 +11,6 @@
 #include <cstring>
 #include <deque>
 #include <memory>
-#include <numeric>
 #include <vector>
 
 EmulatedIndex threadIdx, blockIdx;
@@ -32,7 +31,7 @@ Counts counts;
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
-constexpr int kMaxResident = 4, kNamedBarriers = 2;
+constexpr int kMaxResident = 4, kNamedBarriers = 4;
 constexpr int kNoWarp = -1;
 // The pitch is no power of two, so that the fibers' stacks lie in different cache sets.
 constexpr size_t kStackBytes = (64 << 10) + 832;
@@ -83,7 +82,8 @@ struct Thread {
   uint64_t* barrier = nullptr;
   uint32_t parity = 0;
   void* operands = nullptr;
-  std::vector<Copy> copies;  // since it last arrived after copies
+  std::vector<Copy> copies;  // since it last arrived after copies, or committed them
+  std::deque<std::vector<Copy>> committed;
 };
 
 // Lanes as bits.
@@ -99,7 +99,7 @@ struct Block {
   int running = 0;  // threads
   Warp warps[kMaxWarps];
   Thread threads[kMaxThreads];
-  int synced[kNamedBarriers], expected[kNamedBarriers];
+  int synced[kNamedBarriers];
   std::deque<Transfer> transfers;
   std::vector<char> shared;  // while another thread block's is in place
   char* stacks = nullptr;
@@ -108,7 +108,7 @@ struct Block {
 // The launch.
 std::vector<std::unique_ptr<Block>> blocks;
 std::vector<Block*> resident;
-std::vector<int> waiting_blocks;
+int next_block, num_blocks;
 int num_threads, num_warps;
 char* shared_memory;
 size_t shared_size;
@@ -265,12 +265,9 @@ void Suspend() {
   Yield();
 }
 
-// Starts one of the thread blocks that wait.
+// Starts the next thread block.
 void StartBlock(Block* block) {
-  const uint32_t which = Random(static_cast<uint32_t>(waiting_blocks.size()));
-  std::swap(waiting_blocks[which], waiting_blocks.back());
-  block->index = waiting_blocks.back();
-  waiting_blocks.pop_back();
+  block->index = next_block++;
   block->running = num_threads;
   block->shared.resize(shared_size);
   PutInPlace(block);
@@ -282,7 +279,7 @@ void StartBlock(Block* block) {
 
 void EndBlock(Block* block) {
   Require(block->transfers.empty(), "a thread block ends before its copies do");
-  if (!waiting_blocks.empty()) {
+  if (next_block < num_blocks) {
     StartBlock(block);
     return;
   }
@@ -303,13 +300,26 @@ void EndBlock(Block* block) {
 void ThreadMain() {
   while (true) {
     (*body)();
-    Require(current->copies.empty(), "a thread ends with copies that nothing waits for");
+    Require(current->copies.empty() && current->committed.empty(),
+            "a thread ends with copies that nothing waits for");
     Warp& warp = WarpOf(*current);
     warp.ready &= ~LaneBit(*current);
     warp.all &= ~LaneBit(*current);
     if (--current->block->running == 0) EndBlock(current->block);
     Yield();  // until the next thread block takes this place
   }
+}
+
+// Whether the current thread is the last to come to a barrier. Those who wait are ready then.
+bool ComeTo(int id, int threads) {
+  Block& block = *current->block;
+  if (++block.synced[id] < (threads ? threads : num_threads)) return false;
+  block.synced[id] = 0;
+  for (int w = 0; w < num_warps; ++w) {
+    block.warps[w].ready |= block.warps[w].synced[id];
+    block.warps[w].synced[id] = 0;
+  }
+  return true;
 }
 
 }  // namespace
@@ -342,14 +352,14 @@ void Launch(int grid, int threads, char* shared, int shared_bytes,
   body = &kernel;
   stay_odds = 4u << 3 * Random(4);
   slow_agent = static_cast<int>(Random(num_warps + 4));
-  waiting_blocks.resize(grid);
-  std::iota(waiting_blocks.begin(), waiting_blocks.end(), 0);
+  next_block = 0;
+  num_blocks = grid;
   ++counts.launches;
 
   const int places = 1 + static_cast<int>(Random(kMaxResident));
   in_place = nullptr;
   resident.clear();
-  for (int i = 0; i < places && !waiting_blocks.empty(); ++i) {
+  for (int i = 0; i < places && next_block < num_blocks; ++i) {
     if (i == static_cast<int>(blocks.size())) {
       blocks.push_back(std::make_unique<Block>());
       Block& block = *blocks.back();
@@ -386,19 +396,17 @@ void MaybeYield(unsigned odds) {
 }
 
 void Sync(int id, int threads) {
-  Block& block = *current->block;
-  block.expected[id] = threads ? threads : num_threads;
   WarpOf(*current).synced[id] |= LaneBit(*current);
-  if (++block.synced[id] < block.expected[id]) {
+  if (ComeTo(id, threads)) {
+    Yield();
+  } else {
     Suspend();
-    return;
   }
-  block.synced[id] = 0;
-  for (int w = 0; w < num_warps; ++w) {
-    block.warps[w].ready |= block.warps[w].synced[id];
-    block.warps[w].synced[id] = 0;
-  }
-  Yield();
+}
+
+void ArriveAt(int id, int threads) {
+  ComeTo(id, threads);
+  MaybeYield(2);
 }
 
 void InitBarrier(uint64_t* barrier, int arrivals) {
@@ -440,6 +448,20 @@ void ArriveAfterCopies(uint64_t* barrier) {
   SharedOffset(barrier);
   current->block->transfers.push_back({current->index, barrier, std::move(current->copies)});
   current->copies.clear();
+}
+
+void CommitCopies() {
+  current->committed.push_back(std::move(current->copies));
+  current->copies.clear();
+}
+
+void WaitForCopies(int later) {
+  auto& batches = current->committed;
+  while (static_cast<int>(batches.size()) > later) {
+    for (const Copy& copy : batches.front()) std::memcpy(copy.to, copy.from, 16);
+    batches.pop_front();
+    MaybeYield(16);
+  }
 }
 
 void PerformTogether(const char* name, Instruction instruction, void* operands) {

@@ -6,6 +6,9 @@
 // thread blocks and copies on their way come in a different order with each. Memory that a kernel
 // finds uninitialised holds garbage, mostly NaN, which differs with the seed, too.
 //
+// Thread blocks start in the order of their indices, a few at a time, which is less than the
+// cooperative launch that the kernel asks for: one that waits for a later one waits for ever.
+//
 // What this cannot show: the order in which other threads see writes to memory, which is the
 // program's here, and any question of time.
 
@@ -34,7 +37,7 @@ extern uint64_t seed;
 
 // What launches have done so far.
 struct Counts {
-  int64_t launches, blocks, waits, copies, claims, discarded_lines;
+  int64_t launches, blocks, waits, copies, flags, discarded_lines;
 };
 extern Counts counts;
 
@@ -60,6 +63,8 @@ void MaybeYield(unsigned odds);
 
 // Waits until `threads` threads have come to the thread block's barrier `id`; with 0, all of them.
 void Sync(int id, int threads);
+// Comes there without waiting.
+void ArriveAt(int id, int threads);
 
 // A barrier in shared memory.
 void InitBarrier(uint64_t* barrier, int arrivals);
@@ -69,6 +74,9 @@ void WaitForPhase(uint64_t* barrier, uint32_t parity);
 // Copies 16 bytes, some time before ArriveAfterCopies arrives. Until then they are garbage.
 void CopyLater(uint32_t to, const void* from);
 void ArriveAfterCopies(uint64_t* barrier);
+// Or makes a batch of this thread's copies, and waits for all but its last `later` ones.
+void CommitCopies();
+void WaitForCopies(int later);
 
 // Performs an instruction of all lanes of a warp, once all have come to it.
 using Instruction = void (*)(void* const (&operands)[kLanes]);

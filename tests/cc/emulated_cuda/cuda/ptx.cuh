@@ -34,6 +34,12 @@ inline uint64_t ReadOncePolicy() { return 0; }
 inline void CopyAsync16(uint32_t to, const void* from, uint64_t) {
   emulated_cuda::CopyLater(to, from);
 }
+inline void CopyAsync16(uint32_t to, const void* from) { emulated_cuda::CopyLater(to, from); }
+inline void CommitCopies() { emulated_cuda::CommitCopies(); }
+template <int kLater>
+void WaitForCopies() {
+  emulated_cuda::WaitForCopies(kLater);
+}
 inline void DiscardLine(char* line) {
   emulated_cuda::Require(reinterpret_cast<uintptr_t>(line) % 128 == 0, "no whole line");
   std::memset(line, 0xff, 128);
@@ -133,17 +139,30 @@ inline float Exp2(float x) {
   return y < FLT_MIN ? 0.0f : y;
 }
 
+inline float Inverse(float x) { return 1.0f / x; }
+
 template <typename T>
 uint32_t Pack(float low, float high) {
   return T(low).bits | uint32_t{T(high).bits} << 16;
 }
 
 inline void SyncConsumers() { emulated_cuda::Sync(1, 256); }
+inline void SyncAll() { emulated_cuda::Sync(2, 384); }
+inline void ArriveForLoaders() { emulated_cuda::ArriveAt(3, 384); }
+inline void AwaitConsumers() { emulated_cuda::Sync(3, 384); }
 template <int kRegisters>
 void ShrinkRegisters() {}
 template <int kRegisters>
 void GrowRegisters() {}
-inline void FenceSequentially() { emulated_cuda::MaybeYield(2); }
+inline void StoreRelease(uint64_t* to, uint64_t value) {
+  *to = value;
+  ++emulated_cuda::counts.flags;
+  emulated_cuda::MaybeYield(2);
+}
+inline uint64_t LoadAcquire(const uint64_t* from) {
+  emulated_cuda::MaybeYield(1);
+  return *from;
+}
 
 }  // namespace jax_nsa::cuda
 
