@@ -85,10 +85,11 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       AwaitFlags(params, part);
       MergeNorms(params, part, shared.state,
                  [&] { records.Fetch(0, 0, 0, min(records.BatchTiles(), part.sequence.tiles)); });
-      SyncAll();  // the loading warps need the norms
+      BarrierArrive(&ring.barriers->norms);
+      SyncConsumers();
       LowerFlags(params, part);
     }
-    FinishItem(params, part, records, shared.state, shared.selection);
+    FinishItem(params, part, records, shared.state, shared.selection, &ring.barriers->records);
     if (!more) return;
   }
 }
@@ -109,9 +110,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x / 32 >= kConsumers) {
     ShrinkRegisters<72>();
     if (Load<T, kHeadSize, kValueSize>(params, ring, work)) {
-      SyncAll();  // the norms are known
+      BarrierWait(&ring.barriers->norms, 0);
       const Records records(params, shared.last, nullptr, 0);
-      FinishAttention<T>(params, shared.last, records, shared.state);
+      FinishAttention<T>(params, shared.last, records, shared.state, &ring.barriers->records);
     }
   } else {
     GrowRegisters<216>();

@@ -357,17 +357,18 @@ __device__ void MergeAttention(const Params& params, const Part& part, const Row
 }
 
 // Writes what is left of an item's results when its norms are known: the choice of blocks, and the
-// rows without a token.
+// rows without a token. If it is cut, arrives at `records_read` when that is so.
 __device__ inline void FinishItem(const Params& params, const Part& part, const Records& records,
-                                  ConsumerState& state, SelectionScratch& scratch) {
+                                  ConsumerState& state, SelectionScratch& scratch,
+                                  uint64_t* records_read) {
   const int padding = part.is_last_chunk() ? part.sequence.owned : 0;
   const int end = part.first_token + part.tokens;
   if (state.faulty) {
     WaitForCopies<0>();
-    if (part.is_cut()) ArriveForLoaders();
+    if (part.is_cut()) BarrierArrive(records_read);
     FillTokens(params, part, part.first_token, max(end, padding), true);
   } else {
-    Select(params, part, records, state.norms, scratch);
+    Select(params, part, records, state.norms, scratch, records_read);
     FillTokens(params, part, end, padding, false);
   }
   if (!part.is_cut()) records.Discard(ThreadIndex(), kComputeThreads);
@@ -377,10 +378,11 @@ __device__ inline void FinishItem(const Params& params, const Part& part, const 
 // The loading warps' part in finishing an item that is cut.
 template <typename T>
 __device__ inline void FinishAttention(const Params& params, const Part& part,
-                                       const Records& records, const ConsumerState& state) {
+                                       const Records& records, const ConsumerState& state,
+                                       uint64_t* records_read) {
   if (!state.faulty) MergeAttention<T>(params, part, state.norms);
-  AwaitConsumers();  // until they have read the records
   if (params.discards) {
+    BarrierWait(records_read, 0);
     records.Discard(ThreadIndex() - kComputeThreads, kThreads - kComputeThreads);
   }
 }

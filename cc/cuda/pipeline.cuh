@@ -20,6 +20,9 @@ struct Barriers {
   uint64_t full[kMaxStages];   // each lane of a loading warp arrives
   uint64_t empty[kMaxStages];  // each lane of kConsumers warps, fewer warps more than once
   int faulty[kMaxStages];      // whether the stage's tile has a faulty page id
+  // At the end of an item that the thread block finishes for others, each consumer thread arrives
+  // when the item's norms are known, and when its records are read.
+  uint64_t norms, records;
 };
 
 // A place in the ring, and the parity of the phase that its barriers are in there.
@@ -70,6 +73,10 @@ __device__ void InitRing(const Params& params, const Ring<T, kHeadSize, kValueSi
     ring.barriers->faulty[slot] = 0;
     BarrierInit(&ring.barriers->full[slot], 32);
     BarrierInit(&ring.barriers->empty[slot], 32 * kConsumers);
+  }
+  if (threadIdx.x == kThreads - 1) {
+    BarrierInit(&ring.barriers->norms, kComputeThreads);
+    BarrierInit(&ring.barriers->records, kComputeThreads);
   }
   if (params.head_size == kHeadSize) return;
 #pragma unroll 1

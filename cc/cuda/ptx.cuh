@@ -182,11 +182,6 @@ __device__ inline uint32_t Pack<__half>(float low, float high) {
 
 // Waits for all consumer warps; the loading ones go their own way.
 __device__ inline void SyncConsumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-// Waits for all warps.
-__device__ inline void SyncAll() { asm volatile("bar.sync 2, 384;" ::: "memory"); }
-// The loading warps wait until all consumer warps have arrived.
-__device__ inline void ArriveForLoaders() { asm volatile("bar.arrive 3, 384;" ::: "memory"); }
-__device__ inline void AwaitConsumers() { asm volatile("bar.sync 3, 384;" ::: "memory"); }
 
 // Gives up registers, or takes those that others gave up. All warps of an aligned group of four do.
 template <int kRegisters>

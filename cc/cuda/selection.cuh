@@ -125,9 +125,11 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part,
 }
 
 // Selects the blocks of each token of an item that is through. If it is cut, its first batch of
-// records is on its way; the loading warps are told once the last one is read.
+// records is on its way; all arrive at
+// `records_read` once the last one is read.
 __device__ inline void Select(const Params& params, const Part& part, const Records& records,
-                              const RowNorms& norms, SelectionScratch& scratch) {
+                              const RowNorms& norms, SelectionScratch& scratch,
+                              uint64_t* records_read) {
   const int tiles = part.sequence.tiles;
   const int num_blocks = params.by_block_positions(part.sequence.length + params.block_shift);
   const int count = static_cast<int>(params.problem.select_count);
@@ -181,7 +183,7 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
     if (params.arrays.block_scores) {
       StoreBlockScores(params, part, records, token, num_blocks, norms);
     }
-    if (part.is_cut() && token + 1 == part.tokens) ArriveForLoaders();
+    if (part.is_cut() && token + 1 == part.tokens) BarrierArrive(records_read);
     const int64_t row = part.sequence.first_row + part.first_token + token;
     SelectBlocks(importances, num_blocks, count, spill, scratch.topk,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);

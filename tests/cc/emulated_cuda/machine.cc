@@ -31,7 +31,7 @@ Counts counts;
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
-constexpr int kMaxResident = 4, kNamedBarriers = 4;
+constexpr int kMaxResident = 4, kNamedBarriers = 2;
 constexpr int kNoWarp = -1;
 // The pitch is no power of two, so that the fibers' stacks lie in different cache sets.
 constexpr size_t kStackBytes = (64 << 10) + 832;
@@ -402,11 +402,6 @@ void Sync(int id, int threads) {
   } else {
     Suspend();
   }
-}
-
-void ArriveAt(int id, int threads) {
-  ComeTo(id, threads);
-  MaybeYield(2);
 }
 
 void InitBarrier(uint64_t* barrier, int arrivals) {

@@ -63,8 +63,6 @@ void MaybeYield(unsigned odds);
 
 // Waits until `threads` threads have come to the thread block's barrier `id`; with 0, all of them.
 void Sync(int id, int threads);
-// Comes there without waiting.
-void ArriveAt(int id, int threads);
 
 // A barrier in shared memory.
 void InitBarrier(uint64_t* barrier, int arrivals);

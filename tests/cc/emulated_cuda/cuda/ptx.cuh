@@ -147,9 +147,6 @@ uint32_t Pack(float low, float high) {
 }
 
 inline void SyncConsumers() { emulated_cuda::Sync(1, 256); }
-inline void SyncAll() { emulated_cuda::Sync(2, 384); }
-inline void ArriveForLoaders() { emulated_cuda::ArriveAt(3, 384); }
-inline void AwaitConsumers() { emulated_cuda::Sync(3, 384); }
 template <int kRegisters>
 void ShrinkRegisters() {}
 template <int kRegisters>
