@@ -125,8 +125,7 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part,
 }
 
 // Selects the blocks of each token of an item that is through. If it is cut, its first batch of
-// records is on its way; all arrive at
-// `records_read` once the last one is read.
+// records is on its way; all arrive at `records_read` once the last one is read.
 __device__ inline void Select(const Params& params, const Part& part, const Records& records,
                               const RowNorms& norms, SelectionScratch& scratch,
                               uint64_t* records_read) {
