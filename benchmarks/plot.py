@@ -36,7 +36,11 @@ def draw(reports: list[dict], path: str) -> None:
                         text, (at, value), (0, 2), textcoords="offset points", ha="center",
                         fontsize=8, color=COLORS[name],
                     )  # fmt: skip
-        labels = [f"{row['shape']}\n{row['floor_bytes'] / 1e6:.3g} MB" for row in rows]
+        megabytes = [row["floor_bytes"] / 1e6 for row in rows]
+        labels = [
+            f"{row['shape']}\n{size:.{0 if size >= 10 else 2}f} MB"
+            for row, size in zip(rows, megabytes, strict=True)
+        ]
         axes.set_xticks(range(len(rows)), labels)
         axes.set_ylim(0, 112)
         axes.axhline(100, color=INK, linewidth=0.8)
