@@ -97,7 +97,7 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
 template <typename T, int kHeadSize, int kValueSize>
 __global__ void __launch_bounds__(kThreads, 1)
     CompressAttention(const __grid_constant__ Params params) {
-  extern __shared__ char memory[];
+  alignas(128) extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Ring<T, kHeadSize, kValueSize> ring = {memory + sizeof(Shared), &shared.barriers};
   // The first warps have the sequences' lengths to wait for, the last ones begin with the rest.

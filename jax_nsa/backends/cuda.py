@@ -32,7 +32,10 @@ def unavailable(platform: str) -> str | None:
 
 
 def refuses(call: Call, platform: str) -> str | None:
-    """The kernel serves every legal call whose shapes are known."""
+    """The kernel serves every legal call whose shapes are known.
+
+    Of positions beyond 2**30, which no memory holds, it says so when it runs.
+    """
     del platform
     for operand in call.operands:
         if not all(isinstance(size, int) for size in operand.shape):
