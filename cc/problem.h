@@ -52,7 +52,7 @@ struct Arrays {
   const int32_t* lengths;       // [sequences]
   const int32_t* token_counts;  // [sequences], or null: each sequence has `tokens` tokens
   const int32_t* early_counts;  // [sequences], or null: no token ignores the last position
-  const int32_t* first_rows;    // [sequences] when ragged, else null
+  const int32_t* first_rows;    // [sequences], not decreasing, when ragged; else null
   void* attention;              // [rows, heads, value_size]
   int32_t* topk_indices;        // [rows, key_value_heads, select_count]
   float* lse;                   // [rows, heads], or null: not wanted

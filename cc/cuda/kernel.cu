@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (const int entry = threadIdx.x - kComputeThreads; entry >= 0 && entry < kWeightPairs) {
     shared.state.weights[entry] = WeightPair(params, entry);
   }
+  if (threadIdx.x == 0) LowerOwnFlags(params);
   FindShare(params, shared.share);
   const WorkList work(params, shared.share);
   if (threadIdx.x / 32 >= kConsumers) {
@@ -196,7 +197,8 @@ cudaError_t FindDevice(const Device** found) {
 const char* Refuses(const Problem& problem) {
   constexpr int64_t kMost = int64_t{1} << 30;
   if (problem.capacity() > kMost || MaxEntries(problem) > kMost ||
-      problem.num_pages * problem.page_size * problem.key_value_heads > 2 * kMost) {
+      problem.num_pages * problem.page_size * problem.key_value_heads > 2 * kMost ||
+      problem.rows > kMost) {
     return "more positions than the kernel can count";
   }
   return nullptr;

@@ -25,7 +25,7 @@ struct MergeScratch {
 };
 
 struct ConsumerState {
-  uint32_t weights[kWeightPairs];  // Params::weights
+  uint32_t weights[kWeightPairs];  // WeightPair of each entry
   // Of each row, what the warps that have it found.
   alignas(16) float warp_max[kMaxRows][kConsumers];
   alignas(16) float warp_total[kMaxRows][kConsumers];
@@ -199,11 +199,21 @@ __device__ void MergeWarps(const Params& params, const Part& part,
 }
 
 // The workspace comes uninitialised, so arrivals cannot be counted. Each part but the last raises
-// its flag to a value that no garbage holds; the thread block of the last one, which has seen all
-// of them, takes them down, and so leaves none raised for the next launch. All run at once, as the
-// launch is cooperative, and none waits before it has raised its own flags.
+// its flag to a value that hardly any garbage holds; the thread block of the last one, which has
+// seen all of them, takes them down. All run at once, as the launch is cooperative, and none waits
+// before it has raised its own flags.
+//
+// A flag may still be found raised when a launch begins: a line that some other call discarded
+// holds what memory held before, and that is anything. So each thread block first takes down its
+// own, long before anyone, at the end of a share, looks for them.
 constexpr uint64_t kArrived = 0x6a61785f6e736121ull;
 
+// By the thread that raises them.
+__device__ inline void LowerOwnFlags(const Params& params) {
+  uint64_t* flags = params.flags() + 2 * blockIdx.x;
+  flags[0] = 0;
+  flags[1] = 0;
+}
 // By one thread, after all have stored the part.
 __device__ inline void RaiseFlag(const Params& params, const Part& part) {
   StoreRelease(params.flags() + part.own_region(), kArrived);
@@ -212,8 +222,7 @@ __device__ inline void RaiseFlag(const Params& params, const Part& part) {
 __device__ inline void AwaitFlags(const Params& params, const Part& part) {
 #pragma unroll 1
   for (int p = ThreadIndex() % 32; p < part.parts - 1; p += 32) {
-    while (LoadAcquire(params.flags() + part.Region(p)) != kArrived) {
-    }
+    AwaitAcquire(params.flags() + part.Region(p), kArrived);
   }
   __syncwarp();
 }

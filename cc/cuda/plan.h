@@ -132,7 +132,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
     if (10 * items >= enough * per_share * plan.ctas) {
       plan.items_per_share = static_cast<int32_t>(per_share);
     }
-  } else if (items > 0) {
+  } else {
     const int64_t per_item = plan.ctas / items;
     if (10 * items * per_item >= enough * plan.ctas) {
       plan.shares_per_item = static_cast<int32_t>(std::min<int64_t>(per_item, kMaxParts));

@@ -201,10 +201,11 @@ __device__ inline void GrowRegisters() {
 __device__ inline void StoreRelease(uint64_t* to, uint64_t value) {
   asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 }
-__device__ inline uint64_t LoadAcquire(const uint64_t* from) {
-  uint64_t value;
-  asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
-  return value;
+__device__ inline void AwaitAcquire(const uint64_t* from, uint64_t value) {
+  uint64_t found;
+  do {
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(found) : "l"(from) : "memory");
+  } while (found != value);
 }
 
 }  // namespace jax_nsa::cuda

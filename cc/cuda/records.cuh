@@ -5,7 +5,7 @@
 // To write all of them to the device's memory would cost a tenth of the time of loading keys and
 // values. Of an item that one thread block attends to, the first tiles' records stay in shared
 // memory. The others, and those of items that several thread blocks have in part, go through the
-// workspace, and are discarded once read.
+// workspace, and are discarded once read, unless they are few.
 
 #ifndef JAX_NSA_CUDA_RECORDS_CUH_
 #define JAX_NSA_CUDA_RECORDS_CUH_

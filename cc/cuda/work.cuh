@@ -1,5 +1,5 @@
 // Which tiles a thread block processes: its share of the list that plan.h describes, item by
-// item. The loading warp and the computing warps walk the same share, each at its own pace.
+// item. The loading warps and the computing ones walk the same share, each at its own pace.
 
 #ifndef JAX_NSA_CUDA_WORK_CUH_
 #define JAX_NSA_CUDA_WORK_CUH_

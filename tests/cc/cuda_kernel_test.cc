@@ -17,6 +17,7 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -116,15 +117,16 @@ struct Case {
   bool wants_lse = true, wants_scores = false, aligned = true;
   int bad_pages = 0;    // sequences that have one
   bool faults = false;  // of lengths and counts
+  int nans = 0;         // heads of queries that are NaN
   int devices = 1;      // every so many-th of the emulated ones
 };
 
 unsigned first_seed = 0;  // of problems and launches
 
 // How many launches were of each kind: how the plan splits items, where records lie. A share of
-// whole items cuts none; of the others there are so many kinds at least.
+// whole items cuts none; of the others there are so many kinds.
 std::map<std::string, int> covered;
-constexpr size_t kKinds = 11;
+constexpr size_t kKinds = 13;
 
 class Call {
  public:
@@ -149,6 +151,11 @@ class Call {
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < problem_.rows * problem_.heads * c.head_size; ++i) {
       query_.Set(i, c.peaks ? 1.0f : normal(random_));
+    }
+    for (int i = 0; i < c.nans; ++i) {
+      const int64_t head = Random(static_cast<int>(problem_.rows * problem_.heads));
+      query_.Set(head * c.head_size, NAN);
+      nan_heads_.insert(head);
     }
     const std::vector<int>* operands[] = {&lengths_, &counts_, &early_, &first_rows_};
     for (int i = 0; i < 4; ++i) {
@@ -216,8 +223,11 @@ class Call {
     ++covered[!spilled ? "records in shared memory alone"
               : cut    ? "records in the workspace, of a cut item at least"
                        : "records in the workspace, all of whole items"];
-    ++covered[std::string("lines discarded: ") +
-              (emulated_cuda::counts.discarded_lines > counts.discarded_lines ? "some" : "none")];
+    const bool whole_items = emulated_cuda::counts.whole_items_lines > counts.whole_items_lines;
+    const bool cut_items = emulated_cuda::counts.cut_items_lines > counts.cut_items_lines;
+    if (whole_items) ++covered["lines discarded, of whole items"];
+    if (cut_items) ++covered["lines discarded, of cut items"];
+    if (!whole_items && !cut_items) ++covered["no lines discarded"];
     flags_.assign(workspace.as<char>(), plan.parts_offset);
     std::string bits;
     for (const Buffer* buffer : Results()) bits += buffer->bytes();
@@ -353,6 +363,7 @@ class Call {
                             : case_.dtype == DataType::kFloat16 ? 6e-4
                                                                 : 1e-5;
     std::vector<double> importance(blocks);
+    bool any_nan = false;
     for (int g = 0; g < group; ++g) {
       const int64_t head = row * heads + h * group + g;
       if (visible == 0) {
@@ -365,6 +376,13 @@ class Call {
           filled &= is_filled(scores_.as<float>()[head * max_blocks + j], 0.0f);
         }
         EXPECT(filled) << context << ": results of nothing at all";
+        continue;
+      }
+      if (nan_heads_.count(head) > 0) {
+        any_nan = true;
+        bool all_nan = !case_.wants_lse || std::isnan(lse_.as<float>()[head]);
+        for (int c = 0; c < Dv; ++c) all_nan &= std::isnan(attention_.Get(head * Dv + c));
+        EXPECT(all_nan) << context << " head " << g << ": results of a query that is NaN";
         continue;
       }
       std::vector<double> p(visible);
@@ -415,6 +433,8 @@ class Call {
             << ", expected " << score;
       }
     }
+    // NaN ranks below every importance.
+    if (any_nan) std::fill(importance.begin(), importance.end(), -1.0);
     CheckIndices(row * case_.key_value_heads + h, importance, context);
   }
 
@@ -445,6 +465,7 @@ class Call {
   std::mt19937 random_;
   std::vector<int> lengths_, counts_, early_, owned_, first_rows_;
   std::vector<Faulty> faulty_;
+  std::set<int64_t> nan_heads_;
   Problem problem_;
   Elements query_, key_, value_, attention_;
   Buffer indices_, lse_, scores_, table_;
@@ -545,6 +566,16 @@ std::vector<Case> Cases() {
   many = {"400 sequences", kBf16, 400, 1, 2, 1, 16, 16, 16, 3, usual, 6, kRagged, 0};
   many.devices = 7;
   cases.push_back(many);
+  Case nans = {"NaN queries", kBf16, 5, 3, 8, 2, 64, 32, 16, 40, usual, 12, kRagged, 1};
+  nans.nans = 9;
+  nans.devices = 2;
+  cases.push_back(nans);
+  Case records = {
+      "many records of cut items", kBf16, 3, 3, 128, 1, 16, 16, 16, 64, dense, 12, kRagged, 400};
+  records.wants_scores = true;
+  records.bad_pages = 1;
+  records.devices = 4;
+  cases.push_back(records);
   // All windows.
   for (int stride : {16, 32, 48, 64}) {
     for (int size = stride; size <= kMaxWindow; size += 16) {
@@ -598,7 +629,7 @@ int main(int argc, char** argv) {
   const auto& counts = emulated_cuda::counts;
   std::cout << counts.launches << " launches of " << counts.blocks << " thread blocks, "
             << counts.flags << " parts of items\n";
-  EXPECT(only != "all" || jax_nsa::cuda::covered.size() >= jax_nsa::cuda::kKinds)
-      << "only " << jax_nsa::cuda::covered.size() << " kinds of launches";
+  EXPECT(only != "all" || jax_nsa::cuda::covered.size() == jax_nsa::cuda::kKinds)
+      << jax_nsa::cuda::covered.size() << " kinds of launches, expected " << jax_nsa::cuda::kKinds;
   return jax_nsa::testing::ExitStatus();
 }

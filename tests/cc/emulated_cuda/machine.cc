@@ -81,6 +81,8 @@ struct Thread {
   // What it waits for, if it is not ready.
   uint64_t* barrier = nullptr;
   uint32_t parity = 0;
+  const uint64_t* stored = nullptr;
+  uint64_t value = 0;
   void* operands = nullptr;
   std::vector<Copy> copies;  // since it last arrived after copies, or committed them
   std::deque<std::vector<Copy>> committed;
@@ -88,7 +90,7 @@ struct Thread {
 
 // Lanes as bits.
 struct Warp {
-  uint32_t all, ready, at_phase, at_instruction, synced[kNamedBarriers];
+  uint32_t all, ready, at_phase, at_value, at_instruction, synced[kNamedBarriers];
   Instruction instruction;
   const char* name;
 };
@@ -136,6 +138,7 @@ Thread* current;
       for (int id = 0; id < kNamedBarriers; ++id) {
         if (warp.synced[id]) std::fprintf(stderr, ", at barrier %d %08x", id, warp.synced[id]);
       }
+      if (warp.at_value) std::fprintf(stderr, ", at a value %08x", warp.at_value);
       if (warp.at_phase) {
         const Thread& first = block->threads[w * kLanes + __builtin_ctz(warp.at_phase)];
         std::fprintf(stderr, ", %08x at the shared barrier at %d for parity %u", warp.at_phase,
@@ -176,6 +179,12 @@ bool IsReady(Block* block, int w) {
     const Thread& thread = block->threads[w * kLanes + __builtin_ctz(rest)];
     if (!IsOver(thread.barrier, thread.parity)) continue;
     warp.at_phase &= ~LaneBit(thread);
+    warp.ready |= LaneBit(thread);
+  }
+  for (uint32_t rest = warp.at_value; rest != 0; rest &= rest - 1) {
+    const Thread& thread = block->threads[w * kLanes + __builtin_ctz(rest)];
+    if (*thread.stored != thread.value) continue;
+    warp.at_value &= ~LaneBit(thread);
     warp.ready |= LaneBit(thread);
   }
   return warp.ready != 0;
@@ -272,7 +281,7 @@ void StartBlock(Block* block) {
   block->shared.resize(shared_size);
   PutInPlace(block);
   FillWithGarbage(shared_memory, shared_size);
-  for (int w = 0; w < num_warps; ++w) block->warps[w] = {~0u, ~0u, 0, 0, {}, nullptr, nullptr};
+  for (int w = 0; w < num_warps; ++w) block->warps[w] = {~0u, ~0u, 0, 0, 0, {}, nullptr, nullptr};
   for (int id = 0; id < kNamedBarriers; ++id) block->synced[id] = 0;
   ++counts.blocks;
 }
@@ -428,6 +437,15 @@ void WaitForPhase(uint64_t* barrier, uint32_t parity) {
   current->barrier = barrier;
   current->parity = parity;
   WarpOf(*current).at_phase |= LaneBit(*current);
+  Suspend();
+}
+
+void WaitForValue(const uint64_t* from, uint64_t value) {
+  MaybeYield(2);
+  if (*from == value) return;
+  current->stored = from;
+  current->value = value;
+  WarpOf(*current).at_value |= LaneBit(*current);
   Suspend();
 }
 

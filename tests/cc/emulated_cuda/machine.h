@@ -37,7 +37,8 @@ extern uint64_t seed;
 
 // What launches have done so far.
 struct Counts {
-  int64_t launches, blocks, waits, copies, flags, discarded_lines;
+  int64_t launches, blocks, waits, copies, flags;
+  int64_t whole_items_lines, cut_items_lines;  // discarded, by whom and so of what
 };
 extern Counts counts;
 
@@ -68,6 +69,9 @@ void Sync(int id, int threads);
 void InitBarrier(uint64_t* barrier, int arrivals);
 void Arrive(uint64_t* barrier, int count);
 void WaitForPhase(uint64_t* barrier, uint32_t parity);
+
+// Waits for another thread to store a value.
+void WaitForValue(const uint64_t* from, uint64_t value);
 
 // Copies 16 bytes, some time before ArriveAfterCopies arrives. Until then they are garbage.
 void CopyLater(uint32_t to, const void* from);

@@ -43,7 +43,8 @@ void WaitForCopies() {
 inline void DiscardLine(char* line) {
   emulated_cuda::Require(reinterpret_cast<uintptr_t>(line) % 128 == 0, "no whole line");
   std::memset(line, 0xff, 128);
-  ++emulated_cuda::counts.discarded_lines;
+  ++(threadIdx.x < 256 ? emulated_cuda::counts.whole_items_lines
+                       : emulated_cuda::counts.cut_items_lines);
 }
 
 // Matrices of the warp's lanes.
@@ -156,9 +157,8 @@ inline void StoreRelease(uint64_t* to, uint64_t value) {
   ++emulated_cuda::counts.flags;
   emulated_cuda::MaybeYield(2);
 }
-inline uint64_t LoadAcquire(const uint64_t* from) {
-  emulated_cuda::MaybeYield(1);
-  return *from;
+inline void AwaitAcquire(const uint64_t* from, uint64_t value) {
+  emulated_cuda::WaitForValue(from, value);
 }
 
 }  // namespace jax_nsa::cuda
