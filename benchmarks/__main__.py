@@ -30,6 +30,7 @@ import jax_nsa
 from benchmarks import measure, peers
 from benchmarks.shapes import SHAPES, operator, problem_sets
 from jax_nsa import backends
+from jax_nsa.compress_attention.door import OPERATOR
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -55,7 +56,11 @@ def machine() -> dict[str, str]:
 def available(names: list[str] | None) -> list[str]:
     """The implementations to time: those named, or all that run here."""
     platform_name = "cuda" if jax.default_backend() == "gpu" else jax.default_backend()
-    able = [n for n, b in backends.ALL.items() if backends.why_not(b, platform_name) is None]
+    able = [
+        name
+        for name, backend in backends.ALL.items()
+        if backends.why_not(backend, OPERATOR, platform_name) is None
+    ]
     return names or able
 
 

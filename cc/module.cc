@@ -13,7 +13,7 @@
 #ifdef JAX_NSA_CUDA
 #include "cuda/plan.h"
 #endif
-#include "selection.h"
+#include "blocks.h"
 #include "xla/ffi/api/c_api.h"
 
 // Handlers, each defined beside its kernel.
@@ -56,15 +56,15 @@ py::dict Registrations() {
 // Limits of CANN's kernel, for refusing a call when it is traced.
 py::dict AscendLimits() {
   py::dict limits;
-  limits["sequences"] = jax_nsa::acl::kMaxSequences;
-  limits["tokens"] = jax_nsa::acl::kMaxTokens;
-  limits["length"] = jax_nsa::acl::kMaxLength;
-  limits["blocks"] = jax_nsa::acl::kMaxBlocks;
+  limits["sequences"] = jax_nsa::ascend::kMaxSequences;
+  limits["tokens"] = jax_nsa::ascend::kMaxTokens;
+  limits["length"] = jax_nsa::ascend::kMaxLength;
+  limits["blocks"] = jax_nsa::ascend::kMaxBlocks;
   return limits;
 }
 
 void AscendRelease() {
-  const xla::ffi::Error error = jax_nsa::acl::Contexts::Get().Release();
+  const xla::ffi::Error error = jax_nsa::ascend::Contexts::Get().Release();
   if (error.failure()) throw std::runtime_error(error.message());
 }
 
@@ -91,7 +91,7 @@ PYBIND11_MODULE(_native, module) {
       "num_blocks",
       [](int64_t compress_block_size, int64_t compress_stride, int64_t select_block_size,
          int64_t length) {
-        return jax_nsa::Window{compress_block_size, compress_stride, select_block_size}.NumBlocks(
+        return jax_nsa::Blocks{compress_block_size, compress_stride, select_block_size}.NumBlocks(
             length);
       },
       "Select blocks of a sequence, as the kernels count them.");
@@ -101,7 +101,7 @@ PYBIND11_MODULE(_native, module) {
       [](int64_t sequences, int64_t rows, bool ragged, int64_t heads, int64_t key_value_heads,
          int64_t value_size, int64_t page_size, int64_t pages_per_sequence, int64_t select_count,
          int64_t compress_block_size, int64_t compress_stride, int64_t select_block_size) {
-        jax_nsa::Problem problem = {};
+        jax_nsa::compress_attention::Problem problem = {};
         problem.sequences = sequences;
         problem.rows = rows;
         problem.tokens = ragged ? 0 : rows / sequences;
@@ -111,7 +111,7 @@ PYBIND11_MODULE(_native, module) {
         problem.page_size = page_size;
         problem.pages_per_sequence = pages_per_sequence;
         problem.select_count = select_count;
-        problem.window = {compress_block_size, compress_stride, select_block_size};
+        problem.blocks = {compress_block_size, compress_stride, select_block_size};
         return jax_nsa::cuda::WorkspaceBytes(problem);
       },
       py::kw_only(), py::arg("sequences"), py::arg("rows"), py::arg("ragged"), py::arg("heads"),
@@ -120,7 +120,7 @@ PYBIND11_MODULE(_native, module) {
       py::arg("compress_stride"), py::arg("select_block_size"),
       "Size of the CUDA kernel's last result, which is its workspace.");
 #endif
-  module.def("ascend_unavailable", &jax_nsa::acl::Unavailable,
+  module.def("ascend_unavailable", &jax_nsa::ascend::Unavailable,
              "Why CANN or an NPU cannot be used on this machine; None if it can.");
   module.def("ascend_release", &AscendRelease, py::call_guard<py::gil_scoped_release>(),
              "Gives back the device memory and streams kept for further calls.");

@@ -19,12 +19,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import jax_nsa
-from jax_nsa.problem import Window
-from jax_nsa.reference import block_scores
+from jax_nsa.blocks import Blocks
+from jax_nsa.compress_attention.problem import Problem
+from jax_nsa.compress_attention.reference import block_scores
 
 GROUP, HEAD_SIZE, PAGE = 4, 64, 16
 LENGTH = 320  # compressed positions
-WINDOW = Window(compress_block_size=32, compress_stride=16, select_block_size=64)
+BLOCKS = Blocks(compress_block_size=32, compress_stride=16, select_block_size=64)
 SELECT_COUNT = 16
 SCALE = HEAD_SIZE**-0.5
 PASSAGES = {900: 60, 2300: 110, 3900: 40}  # token at the middle: tokens to either side
@@ -36,7 +37,7 @@ def planted() -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns queries `[1, GROUP, D]` and the pages of keys and values, in sequence order."""
     seeds = jax.random.split(jax.random.key(4), 5)
     noise = jax.random.normal(seeds[0], [LENGTH, HEAD_SIZE])
-    token = jnp.arange(LENGTH)[:, None] * WINDOW.compress_stride
+    token = jnp.arange(LENGTH)[:, None] * BLOCKS.compress_stride
     middles, widths = jnp.array([*PASSAGES]), jnp.array([*PASSAGES.values()])
     presence = jnp.exp(-0.5 * ((token - middles) / widths) ** 2)  # of each passage, at each token
     topics = jax.random.normal(seeds[1], [len(PASSAGES), HEAD_SIZE])
@@ -58,23 +59,24 @@ def attend(
         scale_value=SCALE,
         head_num=GROUP,
         key_value_head_num=1,
-        select_block_size=WINDOW.select_block_size,
+        select_block_size=BLOCKS.select_block_size,
         select_block_count=SELECT_COUNT,
         page_block_size=PAGE,
-        compress_block_size=WINDOW.compress_block_size,
-        compress_stride=WINDOW.compress_stride,
+        compress_block_size=BLOCKS.compress_block_size,
+        compress_stride=BLOCKS.compress_stride,
         block_table=np.arange(len(key))[None],
         actual_cmp_seq_kvlen=[LENGTH],
         return_lse=True,
     )
     # The operator keeps no probabilities; its log-sum-exp gives them back.
+    problem = Problem(BLOCKS, SCALE, key_value_heads=1, select_block_count=SELECT_COUNT)
     scores = SCALE * query[0] @ key.reshape(LENGTH, HEAD_SIZE).T
     probabilities = jnp.exp(scores - lse[0, :, None])
-    return indices[0, 0], probabilities, block_scores(probabilities, WINDOW).sum(axis=0)
+    return indices[0, 0], probabilities, block_scores(probabilities, problem).sum(axis=0)
 
 
 def draw(indices: np.ndarray, probabilities: np.ndarray, importance: np.ndarray) -> plt.Figure:
-    blocks, size = len(importance), WINDOW.select_block_size
+    blocks, size = len(importance), BLOCKS.select_block_size
     always = {0, blocks - 2, blocks - 1}
     color = np.full(blocks, FAINT, dtype=object)
     color[indices] = CHOSEN
@@ -91,7 +93,7 @@ def draw(indices: np.ndarray, probabilities: np.ndarray, importance: np.ndarray)
 
     top.imshow(
         np.sqrt(probabilities), aspect="auto", cmap="GnBu", interpolation="nearest",
-        extent=(0, LENGTH * WINDOW.compress_stride, GROUP - 0.5, -0.5),
+        extent=(0, LENGTH * BLOCKS.compress_stride, GROUP - 0.5, -0.5),
     )  # fmt: skip
     top.set_title("attention to the compressed positions, by query head", loc="left", fontsize=10)
     top.set_yticks(range(GROUP), [f"head {g}" for g in range(GROUP)])

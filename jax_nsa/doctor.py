@@ -20,13 +20,16 @@ import jaxlib.version
 import numpy as np
 
 import jax_nsa
-from jax_nsa import backends, reference
-from jax_nsa.problem import Problem, Window
+from jax_nsa import backends
+from jax_nsa.blocks import Blocks
+from jax_nsa.compress_attention import reference
+from jax_nsa.compress_attention.door import OPERATOR
+from jax_nsa.compress_attention.problem import Problem
 
 SEQUENCES, HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 20, 8, 2, 192, 128
 PAGES, PAGE, LENGTH = 160, 128, 1024
 PROBLEM = Problem(
-    Window(compress_block_size=32, compress_stride=16, select_block_size=64),
+    Blocks(compress_block_size=32, compress_stride=16, select_block_size=64),
     scale=1.0,
     key_value_heads=KEY_VALUE_HEADS,
     select_block_count=16,
@@ -106,7 +109,7 @@ def seed_operands() -> Operands:
 def seed_call(operands: Operands, implementation: str) -> list[jax.Array]:
     """Runs the operator, compiled for one implementation; returns attention and indices."""
     query, key, value, block_table, lengths = operands
-    window = PROBLEM.window
+    blocks = PROBLEM.blocks
     results = jax_nsa.nsa_compress_attention_infer(
         query,
         key,
@@ -114,11 +117,11 @@ def seed_call(operands: Operands, implementation: str) -> list[jax.Array]:
         scale_value=PROBLEM.scale,
         head_num=HEADS,
         key_value_head_num=KEY_VALUE_HEADS,
-        select_block_size=window.select_block_size,
+        select_block_size=blocks.select_block_size,
         select_block_count=PROBLEM.select_block_count,
         page_block_size=PAGE,
-        compress_block_size=window.compress_block_size,
-        compress_stride=window.compress_stride,
+        compress_block_size=blocks.compress_block_size,
+        compress_stride=blocks.compress_stride,
         block_table=block_table,
         actual_cmp_seq_kvlen=lengths,
         implementation=implementation,
@@ -126,13 +129,15 @@ def seed_call(operands: Operands, implementation: str) -> list[jax.Array]:
     return jax.block_until_ready(list(results))
 
 
-def find_truth(operands: Operands) -> Truth:
+def find_truth(seed: Operands) -> Truth:
     """Computes the reference, past the primitive and in float32 to the end."""
-    query, key, value, block_table, lengths = operands
+    query, key, value, block_table, lengths = seed
     problem = dataclasses.replace(PROBLEM, return_lse=True, return_block_scores=True)
     compute = jax.jit(functools.partial(reference.compress_attention, problem=problem))
-    exact = (x.astype(jnp.float32) for x in (query[:, None], key, value))
-    attention, indices, _, scores = (np.asarray(r) for r in compute(*exact, block_table, lengths))
+    exact = {"query": query[:, None], "key": key, "value": value}
+    operands = {name: array.astype(jnp.float32) for name, array in exact.items()}
+    results = compute({**operands, "block_table": block_table, "lengths": lengths})
+    attention, indices, _, scores = map(np.asarray, results.values())
     importance = scores.reshape(SEQUENCES, KEY_VALUE_HEADS, HEADS // KEY_VALUE_HEADS, -1).sum(2)
     importance[..., [0, -2, -1]] = np.inf  # every sequence here fills its block table
     return Truth(attention[:, 0], indices[:, 0], importance)
@@ -182,7 +187,7 @@ def main() -> int:
     kind = device.device_kind if device.device_kind != platform else "host processor"
     print(f"platform {platform}, {len(jax.devices())} x {kind}")
 
-    reasons = {name: backends.why_not(b, platform) for name, b in backends.ALL.items()}
+    reasons = {name: backends.why_not(b, OPERATOR, platform) for name, b in backends.ALL.items()}
     names = [name for name, reason in reasons.items() if reason is None]
     chosen = backends.parse(None) or backends.defaults(platform)
     best = next((name for name in chosen if name in names), None)
@@ -264,7 +269,7 @@ def _first_line(error: Exception) -> str:
 def _draw(indices: np.ndarray, blocks: int, columns: int = 64) -> str:
     """Lists the chosen blocks and marks them on a map of the sequence."""
     row = "".join("#" if block in indices else "." for block in range(blocks))
-    size = PROBLEM.window.select_block_size
+    size = PROBLEM.blocks.select_block_size
     return "\n".join(
         [
             f"  chose blocks {' '.join(map(str, indices))}",

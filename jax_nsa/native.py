@@ -7,15 +7,19 @@ import importlib
 import pathlib
 import re
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.export
 import jaxlib.version
 import numpy as np
 
-from jax_nsa.problem import Problem
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
+    from jax_nsa.backends import Call
+
+RELEASE = "0.2.0"
 _MODULE = "jax_nsa._native"
 
 
@@ -92,25 +96,89 @@ def register(backend: str) -> None:
         jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
-def unavailable(backend: str, target: str) -> str | None:
-    """Why `target` was not registered for `backend`; None if it was."""
+def target_name(backend: str, operator: str) -> str:
+    """The custom-call target of an operator's kernel."""
+    return f"jax_nsa_{operator}_{backend}"
+
+
+def unavailable(backend: str, operator: str) -> str | None:
+    """Why the operator's target was not registered for `backend`; None if it was."""
     _, reason = _load()
-    if reason is None and target not in _targets(backend):
+    if reason is None and target_name(backend, operator) not in _targets(backend):
         reason = f"the installed library was compiled without its {backend} kernel"
+        if _targets(backend):
+            reason += f" of {operator}"
     return reason
 
 
-def ffi_lowering(target: str, problem: Problem, **attributes: Any) -> Any:
-    """The lowering rule of a custom call with the attributes that every kernel takes."""
-    window = problem.window
-    return functools.partial(
-        jax.ffi.ffi_lowering(target),
-        problem={
-            "scale": np.float32(problem.scale),
-            "key_value_heads": np.int64(problem.key_value_heads),
-            "compress_block_size": np.int64(window.compress_block_size),
-            "compress_stride": np.int64(window.compress_stride),
-            "select_block_size": np.int64(window.select_block_size),
-        },
+def custom_call(
+    backend: str,
+    call: Call,
+    operands: Sequence[jax.Array],
+    further_results: Mapping[str, jax.ShapeDtypeStruct] | None = None,
+    **attributes: Any,
+) -> Sequence[jax.Array]:
+    """Calls an operator's kernel.
+
+    Every array has a name, which is how kernels find it; so that all that decides the result is in
+    the program's text, the release of this package is among the attributes.
+
+    Args:
+        backend: which kernel, as targets spell it.
+        call: the call.
+        operands: its operands.
+        further_results: results that only the kernel knows of, by name; not returned.
+        **attributes: those of this kernel alone.
+    """
+    further = dict(further_results or {})
+    results = [r.name for r in call.operator.results(call.problem)]
+    aliases = {
+        call.names.index(name): at for at, name in enumerate(results)
+        if name.rsplit("_", 1)[0] in call.operator.aliases
+    }  # fmt: skip
+    outcomes = jax.ffi.ffi_call(
+        target_name(backend, call.operator.target),
+        [*call.results(), *further.values()],
+        input_output_aliases=aliases,
+    )(
+        *operands,
+        operands=" ".join(call.names),
+        results=" ".join([*results, *further]),
+        problem=_scalars(call.problem),
+        release=RELEASE,
+        faults=call.on_fault,
+        maps=np.asarray(call.maps, np.int64),
+        pool_maps=np.int64(call.pool_maps),
         **attributes,
+    )
+    return outcomes[: len(results)]
+
+
+def _scalars(problem: Any) -> dict[str, np.generic]:
+    """The problem's scalars in the types that kernels read."""
+    return {
+        name: np.float32(value) if isinstance(value, float) else np.int64(value)
+        for name, value in problem.scalars().items()
+    }
+
+
+def workspace_bytes(call: Call) -> int:
+    """Bytes of memory on the device that the operator's CUDA kernel needs for a call."""
+    query, key, value, block_table = (
+        call.operand(name).shape for name in ("query", "key", "value", "block_table")
+    )
+    problem = call.problem
+    return module().cuda_workspace_bytes(
+        sequences=block_table[0],
+        rows=query[0] if call.packed else query[0] * query[1],
+        ragged=call.packed,
+        heads=query[-2],
+        key_value_heads=problem.key_value_heads,
+        value_size=value[2] // problem.key_value_heads,
+        page_size=key[1],
+        pages_per_sequence=block_table[1],
+        select_count=problem.select_block_count,
+        compress_block_size=problem.blocks.compress_block_size,
+        compress_stride=problem.blocks.compress_stride,
+        select_block_size=problem.blocks.select_block_size,
     )

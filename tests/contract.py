@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from problems import WINDOWS, Domain, Geometry, build, geometries
 
 from jax_nsa import nsa_compress_attention_infer
-from jax_nsa.primitive import compress_attention_p
-from jax_nsa.problem import Problem, Window
+from jax_nsa.blocks import Blocks
+from jax_nsa.compress_attention.door import OPERATOR
+from jax_nsa.compress_attention.problem import Problem
 
 ARRAYS = ("query", "key", "value")
 INTEGERS = ("block_table", "actual_cmp_seq_kvlen", "actual_seq_qlen", "actual_sel_seq_kvlen")
@@ -422,22 +423,20 @@ class CompressAttentionContract:
         self.require(geometry)
         arguments = build(geometry)
         problem = Problem(
-            window=Window(*window),
+            blocks=Blocks(*window),
             scale=geometry.scale,
             key_value_heads=geometry.key_value_heads,
             select_block_count=geometry.k,
             return_lse=True,
             return_block_scores=True,
         )
-        operands = [arguments[n] for n in (*ARRAYS, "block_table", "actual_cmp_seq_kvlen")]
-        operands[0] = operands[0][:, None]
-        results = compress_attention_p.bind(
-            *map(jnp.asarray, operands),
-            problem=problem, implementation=(self.implementation,), host_lengths=None,
-        )  # fmt: skip
-        assert results[0].dtype == np.float32  # unrounded, for merging
+        operands = {n: jnp.asarray(arguments[n]) for n in (*ARRAYS, "block_table")}
+        operands["query"] = operands["query"][:, None]
+        operands["lengths"] = jnp.asarray(arguments["actual_cmp_seq_kvlen"])
+        results = OPERATOR.bind(operands, problem=problem, implementation=(self.implementation,))
+        assert results["attention"].dtype == np.float32  # unrounded, for merging
         assert_agrees(
-            [r[:, 0] for r in results],
+            [r[:, 0] for r in results.values()],
             oracle.compress_attention(**arguments),
             attention_tolerance=self.attention_tolerance[dtype],
         )

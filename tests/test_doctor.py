@@ -29,20 +29,17 @@ class Impostor:
     def register(self):
         pass
 
-    def unavailable(self, platform):
+    def unavailable(self, operator, platform):
         return None
 
     def refuses(self, call, platform):
         return None
 
-    def lower(self, ctx, *operands, call):
-        from jax.interpreters import mlir
+    def configuration(self, call):
+        return {}
 
-        def compute(*operands):
-            results = reference.reference.compress_attention(*operands, problem=call.problem)
-            return self._spoil(*results)
-
-        return mlir.lower_fun(compute, multiple_results=True)(ctx, *operands)
+    def compute(self, call, *operands):
+        return self._spoil(*reference.compute(call, *operands))
 
 
 def explode(*_):
@@ -82,7 +79,7 @@ def test_fails_when_an_implementation_is_wrong(monkeypatch, capsys, name, spoil,
 
 def test_fails_when_the_implementation_asked_for_is_not_here(monkeypatch, capsys):
     absent = Impostor("absent", None)
-    absent.unavailable = lambda platform: "buy one"
+    absent.unavailable = lambda operator, platform: "buy one"
     monkeypatch.setattr(backends, "ALL", {"absent": absent, "reference": reference})
     monkeypatch.setenv(backends.IMPLEMENTATION_VARIABLE, "absent")
     assert doctor.main() == 1

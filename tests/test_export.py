@@ -72,7 +72,7 @@ def test_round_trip(implementation):
 
 def test_the_kernel_needs_the_disabled_checks():
     call, arrays = operator("cpu")
-    with pytest.raises(ValueError, match=backends.cpu.TARGET):
+    with pytest.raises(ValueError, match="jax_nsa_compress_attention_cpu"):
         jax.export.export(jax.jit(call))(*arrays)
 
 
@@ -118,7 +118,7 @@ def test_several_platforms_in_one_artefact():
     call, arrays = operator()
     exported = export(call, *arrays, platforms=("cpu", "cuda"))
     assert exported.platforms == ("cpu", "cuda")
-    assert backends.cpu.TARGET in exported.mlir_module()
+    assert "jax_nsa_compress_attention_cpu" in exported.mlir_module()
     assert_same(jax.export.deserialize(exported.serialize()).call(*arrays), call(*arrays))
 
 

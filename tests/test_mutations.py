@@ -6,25 +6,25 @@ import types
 import pytest
 from contract import CompressAttentionContract
 
-from jax_nsa import reference
-from jax_nsa.backends import reference as backend
+from jax_nsa.compress_attention import reference
+from jax_nsa.compress_attention.door import OPERATOR
 
 # What goes wrong, the right text and the wrong one, and the contract's test that must notice.
 MUTANTS = {
-    "j+1 dropped": ("before + m_count - m - n", "before - m - n", "dtype"),
+    "j+1 dropped": ("before + latest - m - n", "before + latest - m_count - m - n", "dtype"),
     "initial block not forced": (
-        "(block == 0) | (block == num_blocks - 2)",
-        "(block == num_blocks - 2)",
+        "(block < problem.init_blocks) |",
+        "",
         "initial_and_local_blocks_lead",
     ),
     "first local block not forced": (
-        "| (block == num_blocks - 2) |",
-        "|",
+        "(block >= num_blocks - problem.local_blocks)",
+        "(block == num_blocks - 1)",
         "initial_and_local_blocks_lead",
     ),
     "last block not forced": (
-        "| (block == num_blocks - 1)",
-        "",
+        "(block >= num_blocks - problem.local_blocks)",
+        "(block == num_blocks - problem.local_blocks)",
         "initial_and_local_blocks_lead",
     ),
     "equals in descending order": (
@@ -38,13 +38,13 @@ MUTANTS = {
         "dtype",
     ),
     "a block too many": (
-        "problem.window.num_blocks(lengths)",
-        "problem.window.num_blocks(lengths + 4)",
+        "problem.blocks.num_blocks(lengths)",
+        "problem.blocks.num_blocks(lengths + 4)",
         "initial_and_local_blocks_lead",
     ),
     "a block too few": (
-        "problem.window.num_blocks(lengths)",
-        "problem.window.num_blocks(lengths - 4)",
+        "problem.blocks.num_blocks(lengths)",
+        "problem.blocks.num_blocks(lengths - 4)",
         "initial_and_local_blocks_lead",
     ),
     "nothing masked past the length": (
@@ -125,7 +125,7 @@ def use(monkeypatch, source):
     """Makes `source` the reference implementation's module."""
     module = types.ModuleType("mutant")
     exec(compile(source, "mutant", "exec"), module.__dict__)
-    monkeypatch.setattr(backend, "reference", module)
+    monkeypatch.setattr(OPERATOR, "reference", module.compress_attention)
 
 
 @pytest.mark.parametrize(("right", "wrong", "test"), MUTANTS.values(), ids=MUTANTS)

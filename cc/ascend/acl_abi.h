@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 
 using aclError = int;
 using aclnnStatus = int32_t;
@@ -84,6 +84,6 @@ struct Api {
 #undef JAX_NSA_ACL_MEMBER
 };
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend
 
 #endif  // JAX_NSA_ASCEND_ACL_ABI_H_

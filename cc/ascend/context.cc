@@ -1,6 +1,6 @@
 #include "ascend/context.h"
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 
 ffi::ErrorOr<std::unique_ptr<Context>> Context::Create(const Api& api, int32_t device) {
   aclrtStream stream = nullptr;
@@ -85,4 +85,4 @@ ffi::Error Contexts::Release() {
   return first;
 }
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend

@@ -15,7 +15,7 @@
 
 #include "ascend/runtime.h"
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 
 // Memory of one kind that keeps the largest size asked for.
 template <typename Kind>
@@ -115,6 +115,6 @@ class Contexts {
   std::map<std::pair<int32_t, aclrtStream>, std::shared_ptr<Context>> by_stream_;
 };
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend
 
 #endif  // JAX_NSA_ASCEND_CONTEXT_H_

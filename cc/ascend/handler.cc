@@ -2,6 +2,7 @@
 // plugin, and one for buffers on the host, under JAX's CPU platform.
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -10,9 +11,9 @@
 #include "ascend/launch.h"
 #include "ascend/request.h"
 #include "ascend/runtime.h"
-#include "decode.h"
+#include "compress_attention_call.h"
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 namespace {
 
 constexpr size_t kElementSize = 2;  // of float16 and bfloat16
@@ -24,14 +25,18 @@ ffi::Error Unimplemented(const std::string& reason) {
 
 // Decodes a call and refuses what CANN's kernel does not have, whatever the sequences are.
 ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                                 const Attributes& attributes) {
+                                 ffi::Dictionary attributes) {
   const auto refuse = [](const std::string& reason) {
     return ffi::Unexpected(Unimplemented(reason));
   };
-  ffi::ErrorOr<Call> call = Decode(args, rets, attributes);
+  ffi::ErrorOr<Call> call = compress_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call;
   if (call->problem.dtype == DataType::kFloat32) {
     return refuse("CANN's kernel takes bfloat16 and float16, not float32");
+  }
+  if (call->problem.blocks.aligned || call->problem.forced.first != 1 ||
+      call->problem.forced.last != 2) {
+    return refuse("CANN's kernel chooses blocks by its own rule only");
   }
   if (call->arrays.lse != nullptr) return refuse("CANN's kernel gives no log-sum-exp");
   if (call->problem.sequences > kMaxSequences) {
@@ -188,12 +193,9 @@ ffi::Error RunStaged(const Call& call, const Request& request, Context& context)
   return ffi::Error::Success();
 }
 
-ffi::Error RunOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes attributes,
-                     int64_t device) {
-  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
-  if (call.has_error()) return call.error();
+ffi::Error RunOnHost(const Call& call, int64_t device) {
   Request request;
-  JAX_NSA_RETURN_IF_ERROR(MakeRequest(*call, PageIds::kOnHost, &request));
+  JAX_NSA_RETURN_IF_ERROR(MakeRequest(call, PageIds::kOnHost, &request));
   const ffi::ErrorOr<const Api*> api = LoadApi();
   if (api.has_error()) return api.error();
   DeviceScope scope(**api);
@@ -202,8 +204,32 @@ ffi::Error RunOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets, Attribute
       Contexts::Get().Take(**api, static_cast<int32_t>(device));
   if (taken.has_error()) return taken.error();
   std::unique_ptr<Context> context = std::move(*taken);
-  JAX_NSA_RETURN_IF_ERROR(RunStaged(*call, request, *context));
+  JAX_NSA_RETURN_IF_ERROR(RunStaged(call, request, *context));
   Contexts::Get().PutBack(std::move(context));
+  return ffi::Error::Success();
+}
+
+// All rows of a call that could not be served: NaN and -1.
+void FillWithNaN(const Call& call) {
+  const Problem& problem = call.problem;
+  const uint16_t nan = problem.dtype == DataType::kBFloat16 ? 0x7fc0 : 0x7e00;
+  std::fill_n(static_cast<uint16_t*>(call.arrays.attention),
+              problem.rows * problem.heads * problem.value_size, nan);
+  std::fill_n(call.arrays.topk_indices,
+              problem.rows * problem.key_value_heads * problem.select_count, -1);
+}
+
+// In a program of several devices a call that fails would keep its device out of later
+// collectives, in which the others wait for it. There its results become NaN and the message goes
+// to the standard error stream. CANN computes all sequences or none, so all of them do.
+ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                        ffi::Dictionary attributes) {
+  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  ffi::Error error = RunOnHost(*call, Attribute<int64_t>(attributes, "device", 0));
+  if (error.success() || call->faults_fail) return error;
+  FillWithNaN(*call);
+  std::fprintf(stderr, "jax_nsa: NaN in place of results: %s\n", error.message().c_str());
   return ffi::Error::Success();
 }
 
@@ -256,8 +282,8 @@ ffi::Error FillResults(const Call& call, int64_t first, Context& context) {
 }
 
 ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
-                       ffi::RemainingRets rets, Attributes attributes,
-                       ffi::Span<const int64_t> host_lengths) {
+                       ffi::RemainingRets rets, ffi::Dictionary attributes) {
+  const auto host_lengths = Attribute(attributes, "host_lengths", ffi::Span<const int64_t>());
   const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
   if (call.has_error()) return call.error();
   const Problem& problem = call->problem;
@@ -311,20 +337,15 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
 }
 
 }  // namespace
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend_host, jax_nsa::acl::RunOnHost,
-                              xla::ffi::Ffi::Bind()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<jax_nsa::Attributes>("problem")
-                                  .Attr<int64_t>("device"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend_host, jax_nsa::ascend::HandleOnHost,
+                              xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend, jax_nsa::acl::RunOnDevice,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend, jax_nsa::ascend::RunOnDevice,
                               xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<jax_nsa::acl::aclrtStream>>()
+                                  .Ctx<xla::ffi::PlatformStream<jax_nsa::ascend::aclrtStream>>()
                                   .Ctx<xla::ffi::DeviceOrdinal>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<jax_nsa::Attributes>("problem")
-                                  .Attr<xla::ffi::Span<const int64_t>>("host_lengths"));
+                                  .Attrs());

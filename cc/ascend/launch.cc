@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <vector>
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 namespace {
 
 using Dims = std::vector<int64_t>;
@@ -87,8 +87,8 @@ ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& r
       api, aclnnNsaCompressAttentionInferGetWorkspaceSize, query.get(), key.get(), value.get(),
       mask.get(), table.get(), token_counts.get(), lengths.get(), select_lengths.get(),
       /*topk_mask=*/nullptr, problem.heads, problem.key_value_heads,
-      problem.window.select_block_size, problem.select_count, problem.window.compress_block_size,
-      problem.window.compress_stride, problem.scale, layout_name, problem.page_size,
+      problem.blocks.select_block_size, problem.select_count, problem.blocks.compress_block_size,
+      problem.blocks.compress_stride, problem.scale, layout_name, problem.page_size,
       /*sparse_mode=*/0, attention.get(), indices.get(), &workspace_size, &executor));
   if (executor == nullptr) {
     return NullError(api, "aclnnNsaCompressAttentionInferGetWorkspaceSize");
@@ -109,4 +109,4 @@ ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& r
   return ffi::Error::Success();
 }
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend

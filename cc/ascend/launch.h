@@ -7,7 +7,7 @@
 #include "ascend/request.h"
 #include "ascend/runtime.h"
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 
 // How the tokens of query and of the results lie.
 enum class QueryLayout {
@@ -20,6 +20,6 @@ enum class QueryLayout {
 ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& request,
                   QueryLayout layout, Context& context);
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend
 
 #endif  // JAX_NSA_ASCEND_LAUNCH_H_

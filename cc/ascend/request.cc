@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <string>
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 namespace {
 
 namespace ffi = xla::ffi;
@@ -25,7 +25,7 @@ ffi::Error CheckLimits(const Problem& problem, const SequenceRows& rows, int64_t
     return refuse_length("CANN's kernel takes 1 to " + std::to_string(kMaxLength) +
                          " compressed positions");
   }
-  const int64_t blocks = problem.window.NumBlocks(length);
+  const int64_t blocks = problem.blocks.NumBlocks(length);
   if (blocks > kMaxBlocks) {
     return refuse_length("it has " + std::to_string(blocks) +
                          " select blocks, and CANN's kernel takes at most " +
@@ -76,11 +76,11 @@ ffi::Error MakeRequest(const Call& call, PageIds page_ids, Request* request) {
     // slack says the same, and as it is below kMaxTokens, thus below every stride, the original
     // length compresses to `length`, without which CANN ignores all tokens but one.
     const int64_t slack = rows.count - 1 - rows.early;
-    request->select_lengths.push_back((length - 1) * problem.window.compress_stride +
-                                      problem.window.compress_block_size + slack);
+    request->select_lengths.push_back((length - 1) * problem.blocks.compress_stride +
+                                      problem.blocks.compress_block_size + slack);
   }
   if (request->most_tokens <= 1) request->select_lengths.clear();
   return ffi::Error::Success();
 }
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend

@@ -6,9 +6,13 @@
 #include <cstdint>
 #include <vector>
 
-#include "decode.h"
+#include "compress_attention_call.h"
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
+
+using compress_attention::Arrays;
+using compress_attention::Call;
+using compress_attention::Problem;
 
 // Limits of CANN's kernel, from its documentation.
 inline constexpr int64_t kMaxSequences = 10000;
@@ -37,6 +41,6 @@ enum class PageIds { kOnHost, kOnDevice };
 // hold that no backend accepts or that CANN's kernel cannot do, naming the operand and the value.
 xla::ffi::Error MakeRequest(const Call& call, PageIds page_ids, Request* request);
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend
 
 #endif  // JAX_NSA_ASCEND_REQUEST_H_

@@ -9,7 +9,7 @@
 #include <sstream>
 #include <vector>
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 namespace {
 
 constexpr char kLibraryPathVariable[] = "JAX_NSA_CANN_LIBRARY_PATH";
@@ -217,4 +217,4 @@ ffi::ErrorOr<int32_t> DeviceScope::CurrentOr(int32_t otherwise) {
   return otherwise;
 }
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend

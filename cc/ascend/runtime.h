@@ -13,7 +13,7 @@
 #include "ascend/acl_abi.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace jax_nsa::acl {
+namespace jax_nsa::ascend {
 
 namespace ffi = xla::ffi;
 
@@ -23,7 +23,7 @@ namespace ffi = xla::ffi;
 
 // Calls a function of CANN that gives a status, and makes an Error of it.
 #define JAX_NSA_ACL_CALL(api, function, ...) \
-  ::jax_nsa::acl::StatusError(api, #function, (api).function(__VA_ARGS__))
+  ::jax_nsa::ascend::StatusError(api, #function, (api).function(__VA_ARGS__))
 
 // The outcome of a call: on failure names the function, the status and what CANN says about it.
 ffi::Error StatusError(const Api& api, const char* function, int status);
@@ -139,6 +139,6 @@ using Stream = Owned<StreamKind>;
 using Tensor = Owned<TensorKind>;
 using IntArray = Owned<IntArrayKind>;
 
-}  // namespace jax_nsa::acl
+}  // namespace jax_nsa::ascend
 
 #endif  // JAX_NSA_ASCEND_RUNTIME_H_

@@ -278,7 +278,8 @@ class Attention {
   template <int count>
   void SumBlocksFrom(const Tile& tile, int64_t j, const Partial& partial, Ahead& ahead) {
     const int64_t stride = plan_.strides_per_select_block * padded_rows_;
-    const float* const closing = weights_ + stride * (j + 1) - tile.begin * padded_rows_;
+    const float* const closing =
+        weights_ + stride * (j + 1) - (tile.begin + plan_.closing) * padded_rows_;
     float* const scores = partial.scores + (j - partial.first_block) * padded_rows_;
     // Of few rows, the lanes past them are of later positions; the next block overwrites them.
     for (int64_t r = 0; r < padded_rows_; r += kLanes) {

@@ -7,10 +7,11 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/run.h"
-#include "decode.h"
+#include "compress_attention_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cpu {
@@ -18,18 +19,27 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// The error of the first sequence that is at fault, checked before anything is read through it.
-ffi::Error Check(const Call& call) {
+using compress_attention::Call;
+
+// Looks for faults before anything is read through them. Fails with the first one, or, where faults
+// do not fail the call, says which sequences have one.
+ffi::Error Check(const Call& call, std::vector<bool>* faulty) {
   const Problem& problem = call.problem;
-  SequenceRows rows;
   for (int64_t b = 0; b < problem.sequences; ++b) {
-    const Fault fault = FindRows(problem, call.arrays, b, &rows);
-    if (fault != Fault::kNone) return FaultError(call, fault, b);
-    if (rows.count == 0) continue;
-    const int32_t* const pages = call.arrays.block_table + b * problem.pages_per_sequence;
-    for (int64_t page = 0; page * problem.page_size < call.arrays.lengths[b]; ++page) {
-      if (!IsPage(problem, pages[page])) return FaultError(call, Fault::kPageId, b, page);
+    SequenceRows rows;
+    int64_t page = 0;
+    Fault fault = FindRows(problem, call.arrays, b, &rows);
+    if (fault == Fault::kNone && rows.count > 0) {
+      const int32_t* const pages = call.arrays.block_table + b * problem.pages_per_sequence;
+      while (page * problem.page_size < call.arrays.lengths[b] && IsPage(problem, pages[page])) {
+        ++page;
+      }
+      if (page * problem.page_size < call.arrays.lengths[b]) fault = Fault::kPageId;
     }
+    if (fault == Fault::kNone) continue;
+    if (call.faults_fail) return FaultError(call, fault, b, page);
+    if (faulty->empty()) faulty->resize(problem.sequences);
+    (*faulty)[b] = true;
   }
   return ffi::Error::Success();
 }
@@ -52,7 +62,8 @@ ffi::Error OutOfMemory() {
 // A call that threads work on. Whoever takes part keeps it alive: a thread may come late, to
 // nothing left to do.
 struct Work {
-  Work(const Call& call, const Kernel& kernel) : run(call.problem, call.arrays, kernel) {}
+  Work(const Call& call, const Kernel& kernel, const std::vector<bool>& faulty)
+      : run(call.problem, call.arrays, kernel, faulty) {}
 
   Run run;
   ffi::Promise promise;
@@ -60,17 +71,21 @@ struct Work {
 };
 
 ffi::ErrorOr<std::shared_ptr<Work>> Prepare(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                                            const Attributes& attributes, std::string_view isa) {
-  ffi::ErrorOr<Call> call = Decode(args, rets, attributes);
+                                            ffi::Dictionary attributes) {
+  ffi::ErrorOr<Call> call = compress_attention::Decode(args, rets, attributes);
   if (call.has_error()) return ffi::Unexpected(call.error());
+  const std::string_view isa = Attribute(attributes, "isa", std::string_view());
   const Kernel* const kernel = FindKernel(isa);
   if (kernel == nullptr) {
     return ffi::Unexpected(
         ffi::Error(ffi::ErrorCode::kInvalidArgument,
                    "this machine has no CPU kernel \"" + std::string(isa) + "\""));
   }
-  if (ffi::Error error = Check(*call); error.failure()) return ffi::Unexpected(std::move(error));
-  return std::make_shared<Work>(*call, *kernel);
+  std::vector<bool> faulty;
+  if (ffi::Error error = Check(*call, &faulty); error.failure()) {
+    return ffi::Unexpected(std::move(error));
+  }
+  return std::make_shared<Work>(*call, *kernel, faulty);
 }
 
 // Takes part in the work, and finishes the call if nothing is left.
@@ -102,10 +117,10 @@ void Start(ffi::ThreadPool pool, const std::shared_ptr<Work>& work) noexcept {
 }
 
 ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   Attributes attributes, std::string_view isa) {
+                   ffi::Dictionary attributes) {
   const auto prepare = [&]() -> ffi::ErrorOr<std::shared_ptr<Work>> {
     try {
-      return Prepare(args, rets, attributes, isa);
+      return Prepare(args, rets, attributes);
     } catch (const std::bad_alloc&) {
       return ffi::Unexpected(OutOfMemory());
     }
@@ -129,5 +144,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_cpu, jax_nsa::cpu::Hand
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<jax_nsa::Attributes>("problem")
-                                  .Attr<std::string_view>("isa"));
+                                  .Attrs());

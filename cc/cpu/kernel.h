@@ -14,12 +14,14 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "compress_attention.h"
 
 namespace jax_nsa::cpu {
 
+using compress_attention::Arrays;
+using compress_attention::Problem;
+
 constexpr int64_t kMaxRows = 128;          // of a panel
-constexpr int64_t kMaxTaps = 16;           // positions that add to one block, at most
 constexpr int64_t kPositionGranule = 16;   // page sizes and tiles are multiples of it
 constexpr int64_t kAlignment = 64;         // bytes; of scratch memory and of partials
 constexpr float kNoPeak = -3.4028235e38f;  // no product is below it; finite
@@ -33,18 +35,21 @@ struct Plan {
   int64_t tiles_per_page;
   int64_t strides_per_select_block;
   int64_t num_taps;
+  int64_t closing;  // block j closes at position strides_per_select_block * (j + 1) - closing
   int64_t max_blocks;
   float exponent_scale;     // of products of queries and keys, for powers of two; positive
-  float weights[kMaxTaps];  // Window::Weight
+  float weights[kMaxTaps];  // Blocks::Weight
 };
 
 // Panels of some kv heads, and the positions that a unit of work attends to.
 struct Unit {
   int64_t sequence;
   int64_t length;       // positions of the sequence
-  int64_t num_blocks;   // select blocks of the sequence
+  int64_t num_blocks;   // select blocks of the sequence, as its last token counts them
   int64_t first_row;    // row of query of the panel's first token
   int64_t tokens;       // tokens of the panel
+  int64_t first_token;  // the first one's number in the sequence
+  int64_t count;        // tokens of the sequence
   int64_t early;        // leading tokens of the panel that ignore the last position
   int64_t padded_rows;  // rows of the panel in memory
   int64_t first_head;   // kv heads

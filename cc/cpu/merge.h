@@ -63,6 +63,81 @@ void AddScores(const Plan& plan, const Unit& unit, int64_t head, const float* sc
   }
 }
 
+// The positions of a split.
+inline Unit PartOf(const Plan& plan, const Unit& unit, int64_t split, int64_t pages_per_split) {
+  Unit part = unit;
+  part.begin = split * pages_per_split * plan.problem.page_size;
+  part.end = Least(unit.length, part.begin + pages_per_split * plan.problem.page_size);
+  return part;
+}
+
+// Calls function(r, repeated) for each vector of rows, where `repeated(row)` has those of `row` in
+// all blocks of the vector.
+template <class Function>
+inline void ForRows(int64_t padded_rows, Function function) {
+  WithConstant(Least(padded_rows, kLanes), [&](auto size) {
+    const auto repeated = [&](const float* row) { return (Float)Repeated<size()>(row); };
+    for (int64_t r = 0; r < Most(padded_rows, kLanes); r += kLanes) function(r, repeated);
+  });
+}
+
+// Adds the scores of all blocks. Those that take positions of two splits are summed over both
+// before anything is divided by a row's total, so that blocks whose sums are equal stay equal.
+inline void AddBlocks(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
+                      int64_t pages_per_split, const Partial* partials, float* importance,
+                      const float* peak, const float* total) {
+  const int64_t padded_rows = unit.padded_rows;
+  const float scale = plan.exponent_scale;
+  const auto add = [&](const float* scores, const float* factors, int64_t first, int64_t last) {
+    WithConstant(Least(plan.group, kLanes), [&](auto run) {
+      AddScores<run()>(plan, unit, head, scores, factors, first, last, importance);
+    });
+  };
+  alignas(kAlignment) float factors[kMaxRows];
+  for (int64_t s = 0; s < splits; ++s) {
+    const Partial& partial = partials[s * unit.heads];
+    const Partial* const next = s + 1 < splits ? &partials[(s + 1) * unit.heads] : nullptr;
+    const Unit part = PartOf(plan, unit, s, pages_per_split);
+    // Blocks that the split before or after has a part of are not this one's alone.
+    const int64_t own_first =
+        s > 0 ? Most(partial.first_block, partials[(s - 1) * unit.heads].last_block)
+              : partial.first_block;
+    const int64_t own_last =
+        next ? Most(own_first, Least(partial.last_block, next->first_block)) : partial.last_block;
+    const float* last_peaks = nullptr;
+    int64_t first = own_first;
+    for (Tile tile = Tile::At(plan, part, 0); tile.count > 0;
+         tile = Tile::At(plan, part, tile.index + 1)) {
+      last_peaks = partial.tile_peaks + tile.index * padded_rows;
+      ForRows(padded_rows, [&](int64_t r, auto repeated) {
+        const Float factor = Exp2((repeated(last_peaks + r) - repeated(peak + r)) * scale);
+        Store(factors + r, factor * Inverse(repeated(total + r)));
+      });
+      const int64_t end = BlocksEnd(plan, part, partial, tile.begin + tile.count);
+      const int64_t last = Least(own_last, Most(first, end));
+      if (first < last) {
+        add(partial.scores + (first - partial.first_block) * padded_rows, factors, first, last);
+      }
+      first = Most(first, last);
+    }
+    if (next == nullptr) continue;
+    // A block is shorter than a tile, so what it has of the next split is in that one's first.
+    for (int64_t j = next->first_block; j < partial.last_block; ++j) {
+      const float* const here = partial.scores + (j - partial.first_block) * padded_rows;
+      const float* const there = next->scores + (j - next->first_block) * padded_rows;
+      alignas(kAlignment) float both[kMaxRows];
+      ForRows(padded_rows, [&](int64_t r, auto repeated) {
+        const Float all = repeated(peak + r);
+        Store(both + r,
+              repeated(here + r) * Exp2((repeated(last_peaks + r) - all) * scale) +
+                  repeated(there + r) * Exp2((repeated(next->tile_peaks + r) - all) * scale));
+        Store(factors + r, Inverse(repeated(total + r)));
+      });
+      add(both, factors, j, j + 1);
+    }
+  }
+}
+
 // Type is that of the values, whose order the partials have, and Out that of the attention.
 template <class Type, class Out>
 void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
@@ -110,32 +185,7 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
     }
   }
 
-  float factors[kMaxRows];
-  for (int64_t s = 0; s < splits; ++s) {
-    const Partial& partial = partials[s * unit.heads];
-    Unit part = unit;
-    part.begin = s * pages_per_split * problem.page_size;
-    part.end = Least(unit.length, part.begin + pages_per_split * problem.page_size);
-    int64_t first = partial.first_block;
-    for (Tile tile = Tile::At(plan, part, 0); tile.count > 0;
-         tile = Tile::At(plan, part, tile.index + 1)) {
-      const float* const tile_peaks = partial.tile_peaks + tile.index * padded_rows;
-      // Where a vector holds several blocks, in all its lanes.
-      WithConstant(Least(padded_rows, kLanes), [&](auto size) {
-        const auto repeated = [&](const float* row) { return (Float)Repeated<size()>(row); };
-        for (int64_t r = 0; r < vectors_end; r += kLanes) {
-          const Float factor = Exp2((repeated(tile_peaks + r) - repeated(peak + r)) * scale);
-          Store(factors + r, factor * Inverse(repeated(total + r)));
-        }
-      });
-      const int64_t last = BlocksEnd(plan, part, partial, tile.begin + tile.count);
-      const float* const scores = partial.scores + (first - partial.first_block) * padded_rows;
-      WithConstant(Least(plan.group, kLanes), [&](auto run) {
-        AddScores<run()>(plan, unit, head, scores, factors, first, last, importance);
-      });
-      first = last;
-    }
-  }
+  AddBlocks(plan, unit, head, splits, pages_per_split, partials, importance, peak, total);
 }
 
 }  // namespace

@@ -44,11 +44,12 @@ uint64_t Ranked(float importance, int64_t index) {
 }
 
 // Writes the indices of the most important of `count` blocks, padded with -1.
-void Select(const float* importance, int64_t count, int64_t k, std::vector<uint64_t>& heap,
-            int32_t* indices) {
+void Select(const float* importance, int64_t count, const Problem& problem,
+            std::vector<uint64_t>& heap, int32_t* indices) {
+  const int64_t k = problem.select_count;
   const auto ranked = [&](int64_t j) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    return Ranked(AlwaysChosen(j, count) ? kInfinity : importance[j], j);
+    return Ranked(problem.forced.Has(j, count) ? kInfinity : importance[j], j);
   };
   const std::greater<uint64_t> before;
   heap.clear();
@@ -78,12 +79,15 @@ bool HasMemory(Function function) {
 
 }  // namespace
 
-Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : kernel_(kernel) {
+Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel,
+         const std::vector<bool>& faulty)
+    : kernel_(kernel) {
   plan_.problem = problem;
   plan_.arrays = arrays;
   plan_.group = problem.group();
-  plan_.strides_per_select_block = problem.window.strides_per_select_block();
-  plan_.num_taps = problem.window.num_taps();
+  plan_.strides_per_select_block = problem.blocks.strides_per_select_block();
+  plan_.num_taps = problem.blocks.num_taps();
+  plan_.closing = problem.blocks.aligned ? 1 : 0;
   plan_.max_blocks = problem.max_blocks();
   // Kernels take the scale's sign, and whether it is zero, into account with the queries. Neither
   // end may spoil a difference of nothing or of infinity.
@@ -93,7 +97,7 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
                                             : std::clamp(std::fabs(problem.scale) * kLog2E,
                                                          Limits::min(), Limits::max());
   for (int64_t o = 0; o < plan_.num_taps; ++o) {
-    plan_.weights[o] = static_cast<float>(problem.window.Weight(o));
+    plan_.weights[o] = static_cast<float>(problem.blocks.Weight(o));
   }
 
   const int64_t head_bytes = (problem.head_size + problem.value_size) * ElementSize(problem.dtype);
@@ -102,6 +106,7 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
   int64_t most_tokens = 1;
   for (int64_t b = 0; b < problem.sequences; ++b) {
     FindRows(problem, arrays, b, &rows[b]);
+    if (!faulty.empty() && faulty[b]) rows[b].count = 0;
     most_tokens = std::max(most_tokens, rows[b].count);
     bytes_ += CeilDiv(rows[b].count, tokens_per_panel) * arrays.lengths[b] *
               problem.key_value_heads * head_bytes;
@@ -127,8 +132,14 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
   to_merge_.reserve(groups_.capacity());
   free_workspaces_.reserve(groups_.capacity());
   // Rows that no sequence claims, then those of each.
-  if (problem.sequences > 0) FillRows(0, rows[0].first);
-  for (int64_t b = 0; b < problem.sequences; ++b) AddGroups(b, rows[b]);
+  if (problem.sequences > 0) FillRows(0, rows[0].first, kAbsent);
+  for (int64_t b = 0; b < problem.sequences; ++b) {
+    if (!faulty.empty() && faulty[b]) {
+      FillRows(rows[b].first, rows[b].first + rows[b].owned, kFaulty);
+    } else {
+      AddGroups(b, rows[b]);
+    }
+  }
   for (const Group& group : groups_) {
     workspace_size_ = std::max(workspace_size_, LayOut(group).size);
     scratch_size_ = std::max(scratch_size_,
@@ -140,7 +151,8 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
   const Problem& problem = plan_.problem;
   const int64_t length = plan_.arrays.lengths[sequence];
   const int64_t tokens = length > 0 ? rows.count : 0;
-  FillRows(rows.first + tokens, rows.first + rows.owned);
+  FillRows(rows.first + tokens, rows.first + rows.owned, kAbsent);
+  if (length == 0 && problem.blocks.aligned) SelectWithoutPositions(sequence, rows);
   const int64_t tokens_per_panel = std::max<int64_t>(1, kMaxRows / plan_.group);
   for (int64_t token = 0; token < tokens; token += tokens_per_panel) {
     for (int64_t head = 0; head < problem.key_value_heads; head += heads_per_unit_) {
@@ -148,9 +160,12 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
       Unit& unit = group.unit;
       unit.sequence = sequence;
       unit.length = length;
-      unit.num_blocks = problem.window.NumBlocks(length);
       unit.first_row = rows.first + token;
       unit.tokens = std::min(tokens_per_panel, tokens - token);
+      unit.count = rows.count;
+      unit.first_token = token;
+      unit.num_blocks =
+          NumBlocks(problem, plan_.arrays, sequence, rows.count, token + unit.tokens - 1);
       unit.early = std::clamp<int64_t>(rows.early - token, 0, unit.tokens);
       unit.padded_rows = PaddedRows(unit.tokens * plan_.group, kernel_.lanes);
       unit.first_head = head;
@@ -169,24 +184,47 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
   }
 }
 
-// Gives rows [first, end) the results of rows without a token.
-void Run::FillRows(int64_t first, int64_t end) {
+// Before any position is compressed, all blocks that are not forced are of equal importance.
+void Run::SelectWithoutPositions(int64_t sequence, const SequenceRows& rows) {
+  const Problem& problem = plan_.problem;
+  std::vector<uint64_t> heap;
+  for (int64_t t = 0; t < rows.count; ++t) {
+    const int64_t blocks = NumBlocks(problem, plan_.arrays, sequence, rows.count, t);
+    const std::vector<float> importance(blocks, 0.0f);
+    for (int64_t head = 0; head < problem.key_value_heads; ++head) {
+      const int64_t row = (rows.first + t) * problem.key_value_heads + head;
+      Select(importance.data(), blocks, problem, heap,
+             plan_.arrays.topk_indices + row * problem.select_count);
+    }
+  }
+}
+
+// Gives rows [first, end) the results of rows without a token, or of faulty sequences: NaN.
+void Run::FillRows(int64_t first, int64_t end, Why why) {
   if (first >= end) return;
   const Problem& problem = plan_.problem;
   const Arrays& arrays = plan_.arrays;
-  const int64_t row_bytes =
-      problem.heads * problem.value_size * ElementSize(problem.attention_dtype);
-  std::memset(static_cast<char*>(arrays.attention) + first * row_bytes, 0,
-              (end - first) * row_bytes);
+  const int64_t row_size = problem.heads * problem.value_size;
+  const int64_t begin = first * row_size, count = (end - first) * row_size;
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  if (problem.attention_dtype == DataType::kFloat32) {
+    std::fill_n(static_cast<float*>(arrays.attention) + begin, count,
+                why == kFaulty ? kNaN : 0.0f);
+  } else {
+    const uint16_t nan = problem.attention_dtype == DataType::kBFloat16 ? 0x7fc0 : 0x7e00;
+    std::fill_n(static_cast<uint16_t*>(arrays.attention) + begin, count,
+                why == kFaulty ? nan : uint16_t{0});
+  }
   const int64_t row_indices = problem.key_value_heads * problem.select_count;
   std::fill_n(arrays.topk_indices + first * row_indices, (end - first) * row_indices, -1);
   if (arrays.lse) {
     std::fill_n(arrays.lse + first * problem.heads, (end - first) * problem.heads,
-                -std::numeric_limits<float>::infinity());
+                why == kFaulty ? kNaN : -std::numeric_limits<float>::infinity());
   }
   if (arrays.block_scores) {
     const int64_t row_scores = problem.heads * plan_.max_blocks;
-    std::fill_n(arrays.block_scores + first * row_scores, (end - first) * row_scores, 0.0f);
+    std::fill_n(arrays.block_scores + first * row_scores, (end - first) * row_scores,
+                why == kFaulty ? kNaN : 0.0f);
   }
 }
 
@@ -216,9 +254,10 @@ Run::Layout Run::LayOut(const Group& group) const {
   layout.partials.reserve(group.splits * whole.heads);
   for (int64_t split = 0; split < group.splits; ++split) {
     const Unit unit = Split(group, split);
-    const int64_t first = std::max<int64_t>(0, CeilDiv(unit.begin, stride) - 1);
-    const int64_t last =
-        std::max(first, std::min(whole.num_blocks, (unit.end - 2 + plan_.num_taps) / stride));
+    const int64_t first = std::max<int64_t>(0, CeilDiv(unit.begin + plan_.closing, stride) - 1);
+    const int64_t last = std::max(
+        first,
+        std::min(whole.num_blocks, (unit.end - 2 + plan_.num_taps + plan_.closing) / stride));
     for (int64_t head = 0; head < whole.heads; ++head) {
       Partial partial;
       partial.attention = take(padded_rows * value_size);
@@ -363,7 +402,9 @@ void Run::Merge(const Group& group, int64_t h) {
   }
   for (int64_t t = 0; t < unit.tokens; ++t) {
     const int64_t row = (unit.first_row + t) * problem.key_value_heads + head;
-    Select(importance + t * unit.num_blocks, unit.num_blocks, problem.select_count, heap,
+    const int64_t blocks =
+        NumBlocks(problem, arrays, unit.sequence, unit.count, unit.first_token + t);
+    Select(importance + t * unit.num_blocks, blocks, problem, heap,
            arrays.topk_indices + row * problem.select_count);
   }
 }

@@ -24,8 +24,10 @@ constexpr int64_t kSerialBytes = 256 << 10;
 // be merged, by whoever is free.
 class Run {
  public:
-  // The operands must have been checked.
-  Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel);
+  // The operands must have been checked; `faulty` says which sequences are not to be read, their
+  // results being NaN and -1. Empty: none.
+  Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel,
+      const std::vector<bool>& faulty = {});
 
   int64_t num_units() const { return num_units_; }
   // Bytes of keys and values that the call reads.
@@ -69,7 +71,10 @@ class Run {
   };
 
   void AddGroups(int64_t sequence, const SequenceRows& rows);
-  void FillRows(int64_t first, int64_t end);
+  // Why rows get results that nobody computes.
+  enum Why { kAbsent, kFaulty };
+  void FillRows(int64_t first, int64_t end, Why why);
+  void SelectWithoutPositions(int64_t sequence, const SequenceRows& rows);
   Unit Split(const Group& group, int64_t split) const;
   Layout LayOut(const Group& group) const;
   Task Take();

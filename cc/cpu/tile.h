@@ -36,7 +36,7 @@ struct Tile {
 // The first block that closes at or after a position.
 inline int64_t FirstClosing(const Plan& plan, int64_t position) {
   const int64_t stride = plan.strides_per_select_block;
-  return (position + stride - 1) / stride - 1;
+  return (position + plan.closing + stride - 1) / stride - 1;
 }
 
 // The first block that no position up to `end` closes, or for the last tile of a unit, adds to.

@@ -21,7 +21,7 @@ namespace jax_nsa::cuda {
 constexpr int kWeightsBefore = kTile, kWeightPairs = 3 * kTile;
 
 __device__ inline uint32_t WeightPair(const Params& params, int entry) {
-  const Window& window = params.problem.window;
+  const Blocks& window = params.problem.blocks;
   const auto weight = [&](int offset) {
     const bool counts = 0 <= offset && offset < params.taps;
     return counts ? static_cast<float>(static_cast<int>(window.Weight(offset))) : 0.0f;

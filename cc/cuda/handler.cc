@@ -5,7 +5,7 @@
 #include <string>
 
 #include "cuda/launch.h"
-#include "decode.h"
+#include "compress_attention_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cuda {
@@ -13,19 +13,18 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// The last result is the kernel's workspace.
 ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-               Attributes attributes) {
-  ffi::ErrorOr<Call> call = Decode(args, rets, attributes, /*extra_results=*/1);
+               ffi::Dictionary attributes) {
+  ffi::ErrorOr<compress_attention::Call> call =
+      compress_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call.error();
   if (const char* reason = Refuses(call->problem)) {
     return ffi::Error(
         ffi::ErrorCode::kInvalidArgument,
         std::string("nsa_compress_attention: the CUDA kernel cannot serve ") + reason);
   }
-  ffi::Result<ffi::AnyBuffer> workspace = *rets.get<ffi::AnyBuffer>(rets.size() - 1);
-  const cudaError_t error = Launch(call->problem, call->arrays, workspace->untyped_data(),
-                                   static_cast<int64_t>(workspace->size_bytes()), stream);
+  const cudaError_t error =
+      Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream);
   if (error != cudaSuccess) {
     return ffi::Error(ffi::ErrorCode::kInternal,
                       std::string("nsa_compress_attention: the CUDA kernel cannot start: ") +
@@ -43,5 +42,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_cuda, jax_nsa::cuda::Ru
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .RemainingArgs()
                                   .RemainingRets()
-                                  .Attr<jax_nsa::Attributes>("problem"),
+                                  .Attrs(),
                               {xla::ffi::Traits::kCmdBufferCompatible});

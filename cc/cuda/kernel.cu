@@ -225,7 +225,7 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.value_columns = static_cast<int32_t>(CeilDiv(problem.value_size, 4) * 4);
   while (1 << params.group_log2 < problem.group()) ++params.group_log2;
   while (1 << params.tokens_log2 < params.plan.tokens_per_chunk) ++params.tokens_log2;
-  const Window& window = problem.window;
+  const Blocks& window = problem.blocks;
   params.block_positions = static_cast<int32_t>(window.strides_per_select_block());
   params.taps = static_cast<int32_t>(window.num_taps());
   params.max_blocks = static_cast<int32_t>(problem.max_blocks());

@@ -7,9 +7,12 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "compress_attention.h"
 
 namespace jax_nsa::cuda {
+
+using compress_attention::Arrays;
+using compress_attention::Problem;
 
 // Why the kernel cannot serve a problem that is within problem.h's limits, or null if it can.
 const char* Refuses(const Problem& problem);

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "cuda/plan.h"
-#include "problem.h"
+#include "compress_attention.h"
 
 namespace jax_nsa::cuda {
 
@@ -31,8 +31,8 @@ struct Divider {
 // Integers are worked out on the host and 32 bits wide where the kernel needs them often: dividing
 // on the device, and 64-bit arithmetic, cost far more than they look.
 struct Params {
-  Problem problem;
-  Arrays arrays;
+  compress_attention::Problem problem;
+  compress_attention::Arrays arrays;
   Plan plan;
   char* workspace;
   int32_t stages;         // of the pipeline
@@ -45,7 +45,7 @@ struct Params {
   int32_t value_columns;    // value_size rounded up to a multiple of 4
   int32_t group_log2;       // of group(), a power of two
   int32_t tokens_log2;      // of plan.tokens_per_chunk
-  int32_t block_positions;  // M of selection.h's Window
+  int32_t block_positions;  // M of selection.h's Blocks
   int32_t taps;             // its num_taps()
   int32_t block_shift;      // its NumBlocks(n) = (n + block_shift) / block_positions, for n > 0
   int32_t max_blocks;

@@ -7,9 +7,12 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "problem.h"
+#include "compress_attention.h"
 
 namespace jax_nsa::cuda {
+
+using compress_attention::Arrays;
+using compress_attention::Problem;
 
 // Positions that one stage of the pipeline holds and one warp processes at a time.
 constexpr int kTile = 32;
@@ -77,7 +80,7 @@ struct Plan {
 
 // The widest that a tile's positions spread: from block ceil(i / M) - 1 of the first position i to
 // block floor((i + kTile - 1 + M + L - 2) / M) - 1.
-constexpr int Slots(const Window& window) {
+constexpr int Slots(const Blocks& window) {
   const int64_t m = window.strides_per_select_block();
   return static_cast<int>((kTile - 1 + window.num_taps() - 1) / m + 1);
 }
@@ -116,7 +119,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.tokens_per_chunk = static_cast<int32_t>(per_chunk);
   const int rows = static_cast<int>((tokens < per_chunk ? tokens : per_chunk) * group);
   plan.rows = kRowTile * RowGroups(rows);
-  plan.slots = Slots(problem.window);
+  plan.slots = Slots(problem.blocks);
   plan.record_floats = RecordFloats(rows, plan.slots);
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile);

@@ -7,50 +7,85 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from jax_nsa.problem import Problem
+import jax
+
+if TYPE_CHECKING:
+    from jax_nsa.operator import Operator
 
 IMPLEMENTATION_VARIABLE = "JAX_NSA_IMPLEMENTATION"
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of the primitive as its lowering sees it.
+    """One call of an operator as its lowering sees it.
 
     Attributes:
+        operator: which.
+        operands: the abstract values of its operands.
+        names: the operands' names.
         problem: the static problem.
-        operands: the abstract values of the primitive's operands.
-        host_lengths: the values of `lengths` where the caller gave them as host values under a
-            trace, else None.
+        constants: values of operands that are constants of the program, by name.
+        on_fault: "fail" or "nan": what a kernel on the host does about a bad value.
+        maps: sizes of the `jax.vmap`s that were folded into the sequences, the innermost first.
+        pool_maps: how many mapped calls' pools were put into one.
     """
 
-    problem: Problem
+    operator: Operator
     operands: tuple[Any, ...]
-    host_lengths: tuple[int, ...] | None = None
+    names: tuple[str, ...]
+    problem: Any
+    constants: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    on_fault: str = "fail"
+    maps: tuple[int, ...] = ()
+    pool_maps: int = 1
+
+    def operand(self, name: str) -> Any:
+        """The abstract value of an operand; None where the call has no such."""
+        return dict(zip(self.names, self.operands, strict=True)).get(name)
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows of all sequences are packed."""
+        return "first_rows" in self.names
+
+    def results(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the results."""
+        from jax_nsa.operator import Axes  # which knows the backends
+
+        axes = Axes.of(self.operator, self.names, self.problem, self.operands)
+        return [
+            jax.ShapeDtypeStruct(axes.shape(d), r.dtype or self.operands[0].dtype)
+            for r, d in zip(self.operator.results(self.problem), axes.results, strict=True)
+        ]
 
 
 class Backend(Protocol):
-    """One implementation of the primitive."""
+    """One implementation, of some of the operators."""
 
     NAME: str
-    PLATFORMS: tuple[str, ...] | None  # XLA platforms it lowers for; None: all
+    PLATFORMS: tuple[str, ...] | None  # XLA platforms it runs on; None: all
     DEFAULT_PLATFORMS: tuple[str, ...] | None  # those it is chosen for unasked; None: all
 
     def register(self) -> None:
         """Registers its custom-call targets with JAX, once, if it can run at all."""
 
-    def unavailable(self, platform: str) -> str | None:
-        """Why it cannot run on this machine for `platform`, with the remedy; None if it can."""
+    def unavailable(self, operator: Operator, platform: str) -> str | None:
+        """Why it cannot run the operator on this machine, with the remedy; None if it can."""
 
     def refuses(self, call: Call, platform: str) -> str | None:
         """Why it cannot serve this call though it is available; None if it can."""
 
-    def lower(self, ctx: Any, *operands: Any, call: Call) -> Sequence[Any]:
-        """Emits the call."""
+    def configuration(self, call: Call) -> Mapping[str, Any]:
+        """What decides the result beside the call and the release of this package."""
+
+    def compute(self, call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
+        """The call as a function of plain arrays, traced into the program."""
 
 
+from jax_nsa import native  # noqa: E402
 from jax_nsa.backends import ascend, cpu, cuda, reference  # noqa: E402  (they need the names above)
 
 # Best first: with implementation=None a platform gets the first that can serve the call.
@@ -83,12 +118,18 @@ def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return names
 
 
-def why_not(backend: Backend, platform: str, call: Call | None = None) -> str | None:
-    """Why `backend` cannot serve `call` (or any call at all) on `platform`; None if it can."""
+def why_not(
+    backend: Backend, operator: Operator, platform: str, call: Call | None = None
+) -> str | None:
+    """Why `backend` cannot serve `call` (or any call of the operator) there; None if it can."""
     if backend.PLATFORMS is not None and platform not in backend.PLATFORMS:
         runs_on = " or ".join(backend.PLATFORMS)
         return f"it runs on platform {runs_on}, and this program is compiled for {platform}"
-    return backend.unavailable(platform) or (call and backend.refuses(call, platform)) or None
+    return (
+        backend.unavailable(operator, platform)
+        or (call and backend.refuses(call, platform))
+        or None
+    )
 
 
 def defaults(platform: str) -> tuple[str, ...]:
@@ -108,10 +149,21 @@ def choose(platform: str, names: Sequence[str] | None, call: Call) -> Backend:
     """
     reasons = []
     for name in names or defaults(platform):
-        reason = why_not(ALL[name], platform, call)
+        reason = why_not(ALL[name], call.operator, platform, call)
         if reason is None:
             return ALL[name]
         reasons.append(f'implementation="{name}": {reason}')
     raise NotImplementedError(
-        "No implementation can serve this nsa_compress_attention_infer call.\n" + "\n".join(reasons)
+        f"No implementation can serve this {call.operator.name} call.\n" + "\n".join(reasons)
+    )
+
+
+def identity(backend: Backend, call: Call) -> str:
+    """All that decides the results of a call, in words: equal where the results are."""
+    decisive = dataclasses.replace(call, operands=())
+    shapes = [f"{a.dtype.name}{list(a.shape)}" for a in call.operands]
+    return (
+        f"jax_nsa {native.RELEASE}: {call.operator.name} by {backend.NAME} "
+        f"{dict(backend.configuration(call))} of {decisive.names} {shapes}: {call.problem}, "
+        f"on_fault={call.on_fault}, maps={call.maps}, pool_maps={call.pool_maps}"
     )

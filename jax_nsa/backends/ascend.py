@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from jax_nsa import native
 from jax_nsa.backends import Call
 
+if TYPE_CHECKING:
+    from jax_nsa.operator import Operator
+
 NAME = "ascend"
 PLATFORMS = ("cpu", "ascend")
 DEFAULT_PLATFORMS = ("ascend",)
-TARGET = "jax_nsa_compress_attention_ascend"
-HOST_TARGET = "jax_nsa_compress_attention_ascend_host"
 DEVICE_VARIABLE = "JAX_NSA_ASCEND_DEVICE"
 
 
@@ -31,16 +33,18 @@ def register() -> None:
 
     Needs no CANN: its libraries are looked for when an answer or a call needs them.
     """
-    native.register("ascend")
-    if native.unavailable("ascend", HOST_TARGET) is None:
+    native.register(NAME)
+    if native.unavailable(NAME, "compress_attention") is None:
         # While CANN still stands: its own static objects go when the process exits.
         atexit.register(native.module().ascend_release)
 
 
-def unavailable(platform: str) -> str | None:
+def unavailable(operator: Operator, platform: str) -> str | None:
     """Why CANN or an NPU cannot be used, if so."""
-    target = HOST_TARGET if platform == "cpu" else TARGET
-    return native.unavailable("ascend", target) or native.module().ascend_unavailable()
+    del platform
+    if operator.target != "compress_attention":
+        return f"jax_nsa does not yet call CANN's own operator for {operator.name}"
+    return native.unavailable(NAME, operator.target) or native.module().ascend_unavailable()
 
 
 def refuses(call: Call, platform: str) -> str | None:
@@ -49,8 +53,16 @@ def refuses(call: Call, platform: str) -> str | None:
     What only the lengths' run-time values tell, the handlers refuse before they launch anything.
     """
     limits = native.module().ascend_limits()
-    problem, window = call.problem, call.problem.window
-    query, key, _, block_table, _, *tokens = call.operands
+    problem, blocks = call.problem, call.problem.blocks
+    query, key, block_table = map(call.operand, ("query", "key", "block_table"))
+    if not problem.is_canns:
+        return (
+            "CANN's kernel chooses blocks by its own rule only: importance='cann', init_blocks=1, "
+            f"local_blocks=2, got {problem.importance!r}, {problem.init_blocks}, "
+            f"{problem.local_blocks}"
+        )
+    if key.shape[1] > limits["page"]:
+        return f"CANN's kernel takes pages of at most {limits['page']} rows, got {key.shape[1]}"
     if query.dtype.name not in ("bfloat16", "float16"):
         return f"CANN's kernel takes bfloat16 and float16, got {query.dtype.name}"
     if problem.return_lse or problem.return_block_scores:
@@ -61,31 +73,31 @@ def refuses(call: Call, platform: str) -> str | None:
             f"got {block_table.shape[0]}"
         )
     # On the host, rows past actual_seq_qlen are not sent.
-    rows_reach_cann = platform == "ascend" or not tokens
+    rows_reach_cann = platform == "ascend" or "token_counts" not in call.names
     if rows_reach_cann and query.ndim == 4 and _exceeds(query.shape[1], limits["tokens"]):
         return (
             f"CANN's kernel takes at most {limits['tokens']} query tokens for each sequence, "
             f"got {query.shape[1]}"
         )
     most = block_table.shape[1] * key.shape[1]
-    if isinstance(most, int) and problem.select_block_count > window.num_blocks(most):
+    if isinstance(most, int) and problem.select_block_count > blocks.num_blocks(most):
         return (
             "CANN's kernel cannot pad topk_indices: select_block_count = "
-            f"{problem.select_block_count} exceeds the {window.num_blocks(most)} blocks of the "
+            f"{problem.select_block_count} exceeds the {blocks.num_blocks(most)} blocks of the "
             "longest sequence that block_table can hold"
         )
-    for b, length in enumerate(call.host_lengths or ()):
+    for b, length in enumerate(dict(call.constants).get("lengths", ())):
         if not 1 <= length <= limits["length"]:
             return (
                 f"CANN's kernel takes 1 to {limits['length']} compressed positions, "
                 f"got actual_cmp_seq_kvlen[{b}] = {length}"
             )
-        blocks = window.num_blocks(length)
-        if not problem.select_block_count <= blocks <= limits["blocks"]:
+        have = blocks.num_blocks(length)
+        if not problem.select_block_count <= have <= limits["blocks"]:
             return (
                 f"CANN's kernel takes sequences of select_block_count = "
                 f"{problem.select_block_count} to {limits['blocks']} select blocks, "
-                f"got actual_cmp_seq_kvlen[{b}] = {length} with {blocks}"
+                f"got actual_cmp_seq_kvlen[{b}] = {length} with {have}"
             )
     return None
 
@@ -94,15 +106,25 @@ def _exceeds(size: Any, limit: int) -> bool:
     return isinstance(size, int) and size > limit  # a symbolic size is checked when it is known
 
 
-def lower(ctx: Any, *operands: Any, call: Call) -> Sequence[Any]:
-    """Emits the custom call."""
-    platforms = ctx.platforms or ctx.module_context.platforms
-    if "cpu" in platforms:
-        device = np.int64(os.environ.get(DEVICE_VARIABLE, "0"))
-        return native.ffi_lowering(HOST_TARGET, call.problem, device=device)(ctx, *operands)
-    # Lengths that are constants of the program spare the handler a wait for the stream. A
-    # partitioned program has those of all its parts here, which helps no part.
-    lengths = call.host_lengths or ()
-    known = len(lengths) == call.operands[4].shape[0]
-    host_lengths = np.asarray(lengths if known else (), np.int64)
-    return native.ffi_lowering(TARGET, call.problem, host_lengths=host_lengths)(ctx, *operands)
+def configuration(call: Call) -> Mapping[str, Any]:
+    """The NPU that the environment names, and lengths that are constants of the program.
+
+    They spare the device route a wait for the stream. A partitioned program has those of all its
+    parts, which helps no part.
+    """
+    lengths = dict(call.constants).get("lengths", ())
+    known = len(lengths) == call.operand("lengths").shape[0]
+    return {
+        "device": np.int64(os.environ.get(DEVICE_VARIABLE, "0")),
+        "host_lengths": np.asarray(lengths if known else (), np.int64),
+    }
+
+
+def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
+    """The custom call: on the host's buffers, or where an Ascend plugin has them."""
+    attributes = configuration(call)
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=lambda *arrays: tuple(native.custom_call("ascend_host", call, arrays, **attributes)),
+        default=lambda *arrays: tuple(native.custom_call(NAME, call, arrays, **attributes)),
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from jax.interpreters import mlir
+import jax
 
-from jax_nsa import reference
 from jax_nsa.backends import Call
+
+if TYPE_CHECKING:
+    from jax_nsa.operator import Operator
 
 NAME = "reference"
 PLATFORMS = None
@@ -20,19 +21,25 @@ def register() -> None:
     """Needs no custom-call target."""
 
 
-def unavailable(platform: str) -> str | None:
+def unavailable(operator: Operator, platform: str) -> str | None:
     """It is plain XLA: never unavailable."""
-    del platform
+    del operator, platform
     return None
 
 
 def refuses(call: Call, platform: str) -> str | None:
-    """It is the meaning of the operator: it refuses nothing."""
+    """It is the meaning of the operators: it refuses nothing."""
     del call, platform
     return None
 
 
-def lower(ctx: Any, *operands: Any, call: Call) -> Sequence[Any]:
+def configuration(call: Call) -> Mapping[str, Any]:
+    """Nothing but the program decides its results."""
+    del call
+    return {}
+
+
+def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
     """Traces the jnp computation into the program."""
-    compute = functools.partial(reference.compress_attention, problem=call.problem)
-    return mlir.lower_fun(compute, multiple_results=True)(ctx, *operands)
+    named = dict(zip(call.names, operands, strict=True))
+    return list(call.operator.reference(named, call.problem).values())

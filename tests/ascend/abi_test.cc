@@ -7,7 +7,7 @@
 
 namespace {
 
-namespace ours = jax_nsa::acl;
+namespace ours = jax_nsa::ascend;
 
 // What a type is to a caller of a C function: enums are their integers (ours name the type, C's
 // are of the same size), and pointers to either declaration of a structure are the same.

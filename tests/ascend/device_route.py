@@ -153,28 +153,28 @@ class DeviceRoute:
     def register(self) -> None:
         """Needs no custom-call target."""
 
-    def unavailable(self, platform: str) -> str | None:
+    def unavailable(self, operator: Operator, platform: str) -> str | None:
         """As the Ascend platform sees it."""
         del platform
-        return ascend.unavailable("ascend")
+        return ascend.unavailable(operator, "ascend")
 
     def refuses(self, call: Call, platform: str) -> str | None:
         """As the Ascend platform sees it."""
         del platform
         return ascend.refuses(call, "ascend")
 
-    def lower(self, ctx: Any, *operands: Any, call: Call) -> Sequence[Any]:
-        """Emits a callback to the harness."""
-        results = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ctx.avals_out)
+    def configuration(self, call: Call) -> Mapping[str, Any]:
+        """As the Ascend platform has it."""
+        return ascend.configuration(call)
+
+    def compute(self, call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
+        """A callback to the harness."""
+        results = tuple(call.results())
 
         def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-            host = [np.asarray(a) for a in arrays]
-            return self.harness.run(call.problem, host, results, call.host_lengths or ())
+            return self.harness.run(call, [np.asarray(a) for a in arrays], results)
 
-        def compute(*arrays: jax.Array) -> Sequence[jax.Array]:
-            return jax.pure_callback(run, results, *arrays)
-
-        return mlir.lower_fun(compute, multiple_results=True)(ctx, *operands)
+        return jax.pure_callback(run, results, *operands)
 
 
 def _pointer(capsule: Any) -> ctypes.c_void_p:

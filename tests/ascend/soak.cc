@@ -167,7 +167,7 @@ void Work(int seed, int calls) {
     const bool failed = on_device ? RunOnDevice(operands, stream) : RunOnHost(operands);
     Expect(failed || operands.ResultsLookRight(), "a call that succeeds has right results");
   }
-  jax_nsa::acl::Contexts::Get().Release();  // before the stream goes that some are kept for
+  jax_nsa::ascend::Contexts::Get().Release();  // before the stream goes that some are kept for
   aclrtSetDevice(1);
   if (stream != nullptr) Expect(aclrtDestroyStream(stream) == 0, "the caller's stream goes");
 }
@@ -177,7 +177,7 @@ void Work(int seed, int calls) {
 int main(int argc, char** argv) {
   const int calls = argc > 1 ? std::atoi(argv[1]) : 100,
             threads = argc > 2 ? std::atoi(argv[2]) : 1;
-  if (jax_nsa::acl::LoadApi().has_error()) return 99;
+  if (jax_nsa::ascend::LoadApi().has_error()) return 99;
   // Only one thread at a time can tell whose call a planned fault will hit.
   if (threads == 1) {
     for (int i = 1; i < calls; i += 10) {
@@ -189,7 +189,7 @@ int main(int argc, char** argv) {
   std::vector<std::thread> workers;
   for (int i = 0; i < threads; ++i) workers.emplace_back(Work, i, calls / threads);
   for (std::thread& worker : workers) worker.join();
-  Expect(!jax_nsa::acl::Contexts::Get().Release().failure(), "the memory goes back");
+  Expect(!jax_nsa::ascend::Contexts::Get().Release().failure(), "the memory goes back");
   std::printf("%d calls, %lld launches, %d wrong\n", calls,
               static_cast<long long>(standin_counter("launches libopapi.so")), wrong.load());
   return wrong;

@@ -41,7 +41,7 @@ std::vector<const Kernel*> Kernels() {
 struct Case {
   DataType dtype;
   int64_t group, key_value_heads, head_size, value_size, page_size, tokens, select_count;
-  Window window;
+  Blocks window;
   float scale;
   std::vector<int32_t> lengths, token_counts, early_counts;
 };
@@ -204,14 +204,14 @@ class Call {
     problem.num_pages = problem.sequences * problem.pages_per_sequence;
     problem.select_count = c.select_count;
     problem.scale = c.scale;
-    problem.window = c.window;
+    problem.blocks = c.window;
     return problem;
   }
 
   void CheckPanel(const Results& results, int64_t b, int64_t row, int64_t h, int64_t visible,
                   bool absent, const std::string& context) const {
     const int64_t D = problem_.head_size, Dv = problem_.value_size, group = case_.group;
-    const int64_t blocks = absent ? 0 : problem_.window.NumBlocks(case_.lengths[b]);
+    const int64_t blocks = absent ? 0 : problem_.blocks.NumBlocks(case_.lengths[b]);
     std::vector<double> importance(blocks), doubt(blocks);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = row * problem_.heads + h * group + g;
@@ -262,9 +262,9 @@ class Call {
 
       for (int64_t j = 0; j < problem_.max_blocks(); ++j) {
         double score = 0;
-        for (int64_t o = 0; j < blocks && o < problem_.window.num_taps(); ++o) {
-          const int64_t i = problem_.window.LastPosition(j) - o;
-          if (i >= 0 && i < visible) score += problem_.window.Weight(o) * p[i] / total;
+        for (int64_t o = 0; j < blocks && o < problem_.blocks.num_taps(); ++o) {
+          const int64_t i = problem_.blocks.LastPosition(j) - o;
+          if (i >= 0 && i < visible) score += problem_.blocks.Weight(o) * p[i] / total;
         }
         const float got = results.scores[head * problem_.max_blocks() + j];
         const double legal = (1e-4 + rounding) * score + 1e-30;
@@ -302,7 +302,7 @@ class Call {
 
 std::vector<Case> Cases(DataType dtype) {
   std::vector<Case> cases;
-  const Window usual = {32, 16, 64};
+  const Blocks usual = {32, 16, 64};
   for (int64_t group : {1, 2, 4, 8, 16, 32, 64, 128}) {
     cases.push_back({dtype, group, 2, 192, 128, 128, 1, 16, usual, 0.0722f, {150}, {1}, {0}});
   }

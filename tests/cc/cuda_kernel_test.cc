@@ -105,7 +105,7 @@ struct Case {
   std::string name;
   DataType dtype;
   int sequences, tokens, group, key_value_heads, head_size, value_size, page_size, pages;
-  Window window;
+  Blocks window;
   int select_count;
   Lengths lengths;
   int shortest;         // of kRagged; equal ones are all the longest that there can be
@@ -306,7 +306,7 @@ class Call {
     problem.num_pages = int64_t{case_.sequences} * case_.pages + 1;
     problem.select_count = case_.select_count;
     problem.scale = case_.spread / std::sqrt(static_cast<float>(case_.head_size));
-    problem.window = case_.window;
+    problem.blocks = case_.window;
     return problem;
   }
 
@@ -358,7 +358,7 @@ class Call {
     const bool absent = t >= counts_[b], faulty = faulty_[b] != kSound;
     const int length = lengths_[b];
     const int visible = absent || faulty ? 0 : length - (t < early_[b] && length > 0 ? 1 : 0);
-    const int64_t blocks = absent || faulty ? 0 : problem_.window.NumBlocks(length);
+    const int64_t blocks = absent || faulty ? 0 : problem_.blocks.NumBlocks(length);
     const double accuracy = case_.dtype == DataType::kBFloat16  ? 4e-3
                             : case_.dtype == DataType::kFloat16 ? 6e-4
                                                                 : 1e-5;
@@ -421,9 +421,9 @@ class Call {
       }
       for (int64_t j = 0; j < max_blocks; ++j) {
         double score = 0;
-        for (int64_t o = 0; j < blocks && o < problem_.window.num_taps(); ++o) {
-          const int64_t i = problem_.window.LastPosition(j) - o;
-          if (i >= 0 && i < visible) score += problem_.window.Weight(o) * p[i];
+        for (int64_t o = 0; j < blocks && o < problem_.blocks.num_taps(); ++o) {
+          const int64_t i = problem_.blocks.LastPosition(j) - o;
+          if (i >= 0 && i < visible) score += problem_.blocks.Weight(o) * p[i];
         }
         if (j < blocks) importance[j] += score;
         if (!case_.wants_scores) continue;
@@ -477,7 +477,7 @@ std::vector<Case> Cases() {
   constexpr DataType kBf16 = DataType::kBFloat16, kF16 = DataType::kFloat16,
                      kF32 = DataType::kFloat32;
   constexpr Lengths kEqual = Lengths::kEqual, kRagged = Lengths::kRagged;
-  const Window usual = {32, 16, 64}, dense = {16, 16, 16};
+  const Blocks usual = {32, 16, 64}, dense = {16, 16, 16};
   std::vector<Case> cases;
   // Each kernel with its own sizes, with smaller ones, and with some that leave nothing aligned.
   const std::pair<int, int> sizes[] = {{64, 64}, {40, 24},   {33, 7},    {128, 128}, {72, 96},
@@ -578,9 +578,9 @@ std::vector<Case> Cases() {
   cases.push_back(records);
   // All windows.
   for (int stride : {16, 32, 48, 64}) {
-    for (int size = stride; size <= kMaxWindow; size += 16) {
-      for (int select = size; select <= kMaxWindow; select += 16) {
-        const Window window = {size, stride, select};
+    for (int size = stride; size <= kMaxBlockSize; size += 16) {
+      for (int select = size; select <= kMaxBlockSize; select += 16) {
+        const Blocks window = {size, stride, select};
         if (!window.IsLegal()) continue;
         const std::string name = "window " + std::to_string(size) + "/" + std::to_string(stride) +
                                  "/" + std::to_string(select);

@@ -2,7 +2,7 @@
 //
 // Bazel runs it; by hand: g++ -std=c++17 -Icc tests/cc/problem_test.cc -o /tmp/t && /tmp/t
 
-#include "problem.h"
+#include "compress_attention.h"
 
 #include <cstdint>
 #include <limits>
@@ -58,7 +58,7 @@ void TestDense() {
   EXPECT(part.fault == Fault::kNone && Has(part.rows, 4, 4, 3, 2)) << part.rows.first;
   EXPECT(Find({{8}, {5}, {0}, {}}, 0, 4, 4).fault == Fault::kTokenCount);
   EXPECT(Find({{8}, {-1}, {0}, {}}, 0, 4, 4).fault == Fault::kTokenCount);
-  EXPECT(Find({{8}, {4}, {-1}, {}}, 0, 4, 4).fault == Fault::kEarlyCount);
+  EXPECT(Find({{8}, {4}, {-1}, {}}, 0, 4, 4).fault == Fault::kOriginalLength);
   EXPECT(Find({{33}, {}, {}, {}}, 0, 4, 4).fault == Fault::kLength);
   EXPECT(Find({{-1}, {}, {}, {}}, 0, 4, 4).fault == Fault::kLength);
 }

@@ -15,15 +15,15 @@
 
 namespace jax_nsa {
 
-std::ostream& operator<<(std::ostream& out, const Window& window) {
+std::ostream& operator<<(std::ostream& out, const Blocks& window) {
   return out << "l=" << window.compress_block_size << " d=" << window.compress_stride
              << " l'=" << window.select_block_size;
 }
 
 namespace {
 
-std::vector<Window> LegalWindows() {
-  std::vector<Window> windows;
+std::vector<Blocks> LegalWindows() {
+  std::vector<Blocks> windows;
   for (int64_t d : {16, 32, 48, 64}) {
     for (int64_t l = 16; l <= 128; l += 16) {
       for (int64_t select = 16; select <= 128; select += 16) {
@@ -35,7 +35,7 @@ std::vector<Window> LegalWindows() {
 }
 
 // {position: how often the double sum over m < M, n < L takes it into score[j]}.
-std::map<int64_t, int64_t> Taken(const Window& window, int64_t j) {
+std::map<int64_t, int64_t> Taken(const Blocks& window, int64_t j) {
   const int64_t m_count = window.select_block_size / window.compress_stride;
   const int64_t n_count = window.compress_block_size / window.compress_stride;
   std::map<int64_t, int64_t> taken;
@@ -45,7 +45,7 @@ std::map<int64_t, int64_t> Taken(const Window& window, int64_t j) {
   return taken;
 }
 
-void TestWeightsAndPositions(const Window& window) {
+void TestWeightsAndPositions(const Blocks& window) {
   std::map<int64_t, int> blocks_of_position;
   for (int64_t j = 0; j < 12; ++j) {
     const std::map<int64_t, int64_t> taken = Taken(window, j);
@@ -65,7 +65,7 @@ void TestWeightsAndPositions(const Window& window) {
 }
 
 // A block exists for each select_block_size original tokens begun.
-void TestNumBlocks(const Window& window) {
+void TestNumBlocks(const Blocks& window) {
   EXPECT(window.NumBlocks(0) == 0) << window;
   EXPECT(window.NumBlocks(-1) == 0) << window;
   int64_t blocks = 0;
@@ -81,10 +81,10 @@ void TestNumBlocks(const Window& window) {
 void TestIllegalWindows() {
   const int64_t huge = std::numeric_limits<int64_t>::max();
   const int64_t least = std::numeric_limits<int64_t>::min();
-  for (const Window& window :
-       {Window{32, 0, 64}, Window{32, -16, 64}, Window{16, 32, 64}, Window{64, 16, 32},
-        Window{32, 16, 72}, Window{32, 16, 144}, Window{1, 1, 128}, Window{huge, 16, huge},
-        Window{32, 16, huge}, Window{least, least, least}, Window{0, 0, 0}}) {
+  for (const Blocks& window :
+       {Blocks{32, 0, 64}, Blocks{32, -16, 64}, Blocks{16, 32, 64}, Blocks{64, 16, 32},
+        Blocks{32, 16, 72}, Blocks{32, 16, 144}, Blocks{1, 1, 128}, Blocks{huge, 16, huge},
+        Blocks{32, 16, huge}, Blocks{least, least, least}, Blocks{0, 0, 0}}) {
     EXPECT(!window.IsLegal()) << window;
   }
 }
@@ -124,9 +124,9 @@ void TestOrder() {
 }  // namespace jax_nsa
 
 int main() {
-  const std::vector<jax_nsa::Window> windows = jax_nsa::LegalWindows();
+  const std::vector<jax_nsa::Blocks> windows = jax_nsa::LegalWindows();
   EXPECT(!windows.empty());
-  for (const jax_nsa::Window& window : windows) {
+  for (const jax_nsa::Blocks& window : windows) {
     EXPECT(window.IsLegal()) << window;
     jax_nsa::TestWeightsAndPositions(window);
     jax_nsa::TestNumBlocks(window);

@@ -1,29 +1,29 @@
-// One call, decoded: sizes, attributes and where the arrays lie. Free of XLA, so that kernels are
-// usable and testable without it; `decode.h` fills it from FFI buffers.
+// What calls over paged caches have in common: sizes, arrays, which rows of query belong to which
+// sequence, and what may be wrong with a sequence. Free of XLA, for host and device code.
 
-#ifndef JAX_NSA_PROBLEM_H_
-#define JAX_NSA_PROBLEM_H_
+#ifndef JAX_NSA_PAGED_H_
+#define JAX_NSA_PAGED_H_
 
 #include <cstdint>
 
-#include "selection.h"
+#include "blocks.h"
 
 namespace jax_nsa {
 
 enum class DataType { kBFloat16, kFloat16, kFloat32 };
 
-// Limits that kernels build on; jax_nsa/problem.py has them in the user's terms.
+// Limits that kernels build on; jax_nsa/checks.py has them in the user's terms.
 constexpr int64_t kPageGranule = 16;  // rows; page sizes are multiples of it
+constexpr int64_t kMaxPage = 256;     // rows
 constexpr int64_t kMaxGroup = 128;    // query heads for each of key's; groups divide it
 constexpr int64_t kMaxHeadSize = 192, kMaxValueSize = 128;
 
-// Sizes and attributes. Names and axes are those of jax_nsa/primitive.py.
-struct Problem {
+// Sizes. Names and axes are those of the operators in jax_nsa.
+struct PagedProblem {
   DataType dtype;              // of query, key and value
-  DataType attention_dtype;    // of attention: dtype, or float32 beside block_scores
   int64_t sequences;           // B
   int64_t rows;                // rows of query, one for each token, in all sequences together
-  int64_t tokens;              // rows that each sequence owns; 0 when ragged
+  int64_t tokens;              // rows that each sequence owns; 0 where rows are packed
   int64_t heads;               // N
   int64_t key_value_heads;     // Nkv
   int64_t head_size;           // D
@@ -31,40 +31,31 @@ struct Problem {
   int64_t num_pages;           // pages in the pool of key and value
   int64_t page_size;           // rows in a page
   int64_t pages_per_sequence;  // P, columns of block_table
-  int64_t select_count;        // k
   float scale;
-  Window window;
 
   // G, the query heads that share a key/value head.
   JAX_NSA_HOST_DEVICE constexpr int64_t group() const { return heads / key_value_heads; }
-  // Columns of block_scores: blocks of the longest sequence that block_table can name.
-  JAX_NSA_HOST_DEVICE constexpr int64_t max_blocks() const { return window.NumBlocks(capacity()); }
   // The longest sequence that block_table can name.
   JAX_NSA_HOST_DEVICE constexpr int64_t capacity() const { return pages_per_sequence * page_size; }
 };
 
-// Where the arrays lie, on the host or on a device.
-struct Arrays {
+// Where the operands lie, on the host or on a device.
+struct PagedArrays {
   const void* query;            // [rows, heads, head_size]
   const void* key;              // [num_pages, page_size, key_value_heads * head_size]
   const void* value;            // [num_pages, page_size, key_value_heads * value_size]
   const int32_t* block_table;   // [sequences, pages_per_sequence]
   const int32_t* lengths;       // [sequences]
   const int32_t* token_counts;  // [sequences], or null: each sequence has `tokens` tokens
-  const int32_t* early_counts;  // [sequences], or null: no token ignores the last position
-  const int32_t* first_rows;    // [sequences], not decreasing, when ragged; else null
-  void* attention;              // [rows, heads, value_size]
-  int32_t* topk_indices;        // [rows, key_value_heads, select_count]
-  float* lse;                   // [rows, heads], or null: not wanted
-  float* block_scores;          // [rows, heads, max_blocks()], or null: not wanted
+  const int32_t* first_rows;    // [sequences], not decreasing, where rows are packed; else null
 };
 
 // The rows of query, and of the results, that belong to one sequence.
 struct SequenceRows {
-  int64_t first;  // first row that the sequence owns
-  int64_t owned;  // rows that it owns
-  int64_t count;  // of these, how many hold a token; the others are padding
-  int64_t early;  // leading tokens that ignore the sequence's last position
+  int64_t first;      // first row that the sequence owns
+  int64_t owned;      // rows that it owns
+  int64_t count;      // of these, how many hold a token; the others are padding
+  int64_t early = 0;  // leading tokens that ignore the sequence's last position
 
   // How many of `length` positions the sequence's token t sees.
   JAX_NSA_HOST_DEVICE constexpr int64_t Visible(int64_t t, int64_t length) const {
@@ -73,15 +64,15 @@ struct SequenceRows {
 };
 
 // What is wrong with a sequence.
-enum class Fault { kNone, kLength, kTokenCount, kEarlyCount, kPageId };
+enum class Fault { kNone, kLength, kTokenCount, kOriginalLength, kPageId };
 
 // Finds the rows of sequence b, clamped to the arrays whatever the operands hold. On a fault other
-// than kNone the owned rows become NaN and -1 where the call cannot fail. Page ids are checked
+// than kNone the owned rows become NaN and -1 where the call does not fail. Page ids are checked
 // where they are read, with IsPage.
-JAX_NSA_HOST_DEVICE inline Fault FindRows(const Problem& problem, const Arrays& arrays, int64_t b,
-                                          SequenceRows* rows) {
+JAX_NSA_HOST_DEVICE inline Fault FindRows(const PagedProblem& problem, const PagedArrays& arrays,
+                                          int64_t b, SequenceRows* rows) {
   const int64_t count = arrays.token_counts ? arrays.token_counts[b] : problem.tokens;
-  rows->early = arrays.early_counts ? arrays.early_counts[b] : 0;
+  rows->early = 0;
   if (arrays.first_rows == nullptr) {
     rows->first = b * problem.tokens;
     rows->owned = problem.tokens;
@@ -95,16 +86,18 @@ JAX_NSA_HOST_DEVICE inline Fault FindRows(const Problem& problem, const Arrays& 
   }
   const bool fits = count >= 0 && count <= rows->owned;
   rows->count = fits ? count : 0;
-  if (arrays.lengths[b] < 0 || arrays.lengths[b] > problem.capacity()) return Fault::kLength;
-  if (!fits) return Fault::kTokenCount;
-  if (rows->early < 0) return Fault::kEarlyCount;
-  return Fault::kNone;
+  return fits ? Fault::kNone : Fault::kTokenCount;
 }
 
-JAX_NSA_HOST_DEVICE inline bool IsPage(const Problem& problem, int32_t id) {
+// Whether a sequence's length is one that its row of the block table can name.
+JAX_NSA_HOST_DEVICE inline bool IsLength(const PagedProblem& problem, int32_t length) {
+  return length >= 0 && length <= problem.capacity();
+}
+
+JAX_NSA_HOST_DEVICE inline bool IsPage(const PagedProblem& problem, int32_t id) {
   return id >= 0 && id < problem.num_pages;
 }
 
 }  // namespace jax_nsa
 
-#endif  // JAX_NSA_PROBLEM_H_
+#endif  // JAX_NSA_PAGED_H_

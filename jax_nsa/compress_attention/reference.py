@@ -6,61 +6,42 @@ length); it exists to be read, to run on any XLA platform, and to be differentia
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa.problem import Problem, Window
-
-_Parameters = ParamSpec("_Parameters")
-_Result = TypeVar("_Result")
-
-
-def with_usual_promotion(
-    function: Callable[_Parameters, _Result],
-) -> Callable[_Parameters, _Result]:
-    """Makes `function` mean the same however strict the user wants promotion in their own code."""
-
-    @functools.wraps(function)
-    def wrapped(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*args, **kwargs)
-
-    return wrapped
+from jax_nsa import tokens
+from jax_nsa._compat import with_usual_promotion
+from jax_nsa.compress_attention.problem import Problem
 
 
 @with_usual_promotion
-def compress_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    block_table: jax.Array,
-    lengths: jax.Array,
-    *tokens: jax.Array,
-    problem: Problem,
-) -> list[jax.Array]:
-    """Computes the primitive's results; operands and results are described in `primitive.py`."""
-    if query.ndim == 4:
+def compress_attention(operands: Mapping[str, jax.Array], problem: Problem) -> dict[str, jax.Array]:
+    """Computes the results by name; operands and results are described in `door.py`."""
+    query, key, value, block_table, lengths = (
+        operands[n] for n in ("query", "key", "value", "block_table", "lengths")
+    )
+    early = operands.get("early_counts", jnp.zeros_like(lengths))
+    select_lengths = operands.get("select_lengths", jnp.zeros_like(lengths))
+    if "first_rows" not in operands:
         rows = query
         token = jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
-        counts, early = tokens or (jnp.full_like(lengths, query.shape[1]), jnp.zeros_like(lengths))
+        counts = operands.get("token_counts", jnp.full_like(lengths, query.shape[1]))
         bad_tokens = (counts < 0) | (counts > query.shape[1])
     else:
-        # Ragged rows: give each row its sequence's table and length, and treat it as a sequence
+        # Packed rows: give each row its sequence's table and length, and treat it as a sequence
         # of one token.
-        counts, early, first_rows = tokens
+        first_rows, counts = operands["first_rows"], operands["token_counts"]
         rows = query[:, None]
-        sequence = sequence_of_rows(first_rows, query.shape[0])
+        sequence = tokens.sequence_of_rows(first_rows, query.shape[0])
         token = (jnp.arange(query.shape[0], dtype=jnp.int32) - first_rows[sequence])[:, None]
         rows_end = jnp.full((1,), query.shape[0], jnp.int32)
         bounds = jnp.minimum(jnp.concatenate([first_rows, rows_end]), rows_end)
         bad_tokens = ((counts < 0) | (counts > jnp.diff(bounds)))[sequence]
-        block_table, lengths = block_table[sequence], lengths[sequence]
-        counts, early = counts[sequence], early[sequence]
+        block_table, lengths, counts = block_table[sequence], lengths[sequence], counts[sequence]
+        early, select_lengths = early[sequence], select_lengths[sequence]
 
     num_pages, page = key.shape[:2]
     position = jnp.arange(block_table.shape[1] * page, dtype=jnp.int32)
@@ -68,6 +49,8 @@ def compress_attention(
     needed = in_sequence[:, ::page] & (counts > 0)[:, None]
     bad_page = jnp.any(needed & ((block_table < 0) | (block_table >= num_pages)), axis=1)
     bad = bad_tokens | bad_page | (lengths < 0) | (lengths > position.size) | (early < 0)
+    if problem.aligned:
+        bad |= (select_lengths < 0) | (problem.blocks.compressed_length(select_lengths) != lengths)
     absent = ~bad[:, None] & (token >= counts[:, None])  # rows that hold no token
     visible = lengths[:, None] - (token < early[:, None])  # compressed positions a token sees
 
@@ -106,11 +89,11 @@ def compress_attention(
 
     # 5. and 7. Importance of each select block, summed over the heads of the group; 6. and 8. the
     # choice.
-    scores_of_blocks = block_scores(probabilities, problem.window)
+    scores_of_blocks = block_scores(probabilities, problem)
     importance = jnp.sum(scores_of_blocks, axis=3)
-    num_blocks = problem.window.num_blocks(lengths)[:, None]
+    num_blocks = blocks_of_tokens(token, counts, lengths, select_lengths, problem)
     num_blocks = jnp.where(bad[:, None] | absent, 0, num_blocks)
-    indices = select(importance, num_blocks[:, :, None], problem.select_block_count)
+    indices = select(importance, num_blocks[:, :, None], problem)
 
     def rule(computed: jax.Array, when_absent: float) -> jax.Array:
         """Rows of bad sequences become NaN, rows without a token `when_absent`."""
@@ -121,41 +104,59 @@ def compress_attention(
     attention = attention.reshape(*rows.shape[:3], -1)
     attention_dtype = jnp.float32 if problem.return_block_scores else query.dtype
     leading = query.shape[:-2]
-    results = [
-        rule(attention, 0.0).astype(attention_dtype).reshape(*leading, *attention.shape[2:]),
-        indices.reshape(*leading, *indices.shape[2:]),
-    ]
+    results = {
+        "attention": rule(attention, 0.0).astype(attention_dtype),
+        "topk_indices": indices,
+    }
     if problem.return_lse:
         lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))
-        results.append(rule(lse.reshape(rows.shape[:3]), -jnp.inf).reshape(*leading, -1))
+        results["lse"] = rule(lse.reshape(rows.shape[:3]), -jnp.inf)
     if problem.return_block_scores:
         per_head = scores_of_blocks.reshape(*rows.shape[:3], -1)
-        results.append(rule(per_head, 0.0).reshape(*leading, *per_head.shape[2:]))
-    return results
+        results["block_scores"] = rule(per_head, 0.0)
+    return {name: r.reshape(*leading, *r.shape[2:]) for name, r in results.items()}
 
 
-def sequence_of_rows(first_rows: jax.Array, rows: int) -> jax.Array:
-    """The sequence that owns each of the ragged rows: int32[rows]."""
-    row = jnp.arange(rows, dtype=jnp.int32)
-    # Not jnp.searchsorted, which takes no symbolic number of sequences.
-    return jnp.sum(first_rows[None, :] <= row[:, None], axis=1, dtype=jnp.int32) - 1
+def blocks_of_tokens(
+    token: jax.Array,
+    counts: jax.Array,
+    lengths: jax.Array,
+    select_lengths: jax.Array,
+    problem: Problem,
+) -> jax.Array:
+    """How many blocks each token chooses from: int32, of the broadcast shape of `token`.
+
+    Args:
+        token: int32[sequences or 1, tokens], each one's number in its sequence.
+        counts: int32[sequences], tokens of each sequence.
+        lengths: int32[sequences], compressed positions.
+        select_lengths: int32[sequences], original tokens; only the aligned rule reads them.
+        problem: the static problem.
+    """
+    if not problem.aligned:
+        return jnp.broadcast_to(
+            problem.blocks.num_blocks(lengths)[:, None], (lengths.shape[0], token.shape[1])
+        )
+    later = jnp.where(problem.causal, counts[:, None] - 1 - token, 0)
+    return problem.blocks.universe(jnp.maximum(select_lengths[:, None] - later, 0))
 
 
-def select(importance: jax.Array, num_blocks: jax.Array, count: int) -> jax.Array:
-    """Picks the most important blocks: the initial and the two last always, then by importance.
+def select(importance: jax.Array, num_blocks: jax.Array, problem: Problem) -> jax.Array:
+    """Picks the most important blocks: the first and the last ones always, then by importance.
 
     Args:
         importance: float32[..., blocks], the scores summed over the heads of a group.
-        num_blocks: int32[...], how many blocks the sequence has.
-        count: blocks to pick.
+        num_blocks: int32[...], how many blocks the token chooses from.
+        problem: the static problem: how many to pick, and how many first and last ones always.
 
     Returns:
-        int32[..., count], by descending importance, of equals the lower index first; -1 where the
-        sequence has fewer blocks.
+        int32[..., count]: those always chosen in ascending order, then by descending importance,
+        of equals the lower index first; -1 where there are fewer blocks.
     """
+    count = problem.select_block_count
     num_blocks = num_blocks[..., None]
     block = jnp.arange(importance.shape[-1], dtype=jnp.int32)
-    always = (block == 0) | (block == num_blocks - 2) | (block == num_blocks - 1)
+    always = (block < problem.init_blocks) | (block >= num_blocks - problem.local_blocks)
     # NaN comes only of non-finite inputs; ranking it last keeps the choice well-defined.
     importance = jnp.where(jnp.isnan(importance), -1.0, importance)
     importance = jnp.where(always, jnp.inf, importance)
@@ -166,27 +167,31 @@ def select(importance: jax.Array, num_blocks: jax.Array, count: int) -> jax.Arra
     return jnp.where(jnp.arange(count, dtype=jnp.int32) < num_blocks, order, -1)
 
 
-def block_scores(probabilities: jax.Array, window: Window) -> jax.Array:
+def block_scores(probabilities: jax.Array, problem: Problem) -> jax.Array:
     """Sums probabilities into select blocks: the paper's eq. 9, block index j from 0.
 
-    `score[j] = sum_{m<M} sum_{n<L} p[M*(j+1) - m - n]`, terms outside the sequence dropped.
+    `score[j] = sum_{m<M} sum_{n<L} p[M*(j+1) - m - n]` by CANN's rule, and one position earlier by
+    the aligned one, `p[M*j + m - n]` (the same sum over m from its other end); terms outside the
+    sequence dropped.
 
     Args:
         probabilities: float32[..., positions], 0 outside the sequence.
-        window: the block geometry, which gives M and L.
+        problem: the block geometry, which gives M and L, and whose rule it is.
 
     Returns:
         float32[..., blocks], as many blocks as `positions` fill.
     """
-    m_count, n_count = window.strides_per_select_block, window.strides_per_compress_block
-    positions = probabilities.shape[-1]
-    blocks = window.num_blocks(positions)
+    m_count = problem.blocks.strides_per_select_block
+    n_count = problem.blocks.strides_per_compress_block
+    blocks = problem.max_blocks(probabilities.shape[-1])
+    # The position that block 0 takes for m = n = 0; the others lie before it.
+    latest = m_count - 1 if problem.aligned else m_count
     before, after = m_count + n_count, m_count * (blocks + 1)
     padded = jnp.pad(probabilities, [(0, 0)] * (probabilities.ndim - 1) + [(before, after)])
     scores = jnp.zeros((*probabilities.shape[:-1], blocks), probabilities.dtype)
     for m in range(m_count):
         for n in range(n_count):
-            first = before + m_count - m - n  # where block 0 finds this term
+            first = before + latest - m - n
             scores += lax.slice_in_dim(
                 padded, first, first + m_count * (blocks - 1) + 1, m_count, axis=-1
             )

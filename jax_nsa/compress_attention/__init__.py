@@ -1,0 +1,1 @@
+"""The compressed branch: attention over compressed positions, and the choice of blocks."""
