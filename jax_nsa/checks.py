@@ -130,9 +130,8 @@ class Integers:
         host: its values where the host knows them, else None.
     """
 
-    def __init__(self, name: str, values: Any, *, axes: str) -> None:
-        """Checks `values`, whose axes are called `axes`, for instance "[B, P]"."""
-        rank = axes.count(",") + 1
+    def __init__(self, name: str, values: Any, *, rank: int) -> None:
+        """Checks that `values` are integers of this rank."""
         if values is None:
             raise ValueError(f"{name} is required, got None")
         values = _held_array(values)
@@ -144,18 +143,14 @@ class Integers:
         else:
             self.host = array = _host_array(name, values, rank)
         empty = self.host is not None and array.size == 0  # an empty list's dtype is no choice
-        if empty and array.ndim < rank:
-            array = array.reshape(array.shape + (0,) * (rank - array.ndim))
-            self.host = array
         integral = jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.kind != "m"  # timedelta
         if not empty and not integral:
             raise TypeError(
-                f"{name} must hold integers, got dtype {array.dtype.name} in shape "
-                f"{tuple(array.shape)}"
+                f"{name} must hold integers, got dtype {array.dtype.name}{_shown(self.host)}"
             )
         if len(array.shape) != rank:
             raise ValueError(
-                f"{name} must have shape {axes}, of rank {rank}, got shape {tuple(array.shape)}"
+                f"{name} must have rank {rank}, got shape {tuple(array.shape)}{_shown(self.host)}"
             )
         if empty and not integral:
             self.host = array = array.astype(np.int32)
@@ -171,23 +166,22 @@ class Integers:
             return jnp.asarray(values.astype(np.int32))
         return values if values.dtype == jnp.int32 else _to_int32(values)
 
-    def check_range(self, least: int, most: Any, says: str = "") -> None:
-        """Holds known values to `[least, most]`; `most` may be an array; `says` explains it."""
+    def check_range(self, most: Any, says: str = "") -> None:
+        """Holds known values to `[0, most]`, None for any; `says` explains the limit."""
         if self.host is None:
             return
-        bad = (self.host < least) | (self.host > most)
+        bad = self.host < 0 if most is None else (self.host < 0) | (self.host > most)
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
-            limit = int(np.broadcast_to(most, self.host.shape)[at])
+            legal = "at least 0" if most is None else f"in [0, {most}]{says}"
             raise ValueError(
-                f"{self.name}[{', '.join(map(str, at))}] must be in [{least}, {limit}]{says}, "
-                f"got {int(self.host[at])}"
+                f"{self.name}[{', '.join(map(str, at))}] must be {legal}, got {int(self.host[at])}"
             )
 
 
 def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
     """Integers, one for each of the block table's rows."""
-    integers = Integers(name, values, axes="[B]")
+    integers = Integers(name, values, rank=1)
     if integers.shape != (sequences,):
         raise ValueError(
             f"{name} must have an entry for each of the {sequences} rows of block_table, "
@@ -197,26 +191,27 @@ def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
 
 
 def counts_of_tokens(
-    counts: Any, query_shape: tuple[Any, ...], *, sequences: Any, packed: bool
+    counts: Any, query_shape: tuple[Any, ...], table: Integers, *, packed: bool
 ) -> dict[str, Integers]:
     """`actual_seq_qlen` by its name where it is given, held to query's token axis.
 
     Args:
         counts: the argument.
         query_shape: `[T, N, D]` where rows are packed, or `[B, S, N, D]`.
-        sequences: B.
+        table: the block table, which has a row for each sequence.
         packed: whether rows are packed.
     """
+    sequences = table.shape[0]
     tokens = query_shape[0 if packed else 1]
     if counts is None:
         if packed and tokens != sequences:
             raise ValueError(
                 "query must have one row for each row of block_table unless actual_seq_qlen is "
-                f"given, got {tokens} rows in shape {query_shape} for {sequences} sequences"
+                f"given, got shapes {query_shape} and {table.shape}"
             )
         return {}
     integers = per_sequence("actual_seq_qlen", counts, sequences)
-    integers.check_range(0, INT32_MAX if packed else tokens)
+    integers.check_range(None if packed else tokens)
     if packed and integers.host is not None and sum(integers.host.tolist()) != tokens:
         raise ValueError(
             f"actual_seq_qlen must sum to query's tokens ({tokens}), "
@@ -290,9 +285,9 @@ def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None
                 f"got shape {shape}"
             )
         array = _merge_heads(array)
-    if array.shape[2] % heads:
+    if size is None and array.shape[2] % heads:
         raise ValueError(
-            f"{name}'s last axis must be a multiple of its {heads} heads (key_value_head_num), "
+            f"{name}'s last axis must be a multiple of key_value_head_num ({heads}), "
             f"got {array.shape[2]} in shape {shape}"
         )
     if size is not None and array.shape[2] != heads * size:
@@ -330,8 +325,8 @@ def heads(query_shape: tuple[Any, ...], *, stated: int, key_value_heads: int) ->
             f"head_num / key_value_head_num must divide {GROUP_MAX}, "
             f"got {have} / {key_value_heads} = {group}"
         )
-    if not 0 < size <= HEAD_SIZE_MAX:
-        raise ValueError(f"query's head size must be in [1, {HEAD_SIZE_MAX}], got {size}")
+    if size > HEAD_SIZE_MAX:
+        raise ValueError(f"query's head size must be at most {HEAD_SIZE_MAX}, got {size}")
 
 
 def pools(
@@ -393,6 +388,11 @@ def _to_int32(values: jax.Array) -> jax.Array:
     own, limits = jnp.iinfo(values.dtype), jnp.iinfo(jnp.int32)
     values = jnp.clip(values, max(own.min, limits.min), min(own.max, limits.max))
     return values.astype(jnp.int32)
+
+
+def _shown(host: np.ndarray | None) -> str:
+    """Known values for a message, shortened."""
+    return "" if host is None else f": {reprlib.repr(host.tolist())}"
 
 
 def _merge_heads(array: ArrayLike) -> ArrayLike:

@@ -137,7 +137,8 @@ def find_truth(seed: Operands) -> Truth:
     exact = {"query": query[:, None], "key": key, "value": value}
     operands = {name: array.astype(jnp.float32) for name, array in exact.items()}
     results = compute({**operands, "block_table": block_table, "lengths": lengths})
-    attention, indices, _, scores = map(np.asarray, results.values())
+    names = ("attention", "topk_indices", "block_scores")
+    attention, indices, scores = (np.asarray(results[name]) for name in names)
     importance = scores.reshape(SEQUENCES, KEY_VALUE_HEADS, HEADS // KEY_VALUE_HEADS, -1).sum(2)
     importance[..., [0, -2, -1]] = np.inf  # every sequence here fills its block table
     return Truth(attention[:, 0], indices[:, 0], importance)

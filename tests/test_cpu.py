@@ -97,7 +97,7 @@ def test_unknown_instruction_set_is_refused(monkeypatch, isa):
 
 
 def test_program_for_a_missing_instruction_set_fails(monkeypatch):
-    monkeypatch.setattr(cpu, "forced_isa", lambda: "mmx")
+    monkeypatch.setattr(cpu, "configuration", lambda call: {"isa": "mmx"})
     arrays, static = split()
     with pytest.raises(jax.errors.JaxRuntimeError, match='no CPU kernel "mmx"'):
         jax.block_until_ready(jax.jit(lambda arrays: call(static | arrays))(arrays))

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from jax_nsa import backends, native
-from jax_nsa.backends import cpu
+from jax_nsa.compress_attention.door import OPERATOR
 
+TARGET = "jax_nsa_compress_attention_cpu"
 RUNTIME = (0, 3)  # (major, minor) of the XLA FFI API that the tests of versions pretend to run on
 
 
@@ -41,7 +42,7 @@ def library(version, **registrations):
 
 @pytest.mark.parametrize("version", [(0, 3), (0, 2), (0, 0)])
 def test_library_for_this_or_an_older_api_is_taken(reload, version):
-    built = library(version, cpu={"target": ("cpu", object())})
+    built = library(version, cpu={"jax_nsa_target_cpu": ("cpu", object())})
     reload(built)
     assert native.module() is built
     assert native.unavailable("cpu", "target") is None
@@ -51,7 +52,7 @@ def test_library_for_this_or_an_older_api_is_taken(reload, version):
 def test_library_for_another_api_is_refused_with_the_remedy(reload, monkeypatch, version):
     registered = []
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: registered.append(a))
-    reload(library(version, cpu={"target": ("cpu", object())}))
+    reload(library(version, cpu={"jax_nsa_target_cpu": ("cpu", object())}))
     native.register("cpu")
     assert registered == []
     reason = native.unavailable("cpu", "target")
@@ -74,7 +75,7 @@ def test_missing_library_says_what_to_install(reload):
 
 
 def test_missing_kernel_is_told_from_a_missing_library(reload):
-    reload(library(RUNTIME, cpu={"target": ("cpu", object())}))
+    reload(library(RUNTIME, cpu={"jax_nsa_target_cpu": ("cpu", object())}))
     assert native.unavailable("cuda", "other") == (
         "the installed library was compiled without its cuda kernel"
     )
@@ -94,8 +95,9 @@ def test_register_hands_each_target_to_jax_with_its_platform(reload, monkeypatch
 
 def test_call_that_no_kernel_serves_repeats_the_reason(reload):
     reload(None)
+    call = backends.Call(OPERATOR, operands=(), names=(), problem=None)
     with pytest.raises(NotImplementedError, match=r'"cpu": the compiled library .*pip install'):
-        backends.choose("cpu", ("cpu",), call=None)
+        backends.choose("cpu", ("cpu",), call)
 
 
 def test_runtime_version_is_that_of_the_installed_header():
@@ -110,7 +112,7 @@ def test_headers_that_tell_no_version_make_the_library_unusable(
     reload, monkeypatch, tmp_path, header
 ):
     find = native._runtime_ffi_api_version
-    reload(library(RUNTIME, cpu={"target": ("cpu", object())}))
+    reload(library(RUNTIME, cpu={"jax_nsa_target_cpu": ("cpu", object())}))
     monkeypatch.setattr(native, "_runtime_ffi_api_version", find)
     if header is not None:
         (tmp_path / "xla/ffi/api").mkdir(parents=True)
@@ -127,7 +129,7 @@ def test_installed_library_loads_and_has_the_cpu_kernel():
     built, running = module.ffi_api_version(), native._runtime_ffi_api_version()
     assert built[0] == running[0]
     assert built[1] <= running[1]
-    assert module.registrations()["cpu"][cpu.TARGET][0] == "cpu"
+    assert module.registrations()["cpu"][TARGET][0] == "cpu"
 
 
 def legal_windows():
@@ -146,7 +148,7 @@ def test_num_blocks_counts_select_blocks_begun():
             assert num_blocks(block, stride, select, length) == whole + bool(rest)
 
 
-# The kernels trust what cc/decode.cc let through, so it is called here without the front door.
+# The kernels trust what cc/ffi_call.cc let through, so it is called here without the front door.
 
 ARRAYS = {
     "query": np.zeros((2, 3, 4, 8), np.float32),
@@ -167,38 +169,41 @@ ATTRIBUTES = {
     "compress_block_size": np.int64(32),
     "compress_stride": np.int64(16),
     "select_block_size": np.int64(64),
+    "aligned": np.int64(0),
+    "init_blocks": np.int64(1),
+    "local_blocks": np.int64(2),
+    "causal": np.int64(0),
 }
+# Operands that a good call may have too.
+FURTHER = ("select_lengths", "first_rows", "surprise")
 TOKENS = {"token_counts": np.full(2, 3, np.int32), "early_counts": np.zeros(2, np.int32)}
 
 
-def attributes_of_its_own():
-    """What the CPU kernel takes besides `problem`, as its backend gives it."""
-    captured = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            native,
-            "ffi_lowering",
-            lambda target, problem, **own: captured.update(own) or (lambda *operands: ()),
+def call_kernel(*, operands=None, results=None, **changes):
+    """Calls the CPU kernel with some arrays and attributes other than the good ones.
+
+    Args:
+        operands: names of the operands, where they are not those of the arrays.
+        results: likewise.
+        **changes: arrays and attributes by name; None leaves one out.
+    """
+    arrays, outputs, attributes = (
+        {name: value for name, value in (part | changes).items() if value is not None}
+        for part in (ARRAYS | TOKENS, RESULTS, ATTRIBUTES)
+    )
+    known = {*ARRAYS, *TOKENS, *FURTHER}
+    arrays = {name: arrays[name] for name in arrays if name in known}
+    outputs = {name: outputs[name] for name in outputs if name in {*RESULTS, "more"}}
+    attributes = {name: attributes[name] for name in attributes if name in ATTRIBUTES}
+    call = jax.ffi.ffi_call(TARGET, list(outputs.values()))
+    return jax.block_until_ready(
+        call(
+            *map(jnp.asarray, arrays.values()),
+            operands=" ".join(arrays) if operands is None else operands,
+            results=" ".join(outputs) if results is None else results,
+            problem=attributes,
         )
-        cpu.lower(None, call=backends.Call(problem=None, operands=()))
-    return captured
-
-
-def call_kernel(**changes):
-    """Calls the CPU kernel with some operands, results and attributes other than the good ones."""
-    operands, results, attributes = (
-        [changes.get(name, value) for name, value in part.items()]
-        for part in (ARRAYS, RESULTS, ATTRIBUTES)
     )
-    tokens = changes.get("tokens", TOKENS.values())
-    call = jax.ffi.ffi_call(cpu.TARGET, results)
-    outputs = call(
-        *map(jnp.asarray, [*operands, *tokens]),
-        problem=dict(zip(ATTRIBUTES, map(np.int64, attributes), strict=True))
-        | {"scale": attributes[0]},
-        **attributes_of_its_own(),
-    )
-    return jax.block_until_ready(outputs)
 
 
 def f32(*shape):
@@ -264,10 +269,46 @@ LIES = {
         "block_table names more positions",
     ),
     "lengths_shape": ({"lengths": i32(3)}, "lengths must have shape [2]"),
-    "one_token_operand": ({"tokens": [i32(2)]}, "takes 5, 7 or 8 operands, got 6"),
-    "nine_operands": ({"tokens": [i32(2)] * 4}, "takes 5, 7 or 8 operands, got 9"),
-    "token_counts_shape": ({"tokens": [i32(3), i32(2)]}, "must have shape [2], got [3]"),
-    "early_counts_dtype": ({"tokens": [i32(2), f32(2)]}, "unexpected element type"),
+    "no_lengths": ({"lengths": None}, "needs lengths"),
+    "no_query": ({"query": None}, "needs query"),
+    "no_attention": ({"attention": None}, "needs attention"),
+    "no_scale": ({"scale": None}, "needs the float scale"),
+    "scale_of_another_type": ({"scale": np.float64(1)}, "needs the float scale"),
+    "no_stride": ({"compress_stride": None}, "needs the integer compress_stride"),
+    "packed_without_counts": (
+        {
+            "query": f32(6, 4, 8),
+            "first_rows": i32(2),
+            "token_counts": None,
+            "attention": result(6, 4, 6),
+            "topk_indices": result(6, 2, 1, dtype=np.int32),
+            "lse": None,
+            "block_scores": None,
+        },
+        "needs token_counts beside first_rows",
+    ),
+    "unknown_operand": ({"surprise": i32(2)}, 'does not know "surprise" among its operands'),
+    "operand_twice": (
+        {"operands": "query key value block_table lengths lengths token_counts"},
+        'has "lengths" twice among its operands',
+    ),
+    "too_few_names": ({"operands": "query key value block_table lengths"}, "names 5 operands and"),
+    "too_many_results": (
+        {"more": result(1)},
+        'does not know "more" among its results',
+    ),
+    "too_few_results": ({"results": "attention topk_indices"}, "names 2 results and has 4"),
+    "scores_without_lse": ({"lse": None}, "gives block_scores beside lse only"),
+    "value_dtype": ({"value": np.zeros((5, 16, 12), np.float16)}, "value has an unexpected"),
+    "page_of_272_rows": (
+        {"key": f32(5, 272, 16), "value": f32(5, 272, 12)},
+        "page size must be at most 256, got 272",
+    ),
+    "token_counts_shape": ({"token_counts": i32(3)}, "token_counts must have shape [2], got [3]"),
+    "early_counts_dtype": ({"early_counts": f32(2)}, "early_counts has an unexpected element"),
+    "first_rows_shape": ({"first_rows": i32(3)}, "query must have rank 3"),
+    "aligned_without_lengths": ({"aligned": np.int64(1)}, "needs select_lengths where blocks"),
+    "negative_init_blocks": ({"init_blocks": np.int64(-1)}, "must be at least 0"),
     "attention_shape": ({"attention": result(2, 3, 4, 7)}, "attention must have shape [2, 3, 4, 6"),
     "attention_dtype": (
         {"attention": result(2, 3, 4, 6, dtype=np.float16)},
@@ -287,14 +328,20 @@ LIES = {
         {"block_scores": result(2, 3, 4, 8)},
         "block_scores must have shape [2, 3, 4, 9], got [2, 3, 4, 8]",
     ),
-    "no_heads": ({"key_value_heads": 0}, "multiple of key_value_heads, got 4 and 0"),
-    "negative_heads": ({"key_value_heads": -2}, "multiple of key_value_heads, got 4 and -2"),
-    "too_many_heads": ({"key_value_heads": HUGE}, "multiple of key_value_heads"),
-    "stride_0": ({"compress_stride": 0}, "sizes do not fit"),
-    "stride_negative": ({"compress_stride": -16}, "sizes do not fit"),
-    "window_huge": ({"compress_block_size": HUGE, "select_block_size": HUGE}, "sizes do not fit"),
-    "select_less_than_compress": ({"select_block_size": 16}, "sizes do not fit"),
-    "select_not_of_strides": ({"select_block_size": 72}, "sizes do not fit"),
+    "no_heads": ({"key_value_heads": np.int64(0)}, "multiple of key_value_heads, got 4 and 0"),
+    "negative_heads": (
+        {"key_value_heads": np.int64(-2)},
+        "multiple of key_value_heads, got 4 and -2",
+    ),
+    "too_many_heads": ({"key_value_heads": np.int64(HUGE)}, "multiple of key_value_heads"),
+    "stride_0": ({"compress_stride": np.int64(0)}, "sizes do not fit"),
+    "stride_negative": ({"compress_stride": np.int64(-16)}, "sizes do not fit"),
+    "window_huge": (
+        {"compress_block_size": np.int64(HUGE), "select_block_size": np.int64(HUGE)},
+        "sizes do not fit",
+    ),
+    "select_less_than_compress": ({"select_block_size": np.int64(16)}, "sizes do not fit"),
+    "select_not_of_strides": ({"select_block_size": np.int64(72)}, "sizes do not fit"),
 }
 
 

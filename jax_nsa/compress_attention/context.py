@@ -124,14 +124,13 @@ def merge_parts(
     grouped = scores.reshape(*scores.shape[:-2], problem.key_value_heads, group, -1)
     importance = jnp.sum(grouped, axis=-2)
     blocks = problem.max_blocks(devices * part)
-    room = max(blocks, (devices - 1) * (part // stride) + scores.shape[-1])
     whole_importance, importance = _compat.vary_alike(
-        jnp.zeros((*importance.shape[:-1], 1 + room), importance.dtype), importance
+        jnp.zeros((*importance.shape[:-1], 1 + blocks), importance.dtype), importance
     )
     whole_importance = lax.dynamic_update_slice_in_dim(
         whole_importance, importance, start // stride, axis=-1
     )
-    whole_importance = lax.psum(whole_importance, axis_name)[..., 1 : 1 + blocks]
+    whole_importance = lax.psum(whole_importance, axis_name)[..., 1:]
 
     state = state[..., ::group]
     present = (state == _PRESENT) | (state == _NAN)

@@ -219,7 +219,7 @@ def nsa_compress_attention_infer(
     query, key, value = _check_arrays(
         query, key, value, problem, packed=packed, head_num=head_num, page=page
     )
-    table = checks.Integers("block_table", block_table, axes="[B, P]")
+    table = checks.Integers("block_table", block_table, rank=2)
     devices = 1 if context_axis is None else checks.axis_size(context_axis)
     integers = _check_integers(
         table, actual_seq_qlen, actual_cmp_seq_kvlen, actual_sel_seq_kvlen, problem,
@@ -257,7 +257,9 @@ def _check_arrays(
         checks.floats(name, array, like=("query", query))
         for name, array in (("key", key), ("value", value))
     )
-    checks.query_shape(query, axes="[T, N, D]" if packed else "[B, S, N, D]")
+    checks.query_shape(
+        query, axes="[tokens, heads, head_size]" if packed else "[B, S, heads, head_size]"
+    )
     key_value_heads = problem.key_value_heads
     checks.heads(
         query.shape, stated=checks.count("head_num", head_num), key_value_heads=key_value_heads
@@ -278,9 +280,9 @@ def _check_integers(
         "actual_cmp_seq_kvlen": checks.per_sequence("actual_cmp_seq_kvlen", lengths, sequences)
     }
     given["actual_cmp_seq_kvlen"].check_range(
-        0, capacity, " (the block table's pages times page_block_size)"
+        capacity, " (the block table's pages times page_block_size)"
     )
-    given |= checks.counts_of_tokens(counts, query_shape, sequences=sequences, packed=packed)
+    given |= checks.counts_of_tokens(counts, query_shape, table, packed=packed)
     if select_lengths is not None:
         given["actual_sel_seq_kvlen"] = checks.per_sequence(
             "actual_sel_seq_kvlen", select_lengths, sequences
