@@ -11,7 +11,11 @@ import zipfile
 import pytest
 from ascend.standin import CC, HERE, INCLUDES, build, compile_cc
 
-SOURCES = [*sorted((CC / "ascend").glob("*.cc")), CC / "decode.cc"]
+SOURCES = [
+    *sorted((CC / "ascend").glob("*.cc")),
+    CC / "ffi_call.cc",
+    CC / "compress_attention_call.cc",
+]
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])

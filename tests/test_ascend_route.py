@@ -21,7 +21,9 @@ from problems import Geometry, build
 
 from jax_nsa import backends, native, nsa_compress_attention_infer
 from jax_nsa.backends import ascend
-from jax_nsa.problem import Problem, Window
+from jax_nsa.blocks import Blocks
+from jax_nsa.compress_attention.door import OPERATOR
+from jax_nsa.compress_attention.problem import Problem
 
 pytest_plugins = ("ascend.fixtures",)
 
@@ -29,6 +31,8 @@ USUAL = Geometry(
     dtype="bfloat16", lengths=(150, 33, 97), page=16, k=8, group=4, head_size=24, value_size=12
 )
 LAUNCHES = "launches libopapi.so"
+
+TARGET, HOST_TARGET = "jax_nsa_compress_attention_ascend", "jax_nsa_compress_attention_ascend_host"
 
 
 @pytest.fixture(autouse=True)
@@ -260,15 +264,16 @@ class TestMemory:
         def run(heads):
             query = np.ones((1, 1, heads, 16), np.float16)
             pool = np.ones((1, 16, 16), np.float16)
-            table, lengths = np.zeros((1, 1), np.int32), np.full(1, 8, np.int32)
-            problem = Problem(Window(32, 16, 64), 1.0, key_value_heads=1, select_block_count=2)
-            results = [
-                jax.ShapeDtypeStruct((1, 1, heads, 16), np.float16),
-                jax.ShapeDtypeStruct((1, 1, 1, 2), np.int32),
-            ]
-            attention, indices = harness.run(
-                problem, (query, pool, pool, table, lengths), results, host_lengths=(8,)
-            )
+            operands = {
+                "query": query, "key": pool, "value": pool,
+                "block_table": np.zeros((1, 1), np.int32), "lengths": np.full(1, 8, np.int32),
+            }  # fmt: skip
+            problem = Problem(Blocks(32, 16, 64), 1.0, key_value_heads=1, select_block_count=2)
+            call = backends.Call(
+                OPERATOR, tuple(operands.values()), tuple(operands), problem,
+                constants=(("lengths", (8,)),),
+            )  # fmt: skip
+            attention, indices = harness.run(call, [*operands.values()], call.results())
             np.testing.assert_array_equal(attention, np.ones_like(attention))
             assert indices.tolist() == [[[[0, 1]]]]
 
@@ -389,7 +394,7 @@ class TestSelection:
     @pytest.mark.parametrize("implementation", [None, "ascend"])
     def test_default_on_an_ascend_platform(self, implementation):
         program = self.lowered("ascend", implementation)
-        assert f"@{ascend.TARGET}(" in program
+        assert f"@{TARGET}(" in program
         assert "host_lengths = dense<> : tensor<0xi64>" in program
 
     def test_constant_lengths_are_in_the_program(self):
@@ -398,21 +403,16 @@ class TestSelection:
 
     def test_host_jax_has_a_target_of_its_own(self):
         program = self.lowered("cpu", "ascend")
-        assert f"@{ascend.HOST_TARGET}(" in program
+        assert f"@{HOST_TARGET}(" in program
         assert "device = 0 : i64" in program
 
     def test_xla_reads_the_attributes(self):
         """As far as a platform that has no Ascend stream shows: nothing but that is missing."""
-        _, handler = native.module().registrations()["ascend"][ascend.TARGET]
+        _, handler = native.module().registrations()["ascend"][TARGET]
         jax.ffi.register_ffi_target("ascend_attributes", handler, platform="cpu")
-        problem = {
-            name: np.int64(16)
-            for name in ("compress_block_size", "compress_stride", "select_block_size")
-        }
-        problem |= {"key_value_heads": np.int64(1), "scale": np.float32(1)}
         call = jax.ffi.ffi_call("ascend_attributes", jax.ShapeDtypeStruct((1,), np.float32))
-        with pytest.raises(Exception, match=r"bad operands at: 0\)"):
-            call(problem=problem, host_lengths=np.asarray([3, 3], np.int64))
+        with pytest.raises(Exception, match=r"[Ss]tream"):
+            call(problem={"scale": np.float32(1)}, host_lengths=np.asarray([3, 3], np.int64))
 
     def test_other_platforms_have_none(self):
         with pytest.raises(NotImplementedError, match="runs on platform cpu or ascend"):

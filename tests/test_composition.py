@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import Geometry, build
 
-from jax_nsa import backends, nsa_compress_attention_infer
+from jax_nsa import nsa_compress_attention_infer
 
 ARRAYS = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")
 TOKENS = ("actual_seq_qlen", "actual_sel_seq_kvlen")

@@ -15,7 +15,6 @@ import pytest
 from problems import Geometry, build
 
 import jax_nsa
-from jax_nsa import backends
 
 GEOMETRY = Geometry(lengths=(60, 17, 33), head_size=16, value_size=8, hostile=False)
 NAMES = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 NAME = "ascend"
 PLATFORMS = ("cpu", "ascend")
 DEFAULT_PLATFORMS = ("ascend",)
+MAX_PAGE = 128  # rows
 DEVICE_VARIABLE = "JAX_NSA_ASCEND_DEVICE"
 
 
@@ -61,7 +62,7 @@ def refuses(call: Call, platform: str) -> str | None:
             f"local_blocks=2, got {problem.importance!r}, {problem.init_blocks}, "
             f"{problem.local_blocks}"
         )
-    if key.shape[1] > limits["page"]:
+    if key.shape[1] > MAX_PAGE:
         return f"CANN's kernel takes pages of at most {limits['page']} rows, got {key.shape[1]}"
     if query.dtype.name not in ("bfloat16", "float16"):
         return f"CANN's kernel takes bfloat16 and float16, got {query.dtype.name}"

@@ -20,11 +20,15 @@ struct XLA_FFI_Error {
 
 class CallFrame {
  public:
-  void AddArgument(XLA_FFI_DataType type, std::vector<int64_t> dims, void* data) {
+  void AddArgument(const std::string& name, XLA_FFI_DataType type, std::vector<int64_t> dims,
+                   void* data) {
     arguments_.push_back(AddBuffer(type, std::move(dims), data));
+    operand_names_ += (operand_names_.empty() ? "" : " ") + name;
   }
-  void AddResult(XLA_FFI_DataType type, std::vector<int64_t> dims, void* data) {
+  void AddResult(const std::string& name, XLA_FFI_DataType type, std::vector<int64_t> dims,
+                 void* data) {
     results_.push_back(AddBuffer(type, std::move(dims), data));
+    result_names_ += (result_names_.empty() ? "" : " ") + name;
   }
   // Attributes; those of the dictionary "problem" separately.
   void SetInteger(const std::string& name, int64_t value) { Integer(attributes_, name, value); }
@@ -45,6 +49,10 @@ class CallFrame {
   // Runs the handler; null on success.
   std::unique_ptr<XLA_FFI_Error> Run(XLA_FFI_Handler* handler) {
     Dictionary problem(problem_);
+    XLA_FFI_ByteSpan operands = {operand_names_.data(), operand_names_.size()};
+    XLA_FFI_ByteSpan results_named = {result_names_.data(), result_names_.size()};
+    attributes_["operands"] = {XLA_FFI_AttrType_STRING, &operands};
+    attributes_["results"] = {XLA_FFI_AttrType_STRING, &results_named};
     attributes_["problem"] = {XLA_FFI_AttrType_DICTIONARY, problem.attrs()};
     Dictionary attributes(attributes_);
     std::vector<void*> arguments = Pointers(arguments_), results = Pointers(results_);
@@ -163,6 +171,7 @@ class CallFrame {
   Context context_ = {};
   std::deque<Buffer> buffers_;
   std::vector<Buffer*> arguments_, results_;
+  std::string operand_names_, result_names_;
   std::deque<int64_t> integers_;
   std::deque<float> floats_;
   std::deque<std::vector<int64_t>> arrays_;

@@ -13,17 +13,16 @@ import ctypes
 import functools
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ascend.standin import StandIn
-from jax.interpreters import mlir
 
 from jax_nsa import native
 from jax_nsa.backends import Call, ascend
-from jax_nsa.problem import Problem
+from jax_nsa.operator import Operator
 
 DEVICE = 1
 # XLA_FFI_DataType
@@ -44,7 +43,9 @@ class Harness:
         self.frames.frame_new.restype = ctypes.c_void_p
         self.standin = standin
         self.acl = standin.runtime
-        self.handler = _pointer(native.module().registrations()["ascend"][ascend.TARGET][1])
+        self.handler = _pointer(
+            native.module().registrations()["ascend"]["jax_nsa_compress_attention_ascend"][1]
+        )
         self.lock = threading.RLock()  # a hook below may run another call
         # What a test does right before and after the handler runs.
         self.on_entry: Callable[[], None] | None = None
@@ -62,39 +63,35 @@ class Harness:
         assert self.acl.aclrtDestroyStream(self.stream) == 0
 
     def run(
-        self,
-        problem: Problem,
-        operands: Sequence[np.ndarray],
-        results: Sequence[jax.ShapeDtypeStruct],
-        host_lengths: Sequence[int] = (),
+        self, call: Call, operands: Sequence[np.ndarray], results: Sequence[jax.ShapeDtypeStruct]
     ) -> tuple[np.ndarray, ...]:
         """Runs the handler once; HandlerError with its message if it fails."""
         with self.lock, self._frame() as frame, contextlib.ExitStack() as memory:
             assert self.acl.aclrtSetDevice(DEVICE) == 0
 
-            def add(array: np.ndarray, is_result: bool) -> ctypes.c_void_p:
+            def add(name: str, array: np.ndarray, is_result: bool) -> ctypes.c_void_p:
                 pointer = memory.enter_context(self._device_copy(array))
                 self.frames.frame_buffer(
-                    frame, int(is_result), FFI_TYPES[array.dtype.name],
+                    frame, name.encode(), int(is_result), FFI_TYPES[array.dtype.name],
                     ctypes.c_int64(array.ndim), _int64s(array.shape), pointer,
                 )  # fmt: skip
                 return pointer
 
-            for operand in operands:
-                add(np.ascontiguousarray(operand), False)
+            for name, operand in zip(call.names, operands, strict=True):
+                add(name, np.ascontiguousarray(operand), False)
             outputs = [np.empty(r.shape, r.dtype) for r in results]
-            pointers = [add(output, True) for output in outputs]
-            window = problem.window
-            for name, value in (
-                ("key_value_heads", problem.key_value_heads),
-                ("compress_block_size", window.compress_block_size),
-                ("compress_stride", window.compress_stride),
-                ("select_block_size", window.select_block_size),
-            ):
-                self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
-            self.frames.frame_problem_float(frame, b"scale", ctypes.c_float(problem.scale))
+            names = [result.name for result in call.operator.results(call.problem)]
+            pointers = [
+                add(name, output, True) for name, output in zip(names, outputs, strict=True)
+            ]
+            for name, value in call.problem.scalars().items():
+                if isinstance(value, float):
+                    self.frames.frame_problem_float(frame, name.encode(), ctypes.c_float(value))
+                else:
+                    self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
+            lengths = dict(call.constants).get("lengths", ())
             self.frames.frame_integers(
-                frame, b"host_lengths", ctypes.c_int64(len(host_lengths)), _int64s(host_lengths)
+                frame, b"host_lengths", ctypes.c_int64(len(lengths)), _int64s(lengths)
             )
             self.frames.frame_stream(frame, self.stream, DEVICE)
             message = ctypes.create_string_buffer(4096)

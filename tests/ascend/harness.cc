@@ -9,12 +9,12 @@
 EXPORT CallFrame* frame_new() { return std::make_unique<CallFrame>().release(); }
 EXPORT void frame_delete(CallFrame* frame) { const std::unique_ptr<CallFrame> owned(frame); }
 
-EXPORT void frame_buffer(CallFrame* frame, int result, int type, int64_t rank, const int64_t* dims,
-                         void* data) {
+EXPORT void frame_buffer(CallFrame* frame, const char* name, int result, int type, int64_t rank,
+                         const int64_t* dims, void* data) {
   std::vector<int64_t> shape(dims, dims + rank);
   const auto dtype = static_cast<XLA_FFI_DataType>(type);
-  result ? frame->AddResult(dtype, std::move(shape), data)
-         : frame->AddArgument(dtype, std::move(shape), data);
+  result ? frame->AddResult(name, dtype, std::move(shape), data)
+         : frame->AddArgument(name, dtype, std::move(shape), data);
 }
 EXPORT void frame_integer(CallFrame* frame, const char* name, int64_t value) {
   frame->SetInteger(name, value);

@@ -71,25 +71,25 @@ struct Operands {
     indices.resize(row);
   }
 
-  // Calls `add(is_result, type, dims, data, bytes)` for each operand and result.
+  // Calls `add(name, is_result, type, dims, data, bytes)` for each operand and result.
   template <typename Add>
   void ForEach(const Add& add) {
     const int64_t rows = static_cast<int64_t>(indices.size());
     const int64_t sequences = static_cast<int64_t>(counts.size());
-    const auto buffer = [&](bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims,
+    const auto buffer = [&](const char* name, bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims,
                             auto& array) {
-      add(is_result, type, std::move(dims), array.data(), array.size() * sizeof(array[0]));
+      add(name, is_result, type, std::move(dims), array.data(), array.size() * sizeof(array[0]));
     };
-    buffer(false, XLA_FFI_DataType_BF16, {rows, kHeads, kHeadSize}, query);
-    buffer(false, XLA_FFI_DataType_BF16, {kPages, kPage, kHeadSize}, key);
-    buffer(false, XLA_FFI_DataType_BF16, {kPages, kPage, kValueSize}, value);
-    buffer(false, XLA_FFI_DataType_S32, {sequences, kColumns}, table);
-    buffer(false, XLA_FFI_DataType_S32, {sequences}, lengths);
-    buffer(false, XLA_FFI_DataType_S32, {sequences}, counts);
-    buffer(false, XLA_FFI_DataType_S32, {sequences}, early);
-    buffer(false, XLA_FFI_DataType_S32, {sequences}, first_rows);
-    buffer(true, XLA_FFI_DataType_BF16, {rows, kHeads, kValueSize}, attention);
-    buffer(true, XLA_FFI_DataType_S32, {rows, 1, 1}, indices);
+    buffer("query", false, XLA_FFI_DataType_BF16, {rows, kHeads, kHeadSize}, query);
+    buffer("key", false, XLA_FFI_DataType_BF16, {kPages, kPage, kHeadSize}, key);
+    buffer("value", false, XLA_FFI_DataType_BF16, {kPages, kPage, kValueSize}, value);
+    buffer("block_table", false, XLA_FFI_DataType_S32, {sequences, kColumns}, table);
+    buffer("lengths", false, XLA_FFI_DataType_S32, {sequences}, lengths);
+    buffer("token_counts", false, XLA_FFI_DataType_S32, {sequences}, counts);
+    buffer("early_counts", false, XLA_FFI_DataType_S32, {sequences}, early);
+    buffer("first_rows", false, XLA_FFI_DataType_S32, {sequences}, first_rows);
+    buffer("attention", true, XLA_FFI_DataType_BF16, {rows, kHeads, kValueSize}, attention);
+    buffer("topk_indices", true, XLA_FFI_DataType_S32, {rows, 1, 1}, indices);
   }
 
   // Block 0 leads each row, and the mean of values from 0.5 to 2 is one of them.
@@ -110,6 +110,10 @@ void SetProblem(CallFrame& frame) {
   frame.SetProblemInteger("compress_block_size", 32);
   frame.SetProblemInteger("compress_stride", 16);
   frame.SetProblemInteger("select_block_size", 64);
+  frame.SetProblemInteger("aligned", 0);
+  frame.SetProblemInteger("init_blocks", 1);
+  frame.SetProblemInteger("local_blocks", 2);
+  frame.SetProblemInteger("causal", 0);
 }
 
 // Whether the call failed.
@@ -118,9 +122,9 @@ bool RunOnHost(Operands& operands) {
   SetProblem(frame);
   frame.SetInteger("device", 0);
   operands.ForEach(
-      [&](bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims, void* data, size_t) {
-        is_result ? frame.AddResult(type, std::move(dims), data)
-                  : frame.AddArgument(type, std::move(dims), data);
+      [&](const char* name, bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims, void* data, size_t) {
+        is_result ? frame.AddResult(name, type, std::move(dims), data)
+                  : frame.AddArgument(name, type, std::move(dims), data);
       });
   return frame.Run(jax_nsa_compress_attention_ascend_host) != nullptr;
 }
@@ -136,14 +140,14 @@ bool RunOnDevice(Operands& operands, void* stream) {
     bool is_result;
   };
   std::vector<Copy> copies;
-  operands.ForEach([&](bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims, void* data,
+  operands.ForEach([&](const char* name, bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims, void* data,
                        size_t bytes) {
     void* device = nullptr;
     Expect(aclrtMalloc(&device, bytes, 0) == 0, "an array of the caller's");
     standin_poke(device, data, bytes);
     copies.push_back({device, data, bytes, is_result});
-    is_result ? frame.AddResult(type, std::move(dims), device)
-              : frame.AddArgument(type, std::move(dims), device);
+    is_result ? frame.AddResult(name, type, std::move(dims), device)
+              : frame.AddArgument(name, type, std::move(dims), device);
   });
   const bool failed = frame.Run(jax_nsa_compress_attention_ascend) != nullptr;
   Expect(aclrtSynchronizeStream(stream) == 0, "the caller's stream runs");
