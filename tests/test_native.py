@@ -273,7 +273,7 @@ LIES = {
     "no_query": ({"query": None}, "needs query"),
     "no_attention": ({"attention": None}, "needs attention"),
     "no_scale": ({"scale": None}, "needs the float scale"),
-    "scale_of_another_type": ({"scale": np.int64(1)}, "needs the float scale"),
+    "scale_of_another_type": ({"scale": np.int64(3)}, "needs the float scale"),
     "no_stride": ({"compress_stride": None}, "needs the integer compress_stride"),
     "packed_without_counts": (
         {
