@@ -5,9 +5,10 @@ import pkgutil
 # In a source tree, which has no compiled library, Python finds the installed package's.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+from jax_nsa.compress.door import nsa_compress_infer
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
 from jax_nsa.native import RELEASE, export_disabled_checks
 
 __version__ = RELEASE
 
-__all__ = ["export_disabled_checks", "nsa_compress_attention_infer"]
+__all__ = ["export_disabled_checks", "nsa_compress_attention_infer", "nsa_compress_infer"]
