@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_nsa import checks
 from jax_nsa._compat import with_usual_promotion
@@ -17,6 +18,7 @@ from jax_nsa.compress_attention.door import nsa_compress_attention_infer
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 
 LAYOUTS = ("TND", "BSND")
+_CAUSAL = np.ones((1, 1), bool)  # that there is a mask is all that counts
 
 
 @functools.partial(
@@ -131,12 +133,15 @@ def nsa_decode_step(
     }  # fmt: skip
     # With one token there is nothing that it must not see but by its sequence's lengths.
     several = actual_seq_qlen is not None or (layout == "BSND" and query.shape[1] > 1)
-    of_blocks = {"select_block_size": select_block_size, "select_block_count": select_block_count}
+    of_blocks: dict[str, Any] = {
+        "select_block_size": select_block_size,
+        "select_block_count": select_block_count,
+    }
     attention, indices = nsa_compress_attention_infer(
         query, compressed.key, compressed.value, **shared, **of_blocks,
         page_block_size=_page_size("compressed", compressed),
         compress_block_size=compress_block_size, compress_stride=compress_stride,
-        atten_mask=True if several else None, block_table=compressed.block_table,
+        atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
         actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
         importance=importance, init_blocks=init_blocks, local_blocks=local_blocks,
     )  # fmt: skip
