@@ -10,7 +10,9 @@ import jax
 import jaxlib.version
 import pytest
 
-pytest.register_assert_rewrite("agreement", "contract")
+pytest.register_assert_rewrite(
+    "agreement", "contract", "compress.contract", "select_attention.contract"
+)
 
 # Tests of sharding need several devices.
 jax.config.update("jax_num_cpu_devices", 4)
@@ -38,7 +40,7 @@ def pytest_report_header() -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a contract test that takes a `dtype` with each one that the implementation has."""
-    if metafunc.cls is not None and "dtype" in metafunc.fixturenames:
+    if hasattr(metafunc.cls, "domain") and "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", metafunc.cls.domain.dtypes)
 
 

@@ -1,0 +1,1 @@
+"""The selected and the window branch: attention over chosen blocks and over the newest tokens."""

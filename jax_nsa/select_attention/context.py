@@ -1,0 +1,127 @@
+"""Context parallelism: sequences whose cache of original tokens is split over devices.
+
+Runs inside `jax.shard_map`. Along the mesh axis, device r holds columns `r*P .. (r+1)*P - 1` of the
+whole block table and the pages that they name: the positions from `r*P*page` on. Each device
+attends to the chosen blocks and the part of the window that it holds, and the parts merge by their
+log-sum-exp:
+
+    attention = sum_r exp(lse_r - lse) * attention_r,    lse = log(sum_r exp(lse_r))
+
+Devices exchange `O(N*Dv)` numbers for each query row; keys and values stay where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jax_nsa import _compat, tokens
+from jax_nsa.select_attention.problem import Problem
+
+
+@_compat.with_usual_promotion
+def merge_parts(
+    bind: Callable[..., dict[str, jax.Array]],
+    operands: Mapping[str, jax.Array],
+    *,
+    problem: Problem,
+    axis_name: Hashable,
+) -> dict[str, jax.Array]:
+    """Applies the operator to sequences split over a mesh axis.
+
+    Args:
+        bind: applies the operator to what a device holds: `bind(operands, problem=...)`.
+        operands: the operands on this device: its pages and its columns of the block table; all
+            else of the whole sequences.
+        problem: the static problem of the whole sequences.
+        axis_name: the mesh axis that splits the positions.
+
+    Returns:
+        The results for the whole sequences, the same on each device of the axis.
+
+    Raises:
+        ValueError: a device's positions do not end where a select block ends.
+    """
+    key, block_table, lengths = (operands[n] for n in ("key", "block_table", "lengths"))
+    part = block_table.shape[1] * key.shape[1]
+    size = problem.select_block_size
+    if size and part % size:
+        raise ValueError(
+            "with context_axis, the pages of a sequence on each device must hold a multiple of "
+            f"select_block_size = {size} positions, got block_table with {block_table.shape[1]} "
+            f"columns for pages of {key.shape[1]} rows"
+        )
+    start = lax.axis_index(axis_name) * part
+    capacity = lax.axis_size(axis_name) * part
+    legal = (lengths >= 0) & (lengths <= capacity)
+    changed = {"lengths": jnp.where(legal, lengths - start, 0)}
+    bad = _rows_of(operands, ~legal)[..., None]
+    if size:
+        indices = operands["topk_indices"]
+        blocks = -(-_rows_of(operands, lengths) // size)[..., None, None]
+        wrong = jnp.any((indices < -1) | (indices >= blocks), axis=-1)
+        bad = bad | (wrong & _holds_token(operands)[..., None])
+        here = indices - start // size
+        changed["topk_indices"] = jnp.where((indices >= 0) & (here >= 0), here, -1)
+    results = bind(
+        {**operands, **changed},
+        problem=dataclasses.replace(problem, partial=True, return_lse=True),
+    )
+    group = operands["query"].shape[-2] // problem.key_value_heads
+    query_bad = jnp.broadcast_to(bad, (*bad.shape[:-1], problem.key_value_heads))
+    query_bad = jnp.repeat(query_bad, group, axis=-1)
+
+    merged, lses = {}, {}
+    for name, of_lse in (("attention", "lse"), ("window_attention", "window_lse")):
+        if name in results:
+            attention, lse = _merge(results[name], results[of_lse], query_bad, axis_name)
+            merged[name] = attention.astype(operands["query"].dtype)
+            lses[of_lse] = lse
+    return {**merged, **lses} if problem.return_lse else merged
+
+
+def _merge(
+    attention: jax.Array, lse: jax.Array, bad: jax.Array, axis_name: Hashable
+) -> tuple[jax.Array, jax.Array]:
+    """Merges the devices' parts; rows that are bad on any of them become NaN."""
+    # Compared as integers, since not every platform's maximum keeps a NaN.
+    spoilt = lax.pmax((bad | jnp.isnan(lse)).astype(jnp.int32), axis_name) > 0
+    peak = lax.pmax(lax.stop_gradient(jnp.where(spoilt, 0.0, lse)), axis_name)
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
+    total = lax.psum(jnp.where(spoilt, 0.0, jnp.exp(lse - peak)), axis_name)
+    empty = total == 0.0
+    known = peak + jnp.log(jnp.where(empty, 1.0, total))  # rows that see nothing keep zeros
+    factor = jnp.where(spoilt, 0.0, jnp.exp(lse - known))
+    # A factor of 0 does not clear a NaN.
+    weighed = jnp.where(factor[..., None] == 0.0, 0.0, attention * factor[..., None])
+    whole = lax.psum(weighed, axis_name)
+    whole_lse = jnp.where(empty, -jnp.inf, known)
+    return (
+        jnp.where(spoilt[..., None], jnp.nan, whole),
+        jnp.where(spoilt, jnp.nan, whole_lse),
+    )
+
+
+def _rows_of(operands: Mapping[str, jax.Array], of_sequences: jax.Array) -> jax.Array:
+    """What is known of sequences, for each of query's rows: `[B, 1]`, or packed `[T]`."""
+    if "first_rows" not in operands:
+        return of_sequences[:, None]
+    rows = operands["query"].shape[0]
+    return of_sequences[tokens.sequence_of_rows(operands["first_rows"], rows)]
+
+
+def _holds_token(operands: Mapping[str, jax.Array]) -> jax.Array:
+    """Which of query's rows hold a token: bool `[B, S]`, or packed `[T]`."""
+    query = operands["query"]
+    if "first_rows" in operands:
+        row = jnp.arange(query.shape[0], dtype=jnp.int32)
+        first_rows, packed_counts = operands["first_rows"], operands["token_counts"]
+        return row - _rows_of(operands, first_rows) < _rows_of(operands, packed_counts)
+    if "token_counts" not in operands:
+        return jnp.ones(query.shape[:2], bool)
+    token = jnp.arange(query.shape[1], dtype=jnp.int32)
+    return token < operands["token_counts"][:, None]

@@ -1,0 +1,380 @@
+"""The front doors: torch_npu's signature, its checks on host values, one bind of the primitive."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_nsa import backends, blocks, checks, tokens
+from jax_nsa.checks import ArrayLike, IntegersLike
+from jax_nsa.operator import FAULTS, Array, Operator
+from jax_nsa.select_attention import context, reference
+from jax_nsa.select_attention.problem import LAYOUTS, Problem, check_indices
+
+
+def _results(problem: Problem) -> tuple[Array, ...]:
+    attention = jnp.float32 if problem.partial else None  # parts are merged in float32
+    present = (problem.select_block_size > 0, problem.window_size > 0)
+    attentions = ("attention", "window_attention")
+    lses = ("lse", "window_lse") if problem.return_lse else ()
+    return (
+        *(
+            Array(name, "* (h g) e", dtype=attention)
+            for name, there in zip(attentions, present, strict=True)
+            if there
+        ),
+        *(
+            Array(name, "* (h g)", dtype=jnp.float32)
+            for name, there in zip(lses, present, strict=False)
+            if there
+        ),
+    )
+
+
+OPERATOR = Operator(
+    name="nsa_select_attention_infer",
+    target="select_attention",
+    operands=(
+        Array("query", "* (h g) d"),
+        Array("key", "p r (h d)"),
+        Array("value", "p r (h e)"),
+        Array("block_table", "b c", points_into="p"),
+        Array("lengths", "b", argument="actual_seq_kvlen"),
+        Array("topk_indices", "* h k"),
+        Array("token_counts", "b", argument="actual_seq_qlen"),
+        Array("first_rows", "b", argument="actual_seq_qlen", points_into="n"),
+    ),
+    results=_results,
+    sizes=lambda problem, sizes: {},
+    reference=reference.select_attention,
+)
+
+
+def nsa_select_attention_infer(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    topk_indices: IntegersLike,
+    scale_value: float,
+    head_num: int,
+    key_value_head_num: int,
+    select_block_size: int,
+    select_block_count: int,
+    page_block_size: int,
+    layout: str = "BSND",
+    atten_mask: ArrayLike | None = None,
+    block_table: IntegersLike | Sequence[Sequence[int]] | None = None,
+    actual_seq_qlen: IntegersLike | None = None,
+    actual_seq_kvlen: IntegersLike | None = None,
+    *,
+    window_size: int | None = None,
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+    context_axis: Hashable | None = None,
+    on_fault: str | None = None,
+) -> jax.Array | tuple[jax.Array, ...]:
+    """Attends to chosen blocks of a paged cache, and with `window_size` to its newest tokens too.
+
+    The decode step of Native Sparse Attention's selection branch (arXiv 2502.11089, eq. 11-12),
+    with the parameters of `torch_npu.npu_nsa_select_attention_infer`. Token `t` of the `q_b` tokens
+    of sequence `b` sees the positions below `limit = T_b - (q_b - 1 - t)`. For each key/value head,
+    its query heads attend to
+
+        the positions [id * l', min((id + 1) * l', limit)) of each id in topk_indices,
+
+    every head to blocks of its own; -1 stands for no block, an id listed twice counts twice. The
+    window is the positions `[max(0, limit - window_size), limit)`, the current token included.
+
+    It is pure: it works eagerly, under `jax.jit`, `jax.vmap` and in control flow. Lists, tuples and
+    NumPy arrays of integers are checked before anything runs; values in JAX arrays are never waited
+    for, and take effect by the run-time rules below.
+
+    Args:
+        query: bfloat16, float16 or float32 `[B, S, N, D]` with layout "BSND", `[B, S, N * D]` with
+            "BSH", `[T, N, D]` with "TND"; `D <= 192`.
+        key: query's dtype `[num_blocks, page_block_size, Nkv * D]` or `[num_blocks,
+            page_block_size, Nkv, D]`: the pool of key pages, one row for each original token.
+        value: the same with `Dv <= min(D, 128)`, the pool of value pages.
+        topk_indices: integers `[B, S, Nkv, k]`, with `S = 1` also `[B, Nkv, k]`; `[T, Nkv, k]` with
+            "TND". Blocks, or -1, in any order.
+        scale_value: the factor on query-key products, often `D ** -0.5`. Finite.
+        head_num: `N`, query heads; a multiple of `key_value_head_num` with a ratio that divides
+            128.
+        key_value_head_num: `Nkv`, key and value heads.
+        select_block_size: `l'`, tokens in a block; a multiple of 16 up to 128.
+        select_block_count: `k`, the last axis of `topk_indices`.
+        page_block_size: rows in a page; a multiple of 16 up to 256.
+        layout: "BSND", "BSH" or "TND", the layout of `query` and of the results.
+        atten_mask: not read: tokens are always causal here.
+        block_table: integers `[B, P]`: position `i` of sequence `b` lives in page
+            `block_table[b, i // page_block_size]`. Entries that no position needs are not read.
+            Required.
+        actual_seq_qlen: integers `[B]`, the query tokens `q_b` of each sequence. With "TND" their
+            rows are consecutive and sum to `T` (None: one each); otherwise the first ones of the
+            `S` (None: all).
+        actual_seq_kvlen: integers `[B]`, the original tokens `T_b` of each sequence, this step's
+            included. Required.
+        window_size: how many of the newest tokens to attend to besides; None: no window.
+        return_lse: also return the log-sum-exps of the scaled scores.
+        implementation: None takes the best available for the platform that the program is
+            compiled for; a name or a sequence of names ("reference", "cpu", "cuda", "ascend")
+            forces one or orders them.
+        context_axis: inside `jax.shard_map`, the mesh axis over whose devices the positions of each
+            sequence are split; see `jax_nsa.select_attention.context`. `key`, `value` and
+            `block_table` are then this device's, all else the whole sequences'.
+        on_fault: what an implementation on the host does about a bad value that only the running
+            program knows: "fail" the call, or give "nan"; None fails it in a program of one device
+            and gives NaN in one of several, where the other devices would wait for the failed one.
+
+    Returns:
+        attention, in query's dtype and layout with `Dv` for `D` ("BSH": `[B, S, N * Dv]`). With
+        `window_size` a tuple `(attention, window_attention)`; with `return_lse` followed by `lse`
+        and `window_lse`, float32 `[B, S, N]` (`[T, N]` with "TND"), natural logarithm.
+
+        A row that sees no position has attention 0 and lse -inf, and so have rows that hold no
+        token. Run-time rules: a block at or past `T_b` or below -1 is a fault of its row and
+        key/value head; a length outside `[0, P * page_block_size]`, a needed page id outside `[0,
+        num_blocks)` or token counts that do not fit are faults too. Implementations that run on the
+        host fail the call; the others, and all with `on_fault="nan"`, return NaN there.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument with an illegal value or shape; the message names it, its value
+            and what is legal.
+        NotImplementedError: no implementation can serve the call; the message gives each one's
+            reason.
+    """
+    del atten_mask
+    size = checks.integer("select_block_size", select_block_size)
+    problem = Problem(
+        scale=checks.scale(scale_value),
+        key_value_heads=checks.count("key_value_head_num", key_value_head_num),
+        select_block_size=blocks.check_block_size("select_block_size", size),
+        window_size=0 if window_size is None else checks.count("window_size", window_size),
+        return_lse=checks.flag("return_lse", return_lse),
+    )
+    chosen = (topk_indices, checks.count("select_block_count", select_block_count))
+    results = _attend(
+        query, key, value, chosen, problem, head_num=head_num, page_block_size=page_block_size,
+        layout=layout, block_table=block_table, counts=actual_seq_qlen, lengths=actual_seq_kvlen,
+        implementation=implementation, context_axis=context_axis, on_fault=on_fault,
+    )  # fmt: skip
+    return results[0] if len(results) == 1 else results
+
+
+def nsa_window_attention_infer(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    scale_value: float,
+    head_num: int,
+    key_value_head_num: int,
+    window_size: int,
+    page_block_size: int,
+    layout: str = "BSND",
+    block_table: IntegersLike | Sequence[Sequence[int]] | None = None,
+    actual_seq_qlen: IntegersLike | None = None,
+    actual_seq_kvlen: IntegersLike | None = None,
+    *,
+    return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
+    context_axis: Hashable | None = None,
+    on_fault: str | None = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Attends to the newest tokens of a paged cache, the sliding window branch.
+
+    Token `t` of the `q_b` tokens of sequence `b` attends to the positions `[max(0, limit -
+    window_size), limit)` with `limit = T_b - (q_b - 1 - t)`: the `window_size` newest tokens, the
+    current one included (arXiv 2502.11089, section 3.3.3; some open implementations count one
+    more). For models whose branches have keys and values of their own; where the window reads the
+    pools of the selected branch, `nsa_select_attention_infer` does both in one call.
+
+    Args:
+        query: as `nsa_select_attention_infer` takes it, as are all arguments that are not here.
+        key: likewise.
+        value: likewise.
+        scale_value: likewise.
+        head_num: likewise.
+        key_value_head_num: likewise.
+        window_size: how many of the newest tokens to attend to, at least 1.
+        page_block_size: likewise.
+        layout: likewise.
+        block_table: likewise.
+        actual_seq_qlen: likewise.
+        actual_seq_kvlen: likewise.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        implementation: likewise.
+        context_axis: likewise.
+        on_fault: likewise.
+
+    Returns:
+        attention, in query's dtype and layout with `Dv` for `D`; with `return_lse` a tuple
+        `(attention, lse)`, lse float32 `[B, S, N]` (`[T, N]` with "TND"). Rows without a position
+        and faults as in `nsa_select_attention_infer`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument with an illegal value or shape.
+        NotImplementedError: no implementation can serve the call.
+    """
+    problem = Problem(
+        scale=checks.scale(scale_value),
+        key_value_heads=checks.count("key_value_head_num", key_value_head_num),
+        window_size=checks.count("window_size", window_size),
+        return_lse=checks.flag("return_lse", return_lse),
+    )
+    results = _attend(
+        query, key, value, None, problem, head_num=head_num, page_block_size=page_block_size,
+        layout=layout, block_table=block_table, counts=actual_seq_qlen, lengths=actual_seq_kvlen,
+        implementation=implementation, context_axis=context_axis, on_fault=on_fault,
+    )  # fmt: skip
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def _attend(
+    query: Any, key: Any, value: Any, chosen: tuple[Any, int] | None, problem: Problem, *,
+    head_num: Any, page_block_size: Any, layout: Any, block_table: Any, counts: Any, lengths: Any,
+    implementation: Any, context_axis: Hashable | None, on_fault: str | None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Checks the arguments of either door, and applies the operator."""
+    layout = checks.choice("layout", layout, LAYOUTS)
+    on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
+    names = backends.parse(implementation)
+    page = checks.page_size(page_block_size)
+    query, key, value = _check_arrays(
+        query, key, value, problem, layout=layout, head_num=checks.count("head_num", head_num),
+        page=page,
+    )  # fmt: skip
+    packed = layout == "TND"
+    table = checks.Integers("block_table", block_table, rank=2)
+    devices = 1 if context_axis is None else checks.axis_size(context_axis)
+    sequences = checks.sequences(table, query.shape, packed=packed)
+    kv_lengths = checks.per_sequence("actual_seq_kvlen", lengths, sequences)
+    kv_lengths.check_range(
+        table.shape[1] * page * devices, " (the block table's pages times page_block_size)"
+    )
+    token_counts = checks.counts_of_tokens(counts, query.shape, table, packed=packed)
+    counted = token_counts.get("actual_seq_qlen")
+    indices = None
+    if chosen is not None:
+        indices = _check_chosen(chosen, query, problem, layout)
+        rows = _sequences_of_rows(counted, query.shape, sequences, packed=packed)
+        check_indices(indices, kv_lengths, rows, block=problem.select_block_size)
+    if context_axis is None and indices is None:
+        _check_window_pages(table, kv_lengths, counted, problem, page=page, pages=key.shape[0])
+
+    one_token_each = packed and counted is None
+    if one_token_each:
+        query, packed = jax.lax.expand_dims(query, (1,)), False
+    operands = {
+        "query": query, "key": key, "value": value,
+        "block_table": table.array(), "lengths": kv_lengths.array(),
+    }  # fmt: skip
+    if indices is not None:
+        shape = (*query.shape[:-2], problem.key_value_heads, indices.shape[-1])
+        array = indices.array()
+        operands["topk_indices"] = array if array.shape == shape else array.reshape(shape)
+    if counted is not None:
+        operands |= tokens.operands(
+            query, counted, sequences=sequences, packed=packed,
+            tokens=query.shape[0 if packed else 1],
+        )  # fmt: skip
+    bind = functools.partial(OPERATOR.bind, implementation=names, on_fault=on_fault)
+    if context_axis is None:
+        results = bind(operands, problem=problem)
+    else:
+        results = context.merge_parts(bind, operands, problem=problem, axis_name=context_axis)
+    return _in_layout(results, layout, one_token_each)
+
+
+def _check_arrays(
+    query: Any, key: Any, value: Any, problem: Problem, *, layout: str, head_num: int, page: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query as `[B, S, N, D]` or packed `[T, N, D]`, the pools as `[pages, page, Nkv * size]`."""
+    query = checks.floats("query", query)
+    key, value = (
+        checks.floats(name, array, like=("query", query))
+        for name, array in (("key", key), ("value", value))
+    )
+    if layout == "BSH":
+        shape = tuple(query.shape)
+        if len(shape) != 3 or shape[2] == 0 or shape[2] % head_num:
+            raise ValueError(
+                "query must have shape [B, S, heads * head_size] with layout BSH, its last axis a "
+                f"multiple of head_num ({head_num}), got {shape}"
+            )
+        query = query.reshape(*shape[:2], head_num, shape[2] // head_num)
+    axes = "[tokens, heads, head_size]" if layout == "TND" else "[B, S, heads, head_size]"
+    checks.query_shape(query, axes=axes)
+    key_value_heads = problem.key_value_heads
+    checks.heads(query.shape, stated=head_num, key_value_heads=key_value_heads)
+    key, value = checks.pools(
+        key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
+    )
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+
+
+def _check_chosen(
+    chosen: tuple[Any, int], query: jax.Array, problem: Problem, layout: str
+) -> checks.Integers:
+    """`topk_indices`, held to its shape."""
+    values, count = chosen
+    expected = (*query.shape[:-2], problem.key_value_heads, count)
+    shapes = [expected]
+    if layout != "TND" and query.shape[1] == 1:
+        shapes.append((expected[0], *expected[2:]))
+    rank = np.ndim(values) if isinstance(values, (list, tuple)) else len(np.shape(values))
+    indices = checks.Integers("topk_indices", values, rank=rank)
+    if indices.shape not in shapes:
+        raise ValueError(
+            "topk_indices must have shape "
+            f"{' or '.join(map(str, shapes))} (query's rows, key_value_head_num, "
+            f"select_block_count), got {indices.shape}"
+        )
+    return indices
+
+
+def _sequences_of_rows(
+    counts: checks.Integers | None, query_shape: tuple[Any, ...], sequences: Any, *, packed: bool
+) -> np.ndarray | None:
+    """The sequence of each of query's leading indices; None where only the program knows."""
+    if not isinstance(sequences, int):
+        return None
+    if not packed or counts is None:
+        return np.arange(sequences)
+    return None if counts.host is None else np.repeat(np.arange(sequences), counts.host)
+
+
+def _check_window_pages(
+    table: checks.Integers, lengths: checks.Integers, counts: checks.Integers | None,
+    problem: Problem, *, page: int, pages: Any,
+) -> None:  # fmt: skip
+    """Holds the page ids that a window needs, where the host knows which, to the pools."""
+    if table.host is None or lengths.host is None or counts is not None:
+        return
+    needed = table.host.copy()
+    column = np.arange(needed.shape[1])
+    first = np.maximum(lengths.host - problem.window_size, 0) // page
+    if problem.window_size:
+        needed[column < first[:, None]] = 0
+    known = checks.Integers(table.name, needed, rank=2)
+    checks.page_ids(known, lengths.host, page=page, pages=pages)
+
+
+def _in_layout(
+    results: Mapping[str, jax.Array], layout: str, one_token_each: bool
+) -> tuple[jax.Array, ...]:
+    """The results with query's leading axes."""
+    outcome = []
+    for name, array in results.items():
+        if one_token_each:
+            array = jax.lax.squeeze(array, (1,))
+        elif layout == "BSH" and name.endswith("attention"):
+            array = array.reshape(*array.shape[:2], array.shape[2] * array.shape[3])
+        outcome.append(array)
+    return tuple(outcome)

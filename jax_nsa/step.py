@@ -1,0 +1,201 @@
+"""The whole decode step of Native Sparse Attention as one call, made of the operators."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_nsa import checks
+from jax_nsa._compat import with_usual_promotion
+from jax_nsa.checks import ArrayLike, IntegersLike
+from jax_nsa.compress_attention.door import nsa_compress_attention_infer
+from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
+
+LAYOUTS = ("TND", "BSND")
+_CAUSAL = np.ones((1, 1), bool)  # that there is a mask is all that counts
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "block_table", "lengths"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class PagedKV:
+    """A paged cache of keys and values; a pytree.
+
+    Attributes:
+        key: `[num_blocks, page, Nkv * D]` or `[num_blocks, page, Nkv, D]`, the pool of key pages.
+        value: the same with `Dv`, the pool of value pages.
+        block_table: int32 `[B, P]`: row `i` of sequence `b` lives in page `block_table[b, i //
+            page]`, row `i % page` of it.
+        lengths: int32 `[B]`, rows of each sequence.
+    """
+
+    key: Any
+    value: Any
+    block_table: Any
+    lengths: Any
+
+
+def nsa_decode_step(
+    query: ArrayLike,
+    gates: ArrayLike,
+    compressed: PagedKV,
+    selected: PagedKV,
+    window: PagedKV | None = None,
+    *,
+    scale_value: float,
+    head_num: int,
+    key_value_head_num: int,
+    select_block_size: int,
+    select_block_count: int,
+    compress_block_size: int,
+    compress_stride: int,
+    window_size: int,
+    importance: str = "cann",
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    actual_seq_qlen: IntegersLike | None = None,
+    layout: str = "TND",
+    implementation: str | Sequence[str] | None = None,
+    context_axis: Hashable | None = None,
+    on_fault: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Decodes with Native Sparse Attention: three branches, gated and summed.
+
+    Attends to the compressed positions and chooses blocks by it (arXiv 2502.11089, eq. 7-10),
+    attends to the chosen blocks and to the newest tokens, and returns (eq. 5)
+
+        attention = gates[0] * compressed + gates[1] * selected + gates[2] * window,
+
+    summed in float32 and rounded once. It equals `nsa_compress_attention_infer` and
+    `nsa_select_attention_infer` one after the other; tokens of one step see each other causally.
+
+    Args:
+        query: bfloat16, float16 or float32 `[T, N, D]`, one row per new token; with layout "BSND"
+            `[B, S, N, D]`.
+        gates: query's dtype or float32, query's leading axes, `N` and 3: the weights of the three
+            branches, after their sigmoid.
+        compressed: the cache of compressed keys and values; its `lengths` are the compressed
+            lengths `S_b`.
+        selected: the cache of original tokens; its `lengths` are the original lengths `T_b`, this
+            step's tokens included.
+        window: the cache that the sliding window reads; None: the arrays of `selected`.
+        scale_value: the factor on query-key products, often `D ** -0.5`.
+        head_num: `N`, query heads.
+        key_value_head_num: `Nkv`, key and value heads.
+        select_block_size: `l'`, tokens in a selectable block.
+        select_block_count: `k`, blocks to select.
+        compress_block_size: `l`, original tokens behind one compressed position.
+        compress_stride: `d`, original tokens between two compressed positions.
+        window_size: how many of the newest tokens the window holds.
+        importance: "cann" or "aligned", the rule by which blocks are scored and counted; see
+            `nsa_compress_attention_infer`.
+        init_blocks: how many of the first blocks are always chosen.
+        local_blocks: how many of the last blocks are always chosen.
+        actual_seq_qlen: integers `[B]`, the query tokens of each sequence; None: one each (TND) or
+            all `S`.
+        layout: "TND" or "BSND".
+        implementation: as `nsa_compress_attention_infer` takes it.
+        context_axis: as `nsa_compress_attention_infer` takes it, for all caches alike.
+        on_fault: as `nsa_compress_attention_infer` takes it.
+
+    Returns:
+        `(attention, topk_indices)`: query's dtype `[T, N, Dv]` and int32 `[T, Nkv, k]`, with "BSND"
+        `[B, S, ...]`. Rows that hold no token have attention 0 and indices -1. Faults as in the
+        operators.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument with an illegal value or shape; the message names it, its value and
+            what is legal.
+        NotImplementedError: no implementation can serve the call.
+    """
+    checks.choice("layout", layout, LAYOUTS)
+    for name, cache in (("compressed", compressed), ("selected", selected), ("window", window)):
+        if not isinstance(cache, PagedKV) and (cache is not None or name != "window"):
+            raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
+    query = checks.floats("query", query)
+    gates = checks.floats("gates", gates)
+    _check_gates(gates, query)
+    shared: dict[str, Any] = {
+        "scale_value": scale_value, "head_num": head_num,
+        "key_value_head_num": key_value_head_num, "layout": layout,
+        "actual_seq_qlen": actual_seq_qlen, "implementation": implementation,
+        "context_axis": context_axis, "on_fault": on_fault,
+    }  # fmt: skip
+    # With one token there is nothing that it must not see but by its sequence's lengths.
+    several = actual_seq_qlen is not None or (layout == "BSND" and query.shape[1] > 1)
+    of_blocks: dict[str, Any] = {
+        "select_block_size": select_block_size,
+        "select_block_count": select_block_count,
+    }
+    attention, indices = nsa_compress_attention_infer(
+        query, compressed.key, compressed.value, **shared, **of_blocks,
+        page_block_size=_page_size("compressed", compressed),
+        compress_block_size=compress_block_size, compress_stride=compress_stride,
+        atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
+        actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
+        importance=importance, init_blocks=init_blocks, local_blocks=local_blocks,
+    )  # fmt: skip
+
+    def original(name: str, cache: PagedKV) -> dict[str, Any]:
+        return {
+            "page_block_size": _page_size(name, cache), "block_table": cache.block_table,
+            "actual_seq_kvlen": cache.lengths,
+        }  # fmt: skip
+
+    chosen = functools.partial(
+        nsa_select_attention_infer, query, selected.key, selected.value, indices, **shared,
+        **of_blocks, **original("selected", selected),
+    )  # fmt: skip
+    if window is None:
+        of_selected, of_window = chosen(window_size=window_size)
+    else:
+        of_selected = chosen()
+        of_window = nsa_window_attention_infer(
+            query, window.key, window.value, window_size=window_size, **shared,
+            **original("window", window),
+        )  # fmt: skip
+    return _gated_sum(gates, attention, of_selected, of_window), indices
+
+
+@jax.jit
+@with_usual_promotion
+def _gated_sum(gates: jax.Array, *attentions: jax.Array) -> jax.Array:
+    """The branches' sum, in float32, rounded once."""
+    total = sum(
+        gates[..., branch, None].astype(jnp.float32) * attention.astype(jnp.float32)
+        for branch, attention in enumerate(attentions)
+    )
+    return jnp.asarray(total, attentions[0].dtype)
+
+
+def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
+    if gates.dtype not in (query.dtype, jnp.float32):
+        raise TypeError(
+            f"gates must have query's dtype {query.dtype.name} or float32, got {gates.dtype.name}"
+        )
+    expected = (*query.shape[:-1], 3)
+    if tuple(gates.shape) != expected:
+        raise ValueError(
+            f"gates must have shape {expected}, query's without the head size and one for each of "
+            f"three branches, got {tuple(gates.shape)}"
+        )
+
+
+def _page_size(name: str, cache: PagedKV) -> int:
+    shape = jnp.shape(cache.key)
+    if len(shape) not in (3, 4):
+        raise ValueError(
+            f"{name}.key must have shape [pages, page, heads * size] or [pages, page, heads, "
+            f"size], got {shape}"
+        )
+    return int(shape[1])
