@@ -20,7 +20,7 @@ FLOATS = ("input", "weight", "cache", "bias")
 INTEGERS = ("slot_mapping", "block_table", "actual_seq_len", "actual_seq_qlen")
 FORMS = ("eager, host values", "eager, arrays", "jit, host values", "jit, arrays")
 # Half the distance between neighbours, relative: what one rounding does.
-ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-11, "float32": 2.0**-24}
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 SUBNORMAL = {"bfloat16": 2.0**-134, "float16": 2.0**-25, "float32": 2.0**-150}
 USUAL = Geometry()
 PAIR = Geometry(head_sizes=(7, 4))
@@ -88,12 +88,11 @@ class CompressContract:
             before = own["cache"]
             assert result.dtype == before.dtype
             assert result.shape == before.shape
-            heads = own["weight"].shape[1]
-            rows = np.asarray(result).reshape(-1, heads, before.size // max(1, self._rows(own)))
-            rows = rows.reshape(self._rows(own), heads, -1)
+            shape = self._shape(own)
+            rows = np.asarray(result).reshape(shape)
             untouched = [r for r in range(len(rows)) if r not in expected.rows]
             np.testing.assert_array_equal(
-                bits(rows[untouched]), bits(before.reshape(rows.shape)[untouched]), "other rows"
+                bits(rows[untouched]), bits(before.reshape(shape)[untouched]), "other rows"
             )
             for row, truth in expected.rows.items():
                 error = abs(rows[row].astype(np.float64) - truth)
@@ -104,11 +103,11 @@ class CompressContract:
         return len(expected.rows)
 
     @staticmethod
-    def _rows(own: dict[str, Any]) -> int:
-        heads, width = own["weight"].shape[1], own["input"].shape[2:]
-        width = width[0] if len(width) == 1 else width[0] * width[1]
-        assert width % heads == 0
-        return own["cache"].size // width
+    def _shape(own: dict[str, Any]) -> tuple[int, int, int]:
+        """Rows, heads and head size of a cache."""
+        heads = own["weight"].shape[1]
+        head_size = int(np.prod(own["input"].shape[2:])) // heads
+        return own["cache"].size // (heads * head_size), heads, head_size
 
     # Forms, dtypes, shapes.
 
@@ -378,8 +377,8 @@ class CompressContract:
             ("actual_seq_qlen", 2, 17, "actual_seq_qlen[2] must be in [0, 16]"),
             ("actual_seq_qlen", 2, -1, "actual_seq_qlen[2] must be in [0, 16]"),
             ("actual_seq_qlen", 2, -(2**31), "got -2147483648"),
-            ("block_table", (2, 3), -1, "block_table[2, 3] must be in [0, 15)"),
-            ("block_table", (2, 4), 15, "block_table[2, 4] must be in [0, 15)"),
+            ("block_table", (2, 3), -1, "block_table[2, 3] must be in [0, 17)"),
+            ("block_table", (2, 4), 17, "block_table[2, 4] must be in [0, 17)"),
             ("block_table", (2, 4), 2**31 - 1, "the pages of input, got 2147483647"),
             ("slot_mapping", 2, 9, "slot_mapping[2] must be below 9, the rows of cache"),
             ("slot_mapping", 2, 2**31 - 1, "got 2147483647"),
@@ -430,17 +429,14 @@ class CompressContract:
         arguments = build(COUNTED)
         random = np.random.default_rng(0)
         for _ in range(5):
+            faulty = dict(arguments)
             for name in INTEGERS:
-                arguments[name] = random.integers(-(2**31), 2**31, arguments[name].shape).astype(
-                    np.int32
-                )
-            self._check_fault(arguments, arguments, "", unwritten=(0, 1, 2, 3))
+                shape = arguments[name].shape
+                faulty[name] = random.integers(-(2**31), 2**31, shape).astype(np.int32)
+            self._check_fault(faulty, arguments, "", unwritten=(0, 1, 2, 3))
 
     def _check_fault(self, faulty, arguments, message, *, unwritten) -> None:
         """Asserts what a fault does: it fails the call, or these windows alone are not written."""
-        arguments = {**arguments, "slot_mapping": np.array(arguments["slot_mapping"])}
-        if len(unwritten) == len(arguments["slot_mapping"]):
-            arguments["actual_seq_len"] = np.zeros_like(arguments["actual_seq_len"])
         for form in ("eager, arrays", "jit, arrays"):
             if self.fails_on_faults:
                 # JAX raises XLA's InvalidArgument as the one or the other.
