@@ -71,8 +71,8 @@ class FfiCall {
     message_ = message.str();
   }
 
-  void Name(std::string_view attribute, size_t count,
-            std::initializer_list<std::string_view> known, std::vector<std::string_view>* names);
+  void Name(std::string_view attribute, size_t count, std::initializer_list<std::string_view> known,
+            std::vector<std::string_view>* names);
 
   std::string name_;
   xla::ffi::RemainingArgs args_;
