@@ -219,6 +219,7 @@ void ReadMaps(const ffi::Dictionary& attributes, CallersNames* names) {
   const auto maps = Attribute(attributes, "maps", ffi::Span<const int64_t>());
   names->maps.assign(maps.begin(), maps.end());
   names->pool_maps = std::max<int64_t>(1, Attribute<int64_t>(attributes, "pool_maps", 1));
+  names->is_part = Attribute<int64_t>(attributes, "is_part", 0) != 0;
 }
 
 bool FaultsFail(const ffi::Dictionary& attributes) {
@@ -249,6 +250,7 @@ std::string Place(const std::string& array, const PagedProblem& problem, bool pa
   std::string text = array + "[" + std::to_string(sequence);
   for (int64_t index : further) text += ", " + std::to_string(index);
   text += "]";
+  if (names.is_part) text += " of one device's part";
   if (at.size() == 1) return text + " at index " + std::to_string(at[0]) + " of jax.vmap";
   if (at.size() > 1) {
     text += " at indices (";
