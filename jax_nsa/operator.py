@@ -287,6 +287,11 @@ def _jvp(
     def reference(part: Any, *arrays: jax.Array) -> list[jax.Array]:
         return list(operator.reference(dict(zip(names, arrays, strict=True)), part).values())
 
+    shapes = _abstract_eval(operator, *map(jax.typeof, primals), names=names, problem=problem)
+    if any(r.size == 0 for r in shapes if _is_static(r)):
+        zeros = _zeros(shapes)
+        return zeros, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in zeros]
+
     # On a mesh with explicit axes, each device differentiates its part.
     axes = Axes.of(operator, names, problem, primals)
     split_reference = partition.by_device(reference, primals, axes, operator.splits, problem)

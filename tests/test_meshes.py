@@ -63,7 +63,9 @@ def shards(mesh, axes):
 
 
 def divides(mesh, spec, array):
-    return all(n % shards(mesh, axes or ()) == 0 for n, axes in zip(array.shape, spec, strict=False))
+    return all(
+        n % shards(mesh, axes or ()) == 0 for n, axes in zip(array.shape, spec, strict=False)
+    )
 
 
 def placed(mesh, arrays, specs):
@@ -87,7 +89,9 @@ def divided_calls(draw):
     tokens = draw(integers(1, 2)) if layout == "BSND" else 1
     counts = None
     if draw(st.booleans()):
-        counts = tuple(draw(integers(1, tokens if layout == "BSND" else 3)) for _ in range(sequences))
+        counts = tuple(
+            draw(integers(1, tokens if layout == "BSND" else 3)) for _ in range(sequences)
+        )
     head_size = draw(pick([1, 1, 2, 16]))
     geometry = Geometry(
         lengths=tuple(draw(integers(0, 32)) for _ in range(sequences)),
@@ -147,7 +151,7 @@ def compute_divided(geometry, shape, sequences, heads, implementation, axis_type
     return jax.jit(constrained)(*operands)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(case=divided_calls(), implementation=st.sampled_from(("cpu", "cpu", "reference")))
 def test_any_shape_on_any_mesh(case, implementation):
     geometry, shape, sequences, heads = case
@@ -303,6 +307,10 @@ def cells():
         if stated == "with mesh" and name not in ("jit", "vmap"):
             continue
         if placement in ("made inside", "replicated") and name not in ("jit", "AOT", "serialised"):
+            continue
+        if placement == "in_shardings" and name in ("scan", "cond", "remat"):
+            continue
+        if name == "grad of remat" and (stated, axis_type) != ("set_mesh", "explicit"):
             continue
         if name.startswith("grad") and placement not in ("uncommitted", "committed"):
             continue
