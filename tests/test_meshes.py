@@ -263,7 +263,8 @@ def serialised(program, operands):
     compiled = program.lower(*operands).compile()
     sharding = compiled.input_shardings[0][0]
     mesh = getattr(sharding, "mesh", None)
-    devices = list(sharding.device_set if mesh is None else mesh.devices.flat)
+    ids = sorted(sharding.device_set, key=lambda device: device.id)  # a set has no order
+    devices = ids if mesh is None else list(mesh.devices.flat)
     loaded = serialize_executable.deserialize_and_load(
         *serialize_executable.serialize(compiled), execution_devices=devices
     )
