@@ -5,6 +5,7 @@ import pkgutil
 # In a source tree, which has no compiled library, Python finds the installed package's.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+from jax_nsa.compress.door import nsa_compress_infer
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
 from jax_nsa.native import RELEASE, export_disabled_checks
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
@@ -16,6 +17,7 @@ __all__ = [
     "PagedKV",
     "export_disabled_checks",
     "nsa_compress_attention_infer",
+    "nsa_compress_infer",
     "nsa_decode_step",
     "nsa_select_attention_infer",
     "nsa_window_attention_infer",

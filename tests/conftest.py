@@ -10,7 +10,9 @@ import jax
 import jaxlib.version
 import pytest
 
-pytest.register_assert_rewrite("agreement", "contract", "select_attention.contract")
+pytest.register_assert_rewrite(
+    "agreement", "contract", "compress.contract", "select_attention.contract"
+)
 
 # Tests of sharding need several devices.
 jax.config.update("jax_num_cpu_devices", 4)

@@ -1,0 +1,1 @@
+"""The window of original tokens that a decode step completes, summarised into the cache."""
