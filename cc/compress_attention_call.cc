@@ -32,8 +32,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   ffi_call.That(!scores || ffi_call.Find("lse"), "gives block_scores beside lse only");
   // Parts of sequences are merged in float32.
   problem.attention_dtype = scores ? DataType::kFloat32 : problem.dtype;
-  ffi_call.Type("attention",
-                scores ? ffi::DataType::F32 : ffi_call.Get("query").element_type());
+  ffi_call.Type("attention", scores ? ffi::DataType::F32 : ffi_call.Get("query").element_type());
   ffi_call.Shape("attention", {problem.heads, problem.value_size}, leading);
   arrays.attention = ffi_call.Get("attention").untyped_data();
   ffi_call.Type("topk_indices", ffi::DataType::S32);

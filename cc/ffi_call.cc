@@ -64,9 +64,7 @@ void FfiCall::Name(std::string_view attribute, size_t count,
   That(names->size() == count, "names ", names->size(), " ", attribute, " and has ", count);
 }
 
-ffi::Error FfiCall::error() const {
-  return InvalidArgument(name_ + ": " + message_.value_or(""));
-}
+ffi::Error FfiCall::error() const { return InvalidArgument(name_ + ": " + message_.value_or("")); }
 
 std::optional<ffi::AnyBuffer> FfiCall::Find(std::string_view array) const {
   if (!ok()) return std::nullopt;
@@ -199,10 +197,10 @@ void FfiCall::ReadPaged(PagedProblem* problem, PagedArrays* arrays,
   at_most("page size", problem->page_size, kMaxPage);
   Type("key", query.element_type());
   Type("value", query.element_type());
-  Shape("key", {problem->num_pages, problem->page_size,
-                problem->key_value_heads * problem->head_size});
-  Shape("value", {problem->num_pages, problem->page_size,
-                  problem->key_value_heads * problem->value_size});
+  Shape("key",
+        {problem->num_pages, problem->page_size, problem->key_value_heads * problem->head_size});
+  Shape("value",
+        {problem->num_pages, problem->page_size, problem->key_value_heads * problem->value_size});
   That(packed || query_shape[0] == problem->sequences,
        "query and block_table must have as many sequences");
   That(Find("lengths").has_value(), "needs lengths");
@@ -221,6 +219,7 @@ void ReadMaps(const ffi::Dictionary& attributes, CallersNames* names) {
   const auto maps = Attribute(attributes, "maps", ffi::Span<const int64_t>());
   names->maps.assign(maps.begin(), maps.end());
   names->pool_maps = std::max<int64_t>(1, Attribute<int64_t>(attributes, "pool_maps", 1));
+  names->is_part = Attribute<int64_t>(attributes, "is_part", 0) != 0;
 }
 
 bool FaultsFail(const ffi::Dictionary& attributes) {
@@ -251,6 +250,7 @@ std::string Place(const std::string& array, const PagedProblem& problem, bool pa
   std::string text = array + "[" + std::to_string(sequence);
   for (int64_t index : further) text += ", " + std::to_string(index);
   text += "]";
+  if (names.is_part) text += " of one device's part";
   if (at.size() == 1) return text + " at index " + std::to_string(at[0]) + " of jax.vmap";
   if (at.size() > 1) {
     text += " at indices (";
@@ -281,9 +281,9 @@ ffi::Error FaultError(const PagedProblem& problem, const PagedArrays& arrays,
       return InvalidArgument(
           place("actual_seq_qlen") + " must be in [0, " +
           std::to_string(packed ? problem.rows - rows.first : problem.tokens) + "] (" +
-          (packed ? "what earlier sequences leave of query's " + std::to_string(problem.rows) +
-                        " rows"
-                  : std::string("query's rows for each sequence")) +
+          (packed
+               ? "what earlier sequences leave of query's " + std::to_string(problem.rows) + " rows"
+               : std::string("query's rows for each sequence")) +
           "), got " + std::to_string(arrays.token_counts[sequence]));
     }
     case Fault::kPageId: {

@@ -71,8 +71,8 @@ class FfiCall {
     message_ = message.str();
   }
 
-  void Name(std::string_view attribute, size_t count,
-            std::initializer_list<std::string_view> known, std::vector<std::string_view>* names);
+  void Name(std::string_view attribute, size_t count, std::initializer_list<std::string_view> known,
+            std::vector<std::string_view>* names);
 
   std::string name_;
   xla::ffi::RemainingArgs args_;
@@ -102,9 +102,10 @@ struct CallersNames {
   // mapped calls' pools lie one after the other in one.
   std::vector<int64_t> maps;
   int64_t pool_maps = 1;
+  bool is_part = false;  // whether the call is what one device has of a larger one
 };
 
-// Reads the attributes `maps` and `pool_maps`.
+// Reads the attributes `maps`, `pool_maps` and `is_part`.
 void ReadMaps(const xla::ffi::Dictionary& attributes, CallersNames* names);
 
 // Whether faults fail the call; otherwise the sequence's results become NaN and -1.

@@ -19,6 +19,7 @@
 // Handlers, each defined beside its kernel.
 extern "C" {
 XLA_FFI_Error* jax_nsa_compress_attention_cpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_select_attention_cpu(XLA_FFI_CallFrame*);
 #ifdef JAX_NSA_CUDA
 XLA_FFI_Error* jax_nsa_compress_attention_cuda(XLA_FFI_CallFrame*);
 #endif
@@ -38,6 +39,7 @@ py::tuple Target(const char* platform, XLA_FFI_Handler* handler) {
 py::dict Registrations() {
   py::dict cpu;
   cpu["jax_nsa_compress_attention_cpu"] = Target("cpu", jax_nsa_compress_attention_cpu);
+  cpu["jax_nsa_select_attention_cpu"] = Target("cpu", jax_nsa_select_attention_cpu);
   py::dict ascend;
   ascend["jax_nsa_compress_attention_ascend"] = Target("ASCEND", jax_nsa_compress_attention_ascend);
   ascend["jax_nsa_compress_attention_ascend_host"] =

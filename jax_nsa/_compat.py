@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-import numpy as np
 from jax._src import dispatch  # no public name tells a lowering rule its devices
 from jax.extend import core
 from jax.interpreters import mlir
@@ -62,36 +63,39 @@ def single_platform(ctx: mlir.LoweringRuleContext) -> str:
     return platforms[0] if len(platforms) == 1 else "several"
 
 
-def automatic_mesh(ctx: mlir.LoweringRuleContext) -> jax.sharding.Mesh | None:
-    """The mesh over which XLA will split this program by itself; None if it will not.
+def automatic_devices(ctx: mlir.LoweringRuleContext) -> int:
+    """Over how many devices XLA will split this program by itself.
 
-    None inside `jax.shard_map`, and for an exported program, whose devices are not known: there
-    XLA gathers what is still split of the operands of an operator that it cannot split.
-
-    Where JAX knows of no mesh, one of the devices' prime factors stands in: any split of an array
-    over the devices is one over its axes.
+    1 inside `jax.shard_map`, and for an exported program, whose devices are not known: there XLA
+    gathers what is still split of the operands of an operator that it cannot split.
     """
-    if ctx.module_context.lowering_parameters.for_export:
-        return None
     context: Any = ctx.module_context.axis_context
+    if ctx.module_context.lowering_parameters.for_export:
+        return 1
     if getattr(context, "mesh", None) is not None:
-        mesh = context.mesh
-        return None if context.manual_axes or mesh.size == 1 else mesh
-    devices = getattr(context, "device_assignment", None) or ()
-    if len(devices) <= 1:
-        return None
-    named: list[Any] = [getattr(context, "abstract_mesh", None)]
-    avals: Sequence[Any] = ctx.avals_in
-    named += [a.sharding.mesh for a in avals]
-    named += [jax.sharding.get_abstract_mesh()]
-    for mesh in named:
-        if mesh is not None and not mesh.empty and mesh.size == len(devices):
-            sizes, names = mesh.axis_sizes, mesh.axis_names
-            break
+        return 1 if context.manual_axes else int(context.mesh.size)
+    return len(getattr(context, "device_assignment", None) or ())
+
+
+def with_mesh_of_factors(ctx: mlir.LoweringRuleContext) -> mlir.LoweringRuleContext:
+    """The context with a mesh that has an axis for each prime factor of the number of devices.
+
+    JAX tells a partitioned function its shardings as those over a mesh's axes. Shardy may split
+    over a part of an axis, and JAX may know of no mesh at all; over these axes any split can be
+    told. They cut the axes of the mesh that JAX knows in pieces, whose order stays.
+    """
+    context: Any = ctx.module_context.axis_context
+    known = getattr(context, "mesh", None) or getattr(context, "abstract_mesh", None)
+    sizes = (automatic_devices(ctx),) if known is None else tuple(known.shape.values())
+    factors = [factor for size in sizes for factor in _prime_factors(size)]
+    names = tuple(f"axis_{i}" for i in range(len(factors)))
+    if getattr(context, "mesh", None) is not None:
+        mesh = jax.sharding.Mesh(context.mesh.devices.reshape(factors), names)
+        context = dataclasses.replace(context, mesh=mesh)
     else:
-        sizes = _prime_factors(len(devices))
-        names = tuple(f"axis_{i}" for i in range(len(sizes)))
-    return jax.sharding.Mesh(np.array(devices).reshape(sizes), names)
+        abstract_mesh = jax.sharding.AbstractMesh(tuple(factors), names)
+        context = dataclasses.replace(context, abstract_mesh=abstract_mesh)
+    return ctx.replace(module_context=ctx.module_context.replace(axis_context=context))
 
 
 def _prime_factors(number: int) -> tuple[int, ...]:
@@ -103,6 +107,28 @@ def _prime_factors(number: int) -> tuple[int, ...]:
             number //= factor
         factor += 1
     return tuple(factors)
+
+
+class _KeptAlive:
+    """Keeps an object alive, also where it cannot be pickled: a copy of this holds nothing."""
+
+    def __init__(self, held: Any = None) -> None:
+        self.held = held
+
+    def __reduce__(self) -> tuple[type[_KeptAlive], tuple[()]]:
+        return _KeptAlive, ()
+
+
+@contextlib.contextmanager
+def serializable(ctx: mlir.LoweringRuleContext) -> Iterator[None]:
+    """Lets programs be serialised though what is lowered here is to be kept alive with them.
+
+    A compiled program has no more use for its partitioned functions, which cannot be pickled.
+    """
+    kept = ctx.module_context.keepalives
+    before = len(kept)
+    yield
+    kept[before:] = [_KeptAlive(held) for held in kept[before:]]
 
 
 def annotate(results: Sequence[Any], text: str) -> None:

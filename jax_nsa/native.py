@@ -149,6 +149,7 @@ def custom_call(
         faults=call.on_fault,
         maps=np.asarray(call.maps, np.int64),
         pool_maps=np.int64(call.pool_maps),
+        is_part=np.int64(call.is_part),
         **attributes,
     )
     return outcomes[: len(results)]

@@ -237,15 +237,14 @@ def _lower(
     if any(result.size == 0 for result in ctx.avals_out if _is_static(result)):
         return _lower_function(ctx, lambda *_: _zeros(ctx.avals_out), operands)
     backend = backends.choose(platform or _compat.single_platform(ctx), implementation, call)
-    mesh = _compat.automatic_mesh(ctx)
-    if mesh is None:
+    if _compat.automatic_devices(ctx) <= 1:
         return _lower_function(ctx, functools.partial(backend.compute, call), operands)
     axes = Axes.of(operator, call.names, call.problem, ctx.avals_in)
     split = partition.partitioned(backend, call, axes)
     # What decides the result must be in the program: JAX's cache of compiled programs knows no
     # more of a partitioned call than what the text says.
-    with mesh:
-        results = _lower_function(ctx, split, operands)
+    with _compat.serializable(ctx):
+        results = _lower_function(_compat.with_mesh_of_factors(ctx), split, operands)
     _compat.annotate(results, backends.identity(backend, call))
     return results
 
@@ -285,10 +284,21 @@ def _jvp(
     is_float = [jnp.issubdtype(p.dtype, jnp.floating) for p in primals]
     integers = [p for p, floating in zip(primals, is_float, strict=True) if not floating]
 
+    def reference(part: Any, *arrays: jax.Array) -> list[jax.Array]:
+        return list(operator.reference(dict(zip(names, arrays, strict=True)), part).values())
+
+    shapes = _abstract_eval(operator, *map(jax.typeof, primals), names=names, problem=problem)
+    if any(r.size == 0 for r in shapes if _is_static(r)):
+        zeros = _zeros(shapes)
+        return zeros, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in zeros]
+
+    # On a mesh with explicit axes, each device differentiates its part.
+    axes = Axes.of(operator, names, problem, primals)
+    split_reference = partition.by_device(reference, primals, axes, operator.splits, problem)
+
     def compute(*floats: jax.Array) -> list[jax.Array]:
         both = {True: iter(floats), False: iter(integers)}
-        arrays = [next(both[floating]) for floating in is_float]
-        return list(operator.reference(dict(zip(names, arrays, strict=True)), problem).values())
+        return split_reference(*(next(both[floating]) for floating in is_float))
 
     floats = [p for p, floating in zip(primals, is_float, strict=True) if floating]
     instantiated = [

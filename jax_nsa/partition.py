@@ -9,6 +9,7 @@ rows follow from all sequences together; there only heads split.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -65,6 +66,32 @@ def _splits_of(spec: Any, dimensions: Dimensions, splittable: str) -> dict[str, 
     }
 
 
+def by_device(
+    function: Callable[..., Any], arrays: Sequence[Any], axes: Axes, splits: str, problem: Any
+) -> Callable[..., Any]:
+    """Makes `function(problem, *arrays)` one of the arrays, each device of their mesh doing a part.
+
+    Args:
+        function: computes a part from the part's problem and arrays.
+        arrays: the operands, sharded as `result_shardings` allows.
+        axes: the call's axes.
+        splits: the axes that may split.
+        problem: the whole problem.
+    """
+    sharding: Any = jax.typeof(arrays[0]).sharding
+    if sharding.mesh.empty or sharding.mesh.are_all_axes_manual:
+        return functools.partial(function, problem)
+    split = _splits_of(sharding.spec, axes.operands[0], _splittable(axes, splits))
+    shards = _shards(sharding.mesh, split.get("h"))
+    part = problem.with_heads(axes.sizes["h"] // shards)
+    return jax.shard_map(
+        functools.partial(function, part),
+        mesh=sharding.mesh,
+        in_specs=tuple(specs(axes.operands, split)),
+        out_specs=list(specs(axes.results, split)),
+    )
+
+
 def cut_as_sequences(name: str, integers: jax.Array, query: jax.Array, packed: bool) -> jax.Array:
     """One integer for each sequence, sharded as query's sequences on a mesh with explicit axes.
 
@@ -111,6 +138,7 @@ def partitioned(backend: Backend, call: Call, axes: Axes) -> Callable[..., Any]:
             # What counts sequences from the first is of no use to a part.
             constants=(),
             maps=(),
+            is_part=True,
             problem=call.problem.with_heads(heads // _shards(mesh, split.get("h"))),
         )
 

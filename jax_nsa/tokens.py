@@ -35,13 +35,18 @@ def operands(
         tokens: S, or T where rows are packed.
     """
     if counts is None:
-        array = jnp.full(sequences, tokens, jnp.int32)
+        array = _alike(sequences, tokens)
     else:
         array = partition.cut_as_sequences(counts.name, counts.array(), query, packed)
     if not packed:
         return {"token_counts": array}
     token_counts, first_rows = _place(array, tokens=tokens)
     return {"token_counts": token_counts, "first_rows": first_rows}
+
+
+@functools.partial(jax.jit, static_argnames=("sequences", "tokens"))
+def _alike(sequences: int, tokens: int) -> jax.Array:
+    return jnp.full(sequences, tokens, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="tokens")

@@ -188,7 +188,7 @@ class TestMemory:
         arguments = build(geometry)
         call(arguments, implementation)
         harness = implementation == DeviceRoute.NAME  # which has operands and results of its own
-        operands = 7 + masked + 2 if harness else 0
+        operands = 7 + 2 * masked + 2 if harness else 0
         before = self.allocations(standin)
         for _ in range(3):
             call(arguments, implementation)

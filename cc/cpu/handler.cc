@@ -9,9 +9,9 @@
 #include <utility>
 #include <vector>
 
+#include "compress_attention_call.h"
 #include "cpu/isa.h"
 #include "cpu/run.h"
-#include "compress_attention_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cpu {
@@ -139,9 +139,6 @@ ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
 }  // namespace
 }  // namespace jax_nsa::cpu
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_cpu, jax_nsa::cpu::Handle,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    jax_nsa_compress_attention_cpu, jax_nsa::cpu::Handle,
+    xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());

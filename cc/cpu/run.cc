@@ -208,8 +208,7 @@ void Run::FillRows(int64_t first, int64_t end, Why why) {
   const int64_t begin = first * row_size, count = (end - first) * row_size;
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   if (problem.attention_dtype == DataType::kFloat32) {
-    std::fill_n(static_cast<float*>(arrays.attention) + begin, count,
-                why == kFaulty ? kNaN : 0.0f);
+    std::fill_n(static_cast<float*>(arrays.attention) + begin, count, why == kFaulty ? kNaN : 0.0f);
   } else {
     const uint16_t nan = problem.attention_dtype == DataType::kBFloat16 ? 0x7fc0 : 0x7e00;
     std::fill_n(static_cast<uint16_t*>(arrays.attention) + begin, count,

@@ -4,8 +4,8 @@
 
 #include <string>
 
-#include "cuda/launch.h"
 #include "compress_attention_call.h"
+#include "cuda/launch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cuda {
@@ -15,8 +15,7 @@ namespace ffi = xla::ffi;
 
 ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                ffi::Dictionary attributes) {
-  ffi::ErrorOr<compress_attention::Call> call =
-      compress_attention::Decode(args, rets, attributes);
+  ffi::ErrorOr<compress_attention::Call> call = compress_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call.error();
   if (const char* reason = Refuses(call->problem)) {
     return ffi::Error(

@@ -195,6 +195,9 @@ cudaError_t FindDevice(const Device** found) {
 }  // namespace
 
 const char* Refuses(const Problem& problem) {
+  if (problem.blocks.aligned || problem.forced.first != 1 || problem.forced.last != 2) {
+    return "another choice of blocks than CANN's";
+  }
   constexpr int64_t kMost = int64_t{1} << 30;
   if (problem.capacity() > kMost || MaxEntries(problem) > kMost ||
       problem.num_pages * problem.page_size * problem.key_value_heads > 2 * kMost ||

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "cuda/plan.h"
 #include "compress_attention.h"
+#include "cuda/plan.h"
 
 namespace jax_nsa::cuda {
 

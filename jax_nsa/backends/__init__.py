@@ -31,6 +31,7 @@ class Call:
         on_fault: "fail" or "nan": what a kernel on the host does about a bad value.
         maps: sizes of the `jax.vmap`s that were folded into the sequences, the innermost first.
         pool_maps: how many mapped calls' pools were put into one.
+        is_part: whether this is what one device has of a larger call, which messages say.
     """
 
     operator: Operator
@@ -41,6 +42,7 @@ class Call:
     on_fault: str = "fail"
     maps: tuple[int, ...] = ()
     pool_maps: int = 1
+    is_part: bool = False
 
     def operand(self, name: str) -> Any:
         """The abstract value of an operand; None where the call has no such."""

@@ -341,8 +341,7 @@ def _operands(
             operands["early_counts"] = _early_counts(
                 tell["token_counts"], length, select, blocks=problem.blocks
             )
-        if problem.aligned:
-            operands["select_lengths"] = select
+        operands["select_lengths"] = select
     if first_rows is not None:
         operands["first_rows"] = first_rows
     return operands, one_token_each

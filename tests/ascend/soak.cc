@@ -76,8 +76,8 @@ struct Operands {
   void ForEach(const Add& add) {
     const int64_t rows = static_cast<int64_t>(indices.size());
     const int64_t sequences = static_cast<int64_t>(counts.size());
-    const auto buffer = [&](const char* name, bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims,
-                            auto& array) {
+    const auto buffer = [&](const char* name, bool is_result, XLA_FFI_DataType type,
+                            std::vector<int64_t> dims, auto& array) {
       add(name, is_result, type, std::move(dims), array.data(), array.size() * sizeof(array[0]));
     };
     buffer("query", false, XLA_FFI_DataType_BF16, {rows, kHeads, kHeadSize}, query);
@@ -121,11 +121,11 @@ bool RunOnHost(Operands& operands) {
   CallFrame frame;
   SetProblem(frame);
   frame.SetInteger("device", 0);
-  operands.ForEach(
-      [&](const char* name, bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims, void* data, size_t) {
-        is_result ? frame.AddResult(name, type, std::move(dims), data)
-                  : frame.AddArgument(name, type, std::move(dims), data);
-      });
+  operands.ForEach([&](const char* name, bool is_result, XLA_FFI_DataType type,
+                       std::vector<int64_t> dims, void* data, size_t) {
+    is_result ? frame.AddResult(name, type, std::move(dims), data)
+              : frame.AddArgument(name, type, std::move(dims), data);
+  });
   return frame.Run(jax_nsa_compress_attention_ascend_host) != nullptr;
 }
 
@@ -140,8 +140,8 @@ bool RunOnDevice(Operands& operands, void* stream) {
     bool is_result;
   };
   std::vector<Copy> copies;
-  operands.ForEach([&](const char* name, bool is_result, XLA_FFI_DataType type, std::vector<int64_t> dims, void* data,
-                       size_t bytes) {
+  operands.ForEach([&](const char* name, bool is_result, XLA_FFI_DataType type,
+                       std::vector<int64_t> dims, void* data, size_t bytes) {
     void* device = nullptr;
     Expect(aclrtMalloc(&device, bytes, 0) == 0, "an array of the caller's");
     standin_poke(device, data, bytes);

@@ -44,6 +44,7 @@ struct Case {
   Blocks window;
   float scale;
   std::vector<int32_t> lengths, token_counts, early_counts;
+  Forced forced = {1, 2};
 };
 
 float FromBits(uint32_t bits) {
@@ -120,6 +121,11 @@ class Call {
         query_(c.dtype, problem_.rows * problem_.heads * c.head_size),
         key_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.head_size),
         value_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.value_size) {
+    for (int32_t length : c.lengths) {
+      // One token past the last window where there is one; not enough for a window otherwise.
+      original_lengths_.push_back(static_cast<int32_t>(
+          length > 0 ? c.window.OriginalLength(length) + 1 : c.window.compress_block_size - 1));
+    }
     std::mt19937 random(7);
     std::uniform_real_distribution<float> uniform(0.01f, 2.0f);
     const auto draw = [&] { return (random() & 1 ? -1 : 1) * uniform(random); };
@@ -153,18 +159,19 @@ class Call {
                        std::vector<int32_t>(rows * problem_.key_value_heads * case_.select_count),
                        std::vector<float>(rows * problem_.heads),
                        std::vector<float>(rows * problem_.heads * problem_.max_blocks())};
-    const Arrays arrays = {query_.data(),
-                           key_.data(),
-                           value_.data(),
-                           table_.data(),
-                           case_.lengths.data(),
-                           case_.token_counts.data(),
-                           case_.early_counts.data(),
-                           nullptr,
-                           results.attention.data(),
-                           results.indices.data(),
-                           results.lse.data(),
-                           results.scores.data()};
+    Arrays arrays = {};
+    arrays.query = query_.data();
+    arrays.key = key_.data();
+    arrays.value = value_.data();
+    arrays.block_table = table_.data();
+    arrays.lengths = case_.lengths.data();
+    arrays.token_counts = case_.token_counts.data();
+    arrays.early_counts = case_.early_counts.data();
+    arrays.select_lengths = original_lengths_.data();
+    arrays.attention = results.attention.data();
+    arrays.topk_indices = results.indices.data();
+    arrays.lse = results.lse.data();
+    arrays.block_scores = results.scores.data();
     Run run(problem_, arrays, kernel);
     std::vector<std::thread> helpers;
     for (int i = 1; i < threads; ++i) helpers.emplace_back([&] { run.Work(); });
@@ -177,10 +184,11 @@ class Call {
     for (int64_t b = 0; b < problem_.sequences; ++b) {
       for (int64_t t = 0; t < case_.tokens; ++t) {
         const int64_t row = b * case_.tokens + t;
-        const bool absent = t >= case_.token_counts[b] || case_.lengths[b] == 0;
+        const bool no_token = t >= case_.token_counts[b];
+        const bool absent = no_token || case_.lengths[b] == 0;
         const int64_t visible = absent ? 0 : case_.lengths[b] - (t < case_.early_counts[b] ? 1 : 0);
         for (int64_t h = 0; h < problem_.key_value_heads; ++h) {
-          CheckPanel(results, b, row, h, visible, absent,
+          CheckPanel(results, b, row, h, visible, no_token ? 0 : CountBlocks(b, t),
                      context + " row " + std::to_string(row) + " kv head " + std::to_string(h));
         }
       }
@@ -205,13 +213,24 @@ class Call {
     problem.select_count = c.select_count;
     problem.scale = c.scale;
     problem.blocks = c.window;
+    problem.forced = c.forced;
+    problem.causal = c.window.aligned;
     return problem;
   }
 
+  // The blocks that a token chooses from, by their definitions.
+  int64_t CountBlocks(int64_t b, int64_t t) const {
+    const Blocks& blocks = problem_.blocks;
+    const int64_t length = case_.lengths[b];
+    int64_t tokens =
+        length > 0 ? (length - 1) * blocks.compress_stride + blocks.compress_block_size : 0;
+    if (blocks.aligned) tokens = original_lengths_[b] - (case_.token_counts[b] - 1 - t);
+    return tokens <= 0 ? 0 : (tokens - 1) / blocks.select_block_size + 1;
+  }
+
   void CheckPanel(const Results& results, int64_t b, int64_t row, int64_t h, int64_t visible,
-                  bool absent, const std::string& context) const {
+                  int64_t blocks, const std::string& context) const {
     const int64_t D = problem_.head_size, Dv = problem_.value_size, group = case_.group;
-    const int64_t blocks = absent ? 0 : problem_.blocks.NumBlocks(case_.lengths[b]);
     std::vector<double> importance(blocks), doubt(blocks);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t head = row * problem_.heads + h * group + g;
@@ -262,9 +281,15 @@ class Call {
 
       for (int64_t j = 0; j < problem_.max_blocks(); ++j) {
         double score = 0;
-        for (int64_t o = 0; j < blocks && o < problem_.blocks.num_taps(); ++o) {
-          const int64_t i = problem_.blocks.LastPosition(j) - o;
-          if (i >= 0 && i < visible) score += problem_.blocks.Weight(o) * p[i] / total;
+        // By the definition of a block's score: position M * (j + 1) - m - n, or M * j + m - n.
+        const Blocks& geometry = problem_.blocks;
+        const int64_t m_count = geometry.select_block_size / geometry.compress_stride;
+        const int64_t n_count = geometry.compress_block_size / geometry.compress_stride;
+        for (int64_t m = 0; j < CountBlocks(b, case_.token_counts[b] - 1) && m < m_count; ++m) {
+          for (int64_t n = 0; n < n_count; ++n) {
+            const int64_t i = geometry.aligned ? m_count * j + m - n : m_count * (j + 1) - m - n;
+            if (i >= 0 && i < visible) score += p[i] / total;
+          }
         }
         const float got = results.scores[head * problem_.max_blocks() + j];
         const double legal = (1e-4 + rounding) * score + 1e-30;
@@ -279,7 +304,8 @@ class Call {
     std::vector<int32_t> order(blocks);
     for (int64_t j = 0; j < blocks; ++j) {
       order[j] = static_cast<int32_t>(j);
-      if (AlwaysChosen(j, blocks)) importance[j] = std::numeric_limits<double>::max();
+      if ((j < case_.forced.first || j >= blocks - case_.forced.last))
+        importance[j] = std::numeric_limits<double>::max();
     }
     std::stable_sort(order.begin(), order.end(),
                      [&](int32_t i, int32_t j) { return importance[i] > importance[j]; });
@@ -297,7 +323,7 @@ class Call {
   Problem problem_;
   Case case_;
   Elements query_, key_, value_;
-  std::vector<int32_t> table_;
+  std::vector<int32_t> table_, original_lengths_;
 };
 
 std::vector<Case> Cases(DataType dtype) {
@@ -314,9 +340,84 @@ std::vector<Case> Cases(DataType dtype) {
       {dtype, 16, 2, 96, 64, 112, 4, 40, {96, 48, 96}, 0.1f, {230, 47}, {4, 1}, {1, 0}});
   cases.push_back({dtype, 64, 1, 64, 32, 64, 5, 70, {16, 16, 16}, -1.0f, {300}, {5}, {3}});
   cases.push_back({dtype, 1, 1, 1, 1, 16, 1, 1, {64, 64, 64}, 1.0f, {17}, {1}, {0}});
+  // Blocks as open training codes choose them, some sequences too short for a position.
+  const auto aligned = [](Blocks blocks) {
+    blocks.aligned = true;
+    return blocks;
+  };
+  cases.push_back({dtype,
+                   4,
+                   2,
+                   32,
+                   16,
+                   16,
+                   3,
+                   9,
+                   aligned(usual),
+                   0.5f,
+                   {100, 0, 1},
+                   {3, 2, 1},
+                   {2, 0, 0},
+                   {1, 2}});
+  cases.push_back({dtype,
+                   2,
+                   3,
+                   33,
+                   31,
+                   256,
+                   3,
+                   5,
+                   aligned({128, 16, 128}),
+                   0.2f,
+                   {300, 97, 47},
+                   {2, 0, 3},
+                   {1, 0, 2},
+                   {0, 1}});
+  cases.push_back({dtype,
+                   16,
+                   2,
+                   64,
+                   64,
+                   16,
+                   1,
+                   300,
+                   aligned({16, 16, 16}),
+                   0.1f,
+                   {230, 47},
+                   {1, 1},
+                   {0, 0},
+                   {0, 0}});
+  cases.push_back(
+      {dtype, 4, 8, 192, 128, 128, 2, 16, aligned(usual), 0.1f, {1100}, {2}, {1}, {3, 9}});
+  cases.push_back({dtype, 8, 1, 64, 64, 256, 1, 16, usual, 0.1f, {700}, {1}, {0}, {0, 5}});
   // Long enough to be split; scores nearly one-hot.
   cases.push_back({dtype, 4, 8, 192, 128, 128, 2, 16, usual, 1.0f, {1100}, {2}, {1}});
   return cases;
+}
+
+// Of equal keys all positions are as probable, and all blocks with as many positions as important:
+// whatever is summed by whom, they come in ascending order.
+void CheckTies(const Kernel& kernel) {
+  for (const Blocks& blocks :
+       {Blocks{32, 16, 64}, Blocks{48, 16, 96}, Blocks{128, 16, 128}, Blocks{32, 16, 64, true}}) {
+    for (int64_t group : {1, 16, 128}) {
+      for (int32_t length : {401, 2104, 5000}) {
+        Case c = {
+            DataType::kBFloat16, group, 1, 32, 32, 16, 1, 400, blocks, 0.0f, {length}, {1}, {0}};
+        const Results results = Call(c).Compute(kernel, 2);
+        const int64_t count = blocks.aligned ? blocks.Universe(blocks.OriginalLength(length) + 1)
+                                             : blocks.NumBlocks(length);
+        const int64_t free = std::min<int64_t>(c.select_count, count) - 3;
+        // The first is forced; so is every one that a missing position makes less important.
+        for (int64_t n = 0; n < std::min<int64_t>(free, count - 6); ++n) {
+          EXPECT(results.indices[3 + n] == 1 + n)
+              << kernel.name << " group " << group << " length " << length
+              << " l'=" << blocks.select_block_size << ": rank " << n << " is "
+              << results.indices[3 + n];
+        }
+      }
+    }
+  }
 }
 
 // Memory is used again, unless it is much too large.
@@ -346,6 +447,7 @@ int main() {
   cpu::CheckMemory();
   for (const cpu::Kernel* kernel : cpu::Kernels()) {
     std::cout << "kernel " << kernel->name << std::endl;
+    cpu::CheckTies(*kernel);
     for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
       int number = 0;
       for (const cpu::Case& c : cpu::Cases(dtype)) {

@@ -444,7 +444,7 @@ class Call {
     std::vector<bool> seen(blocks);
     for (int j = 0; j < blocks; ++j) {
       order[j] = j;
-      if (AlwaysChosen(j, blocks)) importance[j] = std::numeric_limits<double>::max();
+      if (Forced{1, 2}.Has(j, blocks)) importance[j] = std::numeric_limits<double>::max();
     }
     std::stable_sort(order.begin(), order.end(),
                      [&](int i, int j) { return importance[i] > importance[j]; });

@@ -2,15 +2,14 @@
 //
 // Bazel runs it; by hand: g++ -std=c++17 -Icc tests/cc/problem_test.cc -o /tmp/t && /tmp/t
 
-#include "compress_attention.h"
-
 #include <cstdint>
 #include <limits>
 #include <vector>
 
+#include "compress_attention.h"
 #include "expect.h"
 
-namespace jax_nsa {
+namespace jax_nsa::compress_attention {
 namespace {
 
 constexpr int32_t kMin = std::numeric_limits<int32_t>::min();
@@ -18,7 +17,7 @@ constexpr int32_t kMax = std::numeric_limits<int32_t>::max();
 constexpr int32_t kNonsense[] = {kMin, -2, -1, 0, 1, 3, 4, 5, 9, 10, 11, kMax};
 
 struct Operands {
-  std::vector<int32_t> lengths, token_counts, early_counts, first_rows;
+  std::vector<int32_t> lengths, token_counts, early_counts, first_rows, select_lengths = {};
 };
 
 struct Found {
@@ -42,6 +41,8 @@ Found Find(const Operands& operands, int64_t b, int64_t tokens, int64_t rows) {
   arrays.token_counts = data(operands.token_counts);
   arrays.early_counts = data(operands.early_counts);
   arrays.first_rows = data(operands.first_rows);
+  arrays.select_lengths = data(operands.select_lengths);
+  problem.blocks = {32, 16, 64, arrays.select_lengths != nullptr};
   Found found = {};
   found.fault = FindRows(problem, arrays, b, &found.rows);
   return found;
@@ -95,6 +96,17 @@ void TestNonsense() {
   }
 }
 
+// Original lengths must be those that compress to the sequence's length.
+void TestAligned() {
+  const auto fault = [](int32_t length, int32_t original) {
+    return Find({{length}, {}, {}, {}, {original}}, 0, 1, 1).fault;
+  };
+  EXPECT(fault(2, 48) == Fault::kNone && fault(2, 63) == Fault::kNone);
+  EXPECT(fault(2, 47) == Fault::kOriginalLength && fault(2, 64) == Fault::kOriginalLength);
+  EXPECT(fault(0, 0) == Fault::kNone && fault(0, 31) == Fault::kNone);
+  EXPECT(fault(0, 32) == Fault::kOriginalLength && fault(0, -1) == Fault::kOriginalLength);
+}
+
 void TestVisible() {
   const SequenceRows rows = {0, 3, 3, 2};
   EXPECT(rows.Visible(0, 7) == 6 && rows.Visible(1, 7) == 6 && rows.Visible(2, 7) == 7);
@@ -110,13 +122,14 @@ void TestPages() {
 }
 
 }  // namespace
-}  // namespace jax_nsa
+}  // namespace jax_nsa::compress_attention
 
 int main() {
-  jax_nsa::TestDense();
-  jax_nsa::TestRagged();
-  jax_nsa::TestNonsense();
-  jax_nsa::TestVisible();
-  jax_nsa::TestPages();
+  jax_nsa::compress_attention::TestDense();
+  jax_nsa::compress_attention::TestRagged();
+  jax_nsa::compress_attention::TestNonsense();
+  jax_nsa::compress_attention::TestAligned();
+  jax_nsa::compress_attention::TestVisible();
+  jax_nsa::compress_attention::TestPages();
   return jax_nsa::testing::ExitStatus();
 }

@@ -17,7 +17,7 @@ namespace jax_nsa {
 
 std::ostream& operator<<(std::ostream& out, const Blocks& window) {
   return out << "l=" << window.compress_block_size << " d=" << window.compress_stride
-             << " l'=" << window.select_block_size;
+             << " l'=" << window.select_block_size << (window.aligned ? " aligned" : "");
 }
 
 namespace {
@@ -27,7 +27,9 @@ std::vector<Blocks> LegalWindows() {
   for (int64_t d : {16, 32, 48, 64}) {
     for (int64_t l = 16; l <= 128; l += 16) {
       for (int64_t select = 16; select <= 128; select += 16) {
-        if (l >= d && select >= l && select % d == 0) windows.push_back({l, d, select});
+        if (l < d || select < l || select % d != 0) continue;
+        windows.push_back({l, d, select});
+        windows.push_back({l, d, select, /*aligned=*/true});
       }
     }
   }
@@ -40,7 +42,9 @@ std::map<int64_t, int64_t> Taken(const Blocks& window, int64_t j) {
   const int64_t n_count = window.compress_block_size / window.compress_stride;
   std::map<int64_t, int64_t> taken;
   for (int64_t m = 0; m < m_count; ++m) {
-    for (int64_t n = 0; n < n_count; ++n) ++taken[m_count * (j + 1) - m - n];
+    for (int64_t n = 0; n < n_count; ++n) {
+      ++taken[window.aligned ? m_count * j + m - n : m_count * (j + 1) - m - n];
+    }
   }
   return taken;
 }
@@ -89,11 +93,35 @@ void TestIllegalWindows() {
   }
 }
 
-void TestAlwaysChosen() {
-  for (int64_t num_blocks = 1; num_blocks < 8; ++num_blocks) {
-    for (int64_t j = 0; j < num_blocks; ++j) {
-      const bool initial = j < 1, local = num_blocks - j <= 2;
-      EXPECT(AlwaysChosen(j, num_blocks) == (initial || local)) << j << " of " << num_blocks;
+void TestForced() {
+  for (int64_t first : {0, 1, 2, 9}) {
+    for (int64_t last : {0, 1, 2, 9}) {
+      const Forced forced = {first, last};
+      for (int64_t num_blocks = 1; num_blocks < 8; ++num_blocks) {
+        for (int64_t j = 0; j < num_blocks; ++j) {
+          const bool initial = j < first, local = num_blocks - j <= last;
+          EXPECT(forced.Has(j, num_blocks) == (initial || local)) << j << " of " << num_blocks;
+        }
+      }
+    }
+  }
+}
+
+// Counted by original tokens, a sequence grows by a block with every l' tokens.
+void TestUniverse(const Blocks& blocks) {
+  for (int64_t tokens = 0; tokens < 400; ++tokens) {
+    int64_t positions = 0, count = 0;
+    while (positions * blocks.compress_stride + blocks.compress_block_size <= tokens) ++positions;
+    while (count * blocks.select_block_size < tokens) ++count;
+    EXPECT(blocks.CompressedLength(tokens) == positions) << blocks << " tokens=" << tokens;
+    EXPECT(blocks.Universe(tokens) == count) << blocks << " tokens=" << tokens;
+    if (blocks.aligned) {
+      EXPECT(count <= blocks.MaxBlocks(positions)) << blocks << " tokens=" << tokens;
+      if (blocks.CompressedLength(tokens + 1) > positions) {
+        EXPECT(count == blocks.MaxBlocks(positions)) << blocks << " tokens=" << tokens;
+      }
+    } else {
+      EXPECT(blocks.MaxBlocks(positions) == blocks.NumBlocks(positions)) << blocks;
     }
   }
 }
@@ -130,9 +158,10 @@ int main() {
     EXPECT(window.IsLegal()) << window;
     jax_nsa::TestWeightsAndPositions(window);
     jax_nsa::TestNumBlocks(window);
+    jax_nsa::TestUniverse(window);
   }
   jax_nsa::TestIllegalWindows();
-  jax_nsa::TestAlwaysChosen();
+  jax_nsa::TestForced();
   jax_nsa::TestOrder();
   return jax_nsa::testing::ExitStatus();
 }

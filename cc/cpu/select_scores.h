@@ -1,0 +1,136 @@
+// Products of keys with the queries of a panel, where keys are rows in any order.
+
+#ifndef JAX_NSA_CPU_SELECT_SCORES_H_
+#define JAX_NSA_CPU_SELECT_SCORES_H_
+
+#include <cstdint>
+
+#include "cpu/select_tile.h"
+#include "cpu/simd.h"
+
+namespace jax_nsa::cpu::JAX_NSA_ISA {
+namespace {
+
+// The queries of a panel: [words / repeat][rows][repeat], so that `repeat` words of each row lie
+// side by side, see Scores::Repeat.
+struct PanelQueries {
+  const uint32_t* words;
+  int64_t rows;       // a power of two
+  int64_t row_words;  // of a query, and of a key; a multiple of `repeat`
+};
+
+template <class Products>
+class Scores {
+ public:
+  static constexpr int kElements = Products::kElements;  // in a word
+
+  // Words of a key that meet as many of each row at a time. A panel that is no wider than a vector
+  // fills two: the more lanes a load of the key repeats over, the fewer loads there are.
+  static constexpr int64_t Repeat(int64_t rows) {
+    if (rows > kLanes) return 1;
+    return rows == 1 ? kLanes : 2 * kLanes / rows;
+  }
+
+  // Writes the products of kGranule keys, [key][row].
+  static void Multiply(const char* const* keys, const PanelQueries& queries, float* scores,
+                       Fetch& fetch) {
+    const int64_t rows = queries.rows;
+    if (rows == 1) return Narrow<kLanes, 1>(keys, queries, scores, fetch);
+    if (rows <= kLanes) {
+      return WithConstant(Repeat(rows),
+                          [&](auto repeat) { Narrow<repeat(), 2>(keys, queries, scores, fetch); });
+    }
+    // Powers of two: whole passes of two vectors, or of four where there are as many.
+    if constexpr (kAccumulators >= 16) {
+      if (rows >= 4 * kLanes) return Wide<4>(keys, queries, scores, fetch);
+    }
+    Wide<2>(keys, queries, scores, fetch);
+  }
+
+  // How often Multiply makes a step of Fetch.
+  static constexpr int64_t Steps(const PanelQueries& queries) {
+    const int64_t repeat = Repeat(queries.rows), vectors = queries.rows * repeat / kLanes;
+    const int64_t at_once =
+        vectors == 1 ? 1 : (kAccumulators >= 16 && repeat == 1 && vectors >= 4 ? 4 : 2);
+    return vectors / at_once * (kGranule / KeysAtOnce(at_once)) * queries.row_words / repeat;
+  }
+
+ private:
+  static constexpr int64_t kMostKeys = 8;  // multiplied at once: their addresses fill registers
+
+  static constexpr int64_t KeysAtOnce(int64_t vectors) {
+    return kAccumulators / vectors < kMostKeys ? kAccumulators / vectors : kMostKeys;
+  }
+
+  // The sums of `count` keys' products with `vectors` vectors of queries, `stride` words from one
+  // group of `repeat` words to the next.
+  template <int repeat, int vectors, int count>
+  static inline void MultiplyKeys(const char* const* keys, const uint32_t* queries, int64_t stride,
+                                  int64_t row_words, Fetch& fetch, Float* sums) {
+    const char* rows[count];
+#pragma GCC unroll 8
+    for (int p = 0; p < count; ++p) rows[p] = keys[p];
+    Float block[count][vectors] = {};
+    for (int64_t w = 0; w < row_words; w += repeat) {
+      fetch.Step();
+      Word query[vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) query[v] = Load<Word>(queries + v * kLanes);
+      queries += stride;
+#pragma GCC unroll 8
+      for (int p = 0; p < count; ++p) {
+        const Word key = Repeated<repeat>(rows[p] + 4 * w);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          block[p][v] = Products::MultiplyAdd(key, query[v], block[p][v]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < count; ++p) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[p * vectors + v] = block[p][v];
+    }
+  }
+
+  // For a panel that is no wider than a vector: the `repeat` lanes of each row are summed at last.
+  template <int repeat, int vectors>
+  static void Narrow(const char* const* keys, const PanelQueries& queries, float* scores,
+                     Fetch& fetch) {
+    constexpr int kKeys = KeysAtOnce(vectors);
+    Float sums[kGranule * vectors];
+    for (int64_t p = 0; p < kGranule; p += kKeys) {
+      MultiplyKeys<repeat, vectors, kKeys>(keys + p, queries.words, vectors * kLanes,
+                                           queries.row_words, fetch, sums + p * vectors);
+    }
+    for (int64_t i = 0; i < kGranule * vectors; i += repeat) {
+      Store(scores + i / repeat * kLanes, TransposeRuns<repeat>(FoldRuns<repeat>(sums + i)));
+    }
+  }
+
+  // For a wider one, `vectors` vectors at a time.
+  template <int vectors>
+  static void Wide(const char* const* keys, const PanelQueries& queries, float* scores,
+                   Fetch& fetch) {
+    constexpr int kKeys = KeysAtOnce(vectors);
+    for (int64_t p = 0; p < kGranule; p += kKeys) {
+      for (int64_t r = 0; r < queries.rows; r += vectors * kLanes) {
+        Float sums[kKeys * vectors];
+        MultiplyKeys<1, vectors, kKeys>(keys + p, queries.words + r, queries.rows,
+                                        queries.row_words, fetch, sums);
+#pragma GCC unroll 8
+        for (int i = 0; i < kKeys; ++i) {
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            Store(scores + (p + i) * queries.rows + r + v * kLanes, sums[i * vectors + v]);
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace jax_nsa::cpu::JAX_NSA_ISA
+
+#endif  // JAX_NSA_CPU_SELECT_SCORES_H_

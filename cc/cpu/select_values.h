@@ -1,0 +1,173 @@
+// Sums of weighted values, which are read where they lie.
+
+#ifndef JAX_NSA_CPU_SELECT_VALUES_H_
+#define JAX_NSA_CPU_SELECT_VALUES_H_
+
+#include <cstdint>
+
+#include "cpu/operands.h"
+#include "cpu/select_tile.h"
+#include "cpu/simd.h"
+
+namespace jax_nsa::cpu::JAX_NSA_ISA {
+namespace {
+
+constexpr int64_t kChunk = 2 * kLanes;  // columns that are loaded at once, as two vectors
+
+// How rows of values become words: a step is one row, as floats.
+template <class Type, class Products>
+struct ValueWords {
+  static constexpr int64_t kRows = 1;
+  static constexpr int64_t kElement = sizeof(typename Type::Bits);
+
+  // Columns [c, c + count) of a step; `whole`: as many as a chunk has.
+  template <bool whole>
+  static inline void Load(const char* const* rows, int64_t c, int64_t count, Word* words) {
+    Float a, b;
+    if constexpr (whole) {
+      Type::Load(rows[0] + c * kElement, &a, &b);
+    } else {
+      LoadSome<Type>(rows[0] + c * kElement, count, &a, &b);
+    }
+    words[0] = (Word)a;
+    words[1] = (Word)b;
+  }
+
+  // From the order of Load to that of columns.
+  static inline void Order(Float* a, Float* b) {
+    if constexpr (Type::kInterleaves) Interleave(a, b);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// A step is two rows, their elements in pairs.
+template <>
+struct ValueWords<BFloat16, BFloat16Products> {
+  static constexpr int64_t kRows = 2;
+
+  template <bool whole>
+  static inline void Load(const char* const* rows, int64_t c, int64_t count, Word* words) {
+    const __mmask32 mask = whole ? ~0u : (1u << count) - 1;
+    const __m512i low = _mm512_maskz_loadu_epi16(mask, rows[0] + 2 * c);
+    const __m512i high = _mm512_maskz_loadu_epi16(mask, rows[1] + 2 * c);
+    words[0] = (Word)_mm512_unpacklo_epi16(low, high);
+    words[1] = (Word)_mm512_unpackhi_epi16(low, high);
+  }
+
+  // Unpacking left four of eight columns in each of the two vectors, in turn.
+  static inline void Order(Float* a, Float* b) {
+    const Float first =
+        __builtin_shufflevector(*a, *b, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    *b = __builtin_shufflevector(*a, *b, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30,
+                                 31);
+    *a = first;
+  }
+};
+#endif
+
+// The weights of some steps, [step][rows], as words; sums of weighted values, [row][columns].
+template <class Type, class Products>
+class Weigh {
+ public:
+  using Words = ValueWords<Type, Products>;
+
+  // Adds the weighted values of `steps` steps; `values` are their rows.
+  static void Add(const char* const* values, int64_t size, const uint32_t* weights, int64_t rows,
+                  int64_t steps, float* sums, Fetch& fetch) {
+    const Weigh weigh = {values, size, weights, rows, steps, RoundUp(size, kChunk), sums, fetch};
+    WithConstant(Least(rows, kMostRows), [&](auto at_once) {
+      if constexpr (at_once() <= kMostRows) weigh.template Columns<at_once()>();
+    });
+  }
+
+  // How often Add makes a step of Fetch.
+  static constexpr int64_t Steps(int64_t size, int64_t rows, int64_t steps) {
+    const int64_t at_once = rows < kMostRows ? rows : kMostRows;
+    const int64_t chunks = ChunksAtOnce(at_once), all = size / kChunk;
+    return rows / at_once * steps * (all / chunks + all % chunks + (size % kChunk ? 1 : 0));
+  }
+
+ private:
+  static constexpr int64_t kMostRows = kAccumulators / 2;
+
+  static constexpr int64_t ChunksAtOnce(int64_t rows) {
+    return kMostRows / rows < 4 ? kMostRows / rows : 4;
+  }
+
+  Weigh(const char* const* values, int64_t size, const uint32_t* weights, int64_t rows,
+        int64_t steps, int64_t columns, float* sums, Fetch& fetch)
+      : values_(values),
+        size_(size),
+        weights_(weights),
+        rows_(rows),
+        steps_(steps),
+        columns_(columns),
+        sums_(sums),
+        fetch_(fetch) {}
+
+  template <int rows>
+  void Columns() const {
+    constexpr int kChunks = ChunksAtOnce(rows);
+    int64_t c = 0;
+    for (; c + kChunks * kChunk <= size_; c += kChunks * kChunk) Rows<rows, kChunks, true>(c);
+    for (; c + kChunk <= size_; c += kChunk) Rows<rows, 1, true>(c);
+    if (c < size_) Rows<rows, 1, false>(c);
+  }
+
+  template <int rows, int chunks, bool whole>
+  void Rows(int64_t c) const {
+    for (int64_t r = 0; r < rows_; r += rows) Block<rows, chunks, whole>(c, r);
+  }
+
+  // `rows` rows from row r, `chunks` chunks of columns from column c.
+  template <int rows, int chunks, bool whole>
+  inline void Block(int64_t c, int64_t r) const {
+    constexpr int kVectors = 2 * chunks;
+    float* const target = sums_ + r * columns_ + c;
+    const int64_t count = size_ - c;
+    Float block[rows][kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        block[i][v] = Load<Float>(target + i * columns_ + v * kLanes);
+      }
+    }
+    for (int64_t s = 0; s < steps_; ++s) {
+      fetch_.Step();
+      Word value[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < chunks; ++v) {
+        Words::template Load<whole>(values_ + s * Words::kRows, c + v * kChunk, count,
+                                    value + 2 * v);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i) {
+        const Word weight = Repeated<1>(weights_ + s * rows_ + r + i);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          block[i][v] = Products::MultiplyAdd(weight, value[v], block[i][v]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        Store(target + i * columns_ + v * kLanes, block[i][v]);
+      }
+    }
+  }
+
+  const char* const* const values_;
+  const int64_t size_;
+  const uint32_t* const weights_;
+  const int64_t rows_, steps_, columns_;
+  float* const sums_;
+  Fetch& fetch_;
+};
+
+}  // namespace
+}  // namespace jax_nsa::cpu::JAX_NSA_ISA
+
+#endif  // JAX_NSA_CPU_SELECT_VALUES_H_

@@ -1,0 +1,136 @@
+#include "select_attention_call.h"
+
+#include <optional>
+#include <string>
+
+namespace jax_nsa::select_attention {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Reads one of the two attentions and its lse, each null where it is not wanted.
+void ReadResults(FfiCall* ffi_call, const char* attention, const char* lse,
+                 ffi::Span<const int64_t> leading, Problem* problem, void** attention_data,
+                 float** lse_data) {
+  const std::optional<ffi::AnyBuffer> buffer = ffi_call->Find(attention);
+  ffi_call->That(buffer || !ffi_call->Find(lse), "gives ", lse, " beside ", attention, " only");
+  if (!buffer) return;
+  // Parts of sequences are merged in float32.
+  ffi_call->Type(attention,
+                 problem->partial ? ffi::DataType::F32 : ffi_call->Get("query").element_type());
+  ffi_call->Shape(attention, {problem->heads, problem->value_size}, leading);
+  *attention_data = ffi_call->Get(attention).untyped_data();
+  *lse_data = ffi_call->Floats(lse, {problem->heads}, leading);
+}
+
+// Reads topk_indices, [*leading, key_value_heads, select_count].
+void ReadIndices(FfiCall* ffi_call, ffi::Span<const int64_t> leading, Problem* problem,
+                 Arrays* arrays) {
+  ffi_call->Type("topk_indices", ffi::DataType::S32);
+  ffi_call->Rank("topk_indices", leading.size() + 2);
+  ffi_call->NotEmpty("topk_indices");
+  if (!ffi_call->ok()) return;
+  problem->select_count = ffi_call->Get("topk_indices").dimensions().back();
+  ffi_call->Shape("topk_indices", {problem->key_value_heads, problem->select_count}, leading);
+  ffi_call->That(problem->select_block_size > 0 && problem->select_block_size % kMinStride == 0 &&
+                     problem->select_block_size <= kMaxBlockSize,
+                 "select_block_size must be a multiple of ", kMinStride, " up to ", kMaxBlockSize,
+                 ", got ", problem->select_block_size);
+  if (!ffi_call->ok()) return;
+  arrays->topk_indices = ffi_call->Get("topk_indices").typed_data<int32_t>();
+}
+
+// The error for a bad entry of topk_indices, in column `column` for the token and kv head.
+ffi::Error BlockError(const Call& call, int64_t sequence, int64_t row, int64_t token, int64_t head,
+                      int64_t column) {
+  const Problem& problem = call.problem;
+  const bool packed = call.arrays.first_rows != nullptr;
+  PagedProblem by_rows = problem;
+  by_rows.sequences = problem.rows;
+  const std::string place =
+      packed ? Place("topk_indices", by_rows, packed, call.names, row, {head, column})
+      : problem.tokens == 1
+          ? Place("topk_indices", problem, packed, call.names, sequence, {head, column})
+          : Place("topk_indices", problem, packed, call.names, sequence, {token, head, column});
+  const int64_t size = problem.select_block_size;
+  const int64_t blocks = (call.arrays.lengths[sequence] + size - 1) / size;
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                    place + " must be in [-1, " + std::to_string(blocks - 1) + "], the blocks of " +
+                        std::to_string(size) + " tokens that its sequence has, got " +
+                        std::to_string(ChosenBlocks(problem, call.arrays, row, head)[column]));
+}
+
+// The first fault of what a token reads for a kv head.
+ffi::Error FindRowFault(const Call& call, int64_t sequence, const SequenceRows& rows, int64_t token,
+                        int64_t head) {
+  const int64_t row = rows.first + token;
+  const int64_t limit = Limit(call.arrays, sequence, rows.count, token);
+  int64_t column = 0;
+  switch (CheckRow(call.problem, call.arrays, sequence, row, head, limit, &column)) {
+    case RowFault::kNone:
+      break;
+    case RowFault::kBlock:
+      return BlockError(call, sequence, row, token, head, column);
+    case RowFault::kPage:
+      return FaultError(call.problem, call.arrays, call.names, Fault::kPageId, sequence, column);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
+                          ffi::Dictionary attributes) {
+  FfiCall ffi_call("nsa_select_attention_infer", args, rets, attributes,
+                   {"query", "key", "value", "block_table", "lengths", "topk_indices",
+                    "token_counts", "first_rows"},
+                   {"attention", "window_attention", "lse", "window_lse", "workspace"});
+  Call call = {};
+  Problem& problem = call.problem;
+  Arrays& arrays = call.arrays;
+  ffi::Span<const int64_t> leading;
+  ffi_call.ReadPaged(&problem, &arrays, &leading);
+  problem.select_block_size = ffi_call.Integer("select_block_size");
+  problem.window_size = ffi_call.Integer("window_size");
+  problem.partial = ffi_call.Integer("partial") != 0;
+  problem.attention_dtype = problem.partial ? DataType::kFloat32 : problem.dtype;
+  if (ffi_call.Find("topk_indices")) ReadIndices(&ffi_call, leading, &problem, &arrays);
+  ReadResults(&ffi_call, "attention", "lse", leading, &problem, &arrays.attention, &arrays.lse);
+  ReadResults(&ffi_call, "window_attention", "window_lse", leading, &problem,
+              &arrays.window_attention, &arrays.window_lse);
+  ffi_call.That((arrays.attention != nullptr) == (problem.select_count > 0),
+                "gives attention where it has topk_indices, and only there");
+  ffi_call.That((arrays.window_attention != nullptr) == (problem.window_size > 0),
+                "gives window_attention where window_size is positive, and only there");
+  ffi_call.That(problem.select_count > 0 || problem.window_size > 0,
+                "needs topk_indices or a window_size");
+  if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());
+
+  if (std::optional<ffi::AnyBuffer> workspace = ffi_call.Find("workspace")) {
+    call.workspace = workspace->untyped_data();
+    call.workspace_bytes = static_cast<int64_t>(workspace->size_bytes());
+  }
+  call.names.lengths = "actual_seq_kvlen";
+  ReadMaps(attributes, &call.names);
+  call.faults_fail = FaultsFail(attributes);
+  return call;
+}
+
+ffi::Error FindFault(const Call& call) {
+  for (int64_t b = 0; b < call.problem.sequences; ++b) {
+    SequenceRows rows;
+    const Fault fault = FindRows(call.problem, call.arrays, b, &rows);
+    if (fault != Fault::kNone) {
+      return FaultError(call.problem, call.arrays, call.names, fault, b);
+    }
+    for (int64_t t = 0; t < rows.count; ++t) {
+      for (int64_t h = 0; h < call.problem.key_value_heads; ++h) {
+        ffi::Error error = FindRowFault(call, b, rows, t, h);
+        if (error.failure()) return error;
+      }
+    }
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace jax_nsa::select_attention
