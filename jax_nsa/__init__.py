@@ -10,12 +10,15 @@ from jax_nsa.compress_attention.door import nsa_compress_attention_infer
 from jax_nsa.native import RELEASE, export_disabled_checks
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 from jax_nsa.step import PagedKV, nsa_decode_step
+from jax_nsa.training import nsa_attention, nsa_compress
 
 __version__ = RELEASE
 
 __all__ = [
     "PagedKV",
     "export_disabled_checks",
+    "nsa_attention",
+    "nsa_compress",
     "nsa_compress_attention_infer",
     "nsa_compress_infer",
     "nsa_decode_step",

@@ -7,6 +7,7 @@ an axis, parentheses for axes that share a dimension, `*` for the axes of query'
     h  key/value heads      g  query heads of one of these   d  head size      e  value's head size
     p  pages                r  rows of a page                c  columns of the block table
     k  selected blocks      j  blocks                        w  rows of a cache
+    l  tokens of a window that is compressed
 
 `*` is `b t`, or `n` where rows are packed: then the operand `first_rows` is there, which says where
 each sequence's rows start. A sequence owns the rows up to the next one's first, the last one those
@@ -358,7 +359,7 @@ def _batch(
         if letter not in folds:
             folded.append(x)
             continue
-        x = batching.bdim_at_front(x, d, size)
+        x = partition.whole_in_front(batching.bdim_at_front(x, d, size))
         target = operator.operand(name).points_into
         if target in folds:
             x = _point(x, size=size, extent=axes.sizes[target], clips=target == "n")

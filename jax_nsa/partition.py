@@ -92,6 +92,15 @@ def by_device(
     )
 
 
+def whole_in_front(array: jax.Array) -> jax.Array:
+    """The array with its first axis whole on each device of a mesh with explicit axes."""
+    sharding: Any = jax.typeof(array).sharding
+    if sharding.mesh.empty or not any(sharding.spec[:1]):
+        return array
+    spec = PartitionSpec(None, *sharding.spec[1:])
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
+
+
 def cut_as_sequences(name: str, integers: jax.Array, query: jax.Array, packed: bool) -> jax.Array:
     """One integer for each sequence, sharded as query's sequences on a mesh with explicit axes.
 
