@@ -3,9 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 
+#include "ascend/compress_attention_abi.h"
 #include "ascend/context.h"
 #include "ascend/request.h"
 #include "ascend/runtime.h"
@@ -58,11 +62,23 @@ py::dict Registrations() {
 // Limits of CANN's kernel, for refusing a call when it is traced.
 py::dict AscendLimits() {
   py::dict limits;
+  limits["page"] = jax_nsa::ascend::kMaxPageSize;
   limits["sequences"] = jax_nsa::ascend::kMaxSequences;
   limits["tokens"] = jax_nsa::ascend::kMaxTokens;
   limits["length"] = jax_nsa::ascend::kMaxLength;
   limits["blocks"] = jax_nsa::ascend::kMaxBlocks;
   return limits;
+}
+
+// Why CANN cannot serve an operator on this machine; nothing if it can.
+std::optional<std::string> AscendUnavailable(const std::string& target) {
+  namespace ascend = jax_nsa::ascend;
+  static const std::map<std::string, std::optional<std::string> (*)()> operators = {
+      {"compress_attention", &ascend::Unavailable<ascend::CompressAttentionApi>},
+  };
+  const auto found = operators.find(target);
+  if (found == operators.end()) return "jax_nsa calls no operator of CANN for " + target;
+  return found->second();
 }
 
 void AscendRelease() {
@@ -122,8 +138,8 @@ PYBIND11_MODULE(_native, module) {
       py::arg("compress_stride"), py::arg("select_block_size"),
       "Size of the CUDA kernel's last result, which is its workspace.");
 #endif
-  module.def("ascend_unavailable", &jax_nsa::ascend::Unavailable,
-             "Why CANN or an NPU cannot be used on this machine; None if it can.");
+  module.def("ascend_unavailable", &AscendUnavailable, py::arg("target") = "compress_attention",
+             "Why CANN or an NPU cannot serve an operator on this machine; None if it can.");
   module.def("ascend_release", &AscendRelease, py::call_guard<py::gil_scoped_release>(),
              "Gives back the device memory and streams kept for further calls.");
   module.def("ascend_limits", &AscendLimits, "Limits of CANN's kernel.");

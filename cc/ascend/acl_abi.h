@@ -1,5 +1,6 @@
-// The part of CANN's C interface that is called here, declared once. CANN is never linked: the
-// functions are looked up in its libraries when the program runs.
+// The part of CANN's C interface that serves every operator, declared once. CANN is never linked:
+// the functions are looked up in its libraries when the program runs. Each operator's own functions
+// stand in a file of theirs, as a CANN may have some operators and lack others.
 //
 // Names are CANN's own, so that a reader finds them in its documentation.
 
@@ -58,30 +59,13 @@ inline constexpr aclError ACL_ERROR_REPEAT_INITIALIZE = 100002;
   F(aclIntArray*, aclCreateIntArray, (const int64_t* values, uint64_t size))                      \
   F(aclnnStatus, aclDestroyIntArray, (const aclIntArray* array))
 
-// libopapi.so, or another of the libraries that carry operators.
-#define JAX_NSA_ACL_OPERATOR_FUNCTIONS(F)                                                          \
-  F(aclnnStatus, aclnnNsaCompressAttentionInferGetWorkspaceSize,                                   \
-    (const aclTensor* query, const aclTensor* key, const aclTensor* value,                         \
-     const aclTensor* attention_mask, const aclTensor* block_table,                                \
-     const aclIntArray* actual_q_seq_len, const aclIntArray* actual_cmp_kv_seq_len,                \
-     const aclIntArray* actual_sel_kv_seq_len, const aclTensor* topk_mask, int64_t num_heads,      \
-     int64_t num_key_value_heads, int64_t select_block_size, int64_t select_block_count,           \
-     int64_t compress_block_size, int64_t compress_block_stride, double scale_value, char* layout, \
-     int64_t page_block_size, int64_t sparse_mode, const aclTensor* output,                        \
-     const aclTensor* topk_output, uint64_t* workspace_size, aclOpExecutor** executor))            \
-  F(aclnnStatus, aclnnNsaCompressAttentionInfer,                                                   \
-    (void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream))
-
-#define JAX_NSA_ACL_FUNCTIONS(F)   \
-  JAX_NSA_ACL_RUNTIME_FUNCTIONS(F) \
-  JAX_NSA_ACL_TENSOR_FUNCTIONS(F)  \
-  JAX_NSA_ACL_OPERATOR_FUNCTIONS(F)
-
-// The functions, found: one pointer each, under its own name.
-struct Api {
+// A function of F(result, name, parameters) as a member of a structure: a pointer under its name.
 #define JAX_NSA_ACL_MEMBER(result, name, parameters) result(*name) parameters;
-  JAX_NSA_ACL_FUNCTIONS(JAX_NSA_ACL_MEMBER)
-#undef JAX_NSA_ACL_MEMBER
+
+// The functions of both libraries, found.
+struct Api {
+  JAX_NSA_ACL_RUNTIME_FUNCTIONS(JAX_NSA_ACL_MEMBER)
+  JAX_NSA_ACL_TENSOR_FUNCTIONS(JAX_NSA_ACL_MEMBER)
 };
 
 }  // namespace jax_nsa::ascend

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "ascend/compress_attention_abi.h"
 #include "ascend/context.h"
 #include "ascend/launch.h"
 #include "ascend/request.h"
@@ -39,6 +40,10 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
     return refuse("CANN's kernel chooses blocks by its own rule only");
   }
   if (call->arrays.lse != nullptr) return refuse("CANN's kernel gives no log-sum-exp");
+  if (call->problem.page_size > kMaxPageSize) {
+    return refuse("CANN's kernel takes pages of at most " + std::to_string(kMaxPageSize) +
+                  " rows, got " + std::to_string(call->problem.page_size));
+  }
   if (call->problem.sequences > kMaxSequences) {
     return refuse("CANN's kernel takes at most " + std::to_string(kMaxSequences) + " sequences");
   }
@@ -130,7 +135,8 @@ void UnpackRows(const Request& request, const std::byte* packed, size_t row_byte
   }
 }
 
-ffi::Error RunStaged(const Call& call, const Request& request, Context& context) {
+ffi::Error RunStaged(const CompressAttentionApi& functions, const Call& call,
+                     const Request& request, Context& context) {
   const Api& api = context.api();
   const Arrays& arrays = call.arrays;
   const NeededPages needed = FindNeededPages(call.problem, arrays, request);
@@ -178,7 +184,8 @@ ffi::Error RunStaged(const Call& call, const Request& request, Context& context)
   on_device.block_table = reinterpret_cast<const int32_t*>(device + table);
   on_device.attention = device + attention;
   on_device.topk_indices = reinterpret_cast<int32_t*>(device + indices);
-  JAX_NSA_RETURN_IF_ERROR(Launch(problem, on_device, request, QueryLayout::kPacked, context));
+  JAX_NSA_RETURN_IF_ERROR(
+      Launch(functions, problem, on_device, request, QueryLayout::kPacked, context));
 
   JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(
       api, aclrtMemcpyAsync, host + attention, pieces.end() - attention, device + attention,
@@ -198,13 +205,15 @@ ffi::Error RunOnHost(const Call& call, int64_t device) {
   JAX_NSA_RETURN_IF_ERROR(MakeRequest(call, PageIds::kOnHost, &request));
   const ffi::ErrorOr<const Api*> api = LoadApi();
   if (api.has_error()) return api.error();
+  const auto functions = LoadOperator<CompressAttentionApi>();
+  if (functions.has_error()) return functions.error();
   DeviceScope scope(**api);
   JAX_NSA_RETURN_IF_ERROR(scope.Enter(static_cast<int32_t>(device)));
   ffi::ErrorOr<std::unique_ptr<Context>> taken =
       Contexts::Get().Take(**api, static_cast<int32_t>(device));
   if (taken.has_error()) return taken.error();
   std::unique_ptr<Context> context = std::move(*taken);
-  JAX_NSA_RETURN_IF_ERROR(RunStaged(call, request, *context));
+  JAX_NSA_RETURN_IF_ERROR(RunStaged(**functions, call, request, *context));
   Contexts::Get().PutBack(std::move(context));
   return ffi::Error::Success();
 }
@@ -289,6 +298,8 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
   const Problem& problem = call->problem;
   const ffi::ErrorOr<const Api*> api = LoadApi();
   if (api.has_error()) return api.error();
+  const auto functions = LoadOperator<CompressAttentionApi>();
+  if (functions.has_error()) return functions.error();
   // The plugin's thread has made the stream's device current; only a thread that has none gets
   // the one XLA names.
   DeviceScope scope(**api);
@@ -333,7 +344,7 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
     }
     JAX_NSA_RETURN_IF_ERROR(FillResults(*call, next, *context));
   }
-  return Launch(problem, call->arrays, request, layout, *context);
+  return Launch(**functions, problem, call->arrays, request, layout, *context);
 }
 
 }  // namespace

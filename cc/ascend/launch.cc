@@ -32,8 +32,9 @@ ffi::Error MakeIntArray(const Api& api, const std::vector<int64_t>& values, IntA
 
 }  // namespace
 
-ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& request,
-                  QueryLayout layout, Context& context) {
+ffi::Error Launch(const CompressAttentionApi& functions, const Problem& problem,
+                  const Arrays& arrays, const Request& request, QueryLayout layout,
+                  Context& context) {
   const Api& api = context.api();
   const aclDataType dtype = problem.dtype == DataType::kBFloat16 ? ACL_BF16 : ACL_FLOAT16;
   const auto token_dims = [&](Dims row) {
@@ -83,9 +84,9 @@ ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& r
                 layout == QueryLayout::kPacked ? "TND" : "BSND");
   uint64_t workspace_size = 0;
   aclOpExecutor* executor = nullptr;
-  JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(
-      api, aclnnNsaCompressAttentionInferGetWorkspaceSize, query.get(), key.get(), value.get(),
-      mask.get(), table.get(), token_counts.get(), lengths.get(), select_lengths.get(),
+  JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_OPERATOR_CALL(
+      api, functions, aclnnNsaCompressAttentionInferGetWorkspaceSize, query.get(), key.get(),
+      value.get(), mask.get(), table.get(), token_counts.get(), lengths.get(), select_lengths.get(),
       /*topk_mask=*/nullptr, problem.heads, problem.key_value_heads,
       problem.blocks.select_block_size, problem.select_count, problem.blocks.compress_block_size,
       problem.blocks.compress_stride, problem.scale, layout_name, problem.page_size,
@@ -96,9 +97,10 @@ ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& r
   // From here to the launch an error loses the executor: CANN frees it with the launch, and has no
   // other way for executors that are used once.
   JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.workspace, workspace_size));
-  JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(api, aclnnNsaCompressAttentionInfer,
-                                           workspace_size ? context.workspace.data() : nullptr,
-                                           workspace_size, executor, context.stream()));
+  JAX_NSA_RETURN_IF_ERROR(
+      JAX_NSA_ACL_OPERATOR_CALL(api, functions, aclnnNsaCompressAttentionInfer,
+                                workspace_size ? context.workspace.data() : nullptr, workspace_size,
+                                executor, context.stream()));
 
   for (IntArray* array : {&token_counts, &lengths, &select_lengths}) {
     JAX_NSA_RETURN_IF_ERROR(array->Reset());

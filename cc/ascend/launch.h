@@ -3,6 +3,7 @@
 #ifndef JAX_NSA_ASCEND_LAUNCH_H_
 #define JAX_NSA_ASCEND_LAUNCH_H_
 
+#include "ascend/compress_attention_abi.h"
 #include "ascend/context.h"
 #include "ascend/request.h"
 #include "ascend/runtime.h"
@@ -17,8 +18,9 @@ enum class QueryLayout {
 
 // Enqueues the operator on the context's stream; does not wait. `arrays` are device pointers, of
 // the sizes in `problem`; the host's integers are in `request`.
-ffi::Error Launch(const Problem& problem, const Arrays& arrays, const Request& request,
-                  QueryLayout layout, Context& context);
+ffi::Error Launch(const CompressAttentionApi& functions, const Problem& problem,
+                  const Arrays& arrays, const Request& request, QueryLayout layout,
+                  Context& context);
 
 }  // namespace jax_nsa::ascend
 

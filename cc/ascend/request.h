@@ -15,6 +15,7 @@ using compress_attention::Call;
 using compress_attention::Problem;
 
 // Limits of CANN's kernel, from its documentation.
+inline constexpr int64_t kMaxPageSize = 128;  // rows
 inline constexpr int64_t kMaxSequences = 10000;
 inline constexpr int64_t kMaxTokens = 4;     // of a sequence
 inline constexpr int64_t kMaxLength = 8192;  // compressed positions of a sequence

@@ -91,52 +91,46 @@ ffi::Error Unusable(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kFailedPrecondition, message);
 }
 
-template <typename Function>
-bool Find(void* library, const char* name, Function** function) {
-  *function = reinterpret_cast<Function*>(dlsym(library, name));
-  return *function != nullptr;
+ffi::Error NotLoaded(const char* name, const LibrarySearch& search) {
+  return Unusable(std::string("CANN's library ") + name + " cannot be loaded (" +
+                  search.failures() +
+                  "); install the CANN toolkit and source its set_env.sh, or set " + kHomeVariable +
+                  " to where it is, or " + kLibraryPathVariable + " to its libraries' directories");
 }
 
-ffi::ErrorOr<Api> FindFunctions() {
+ffi::Error NotFound(const char* function, const LibrarySearch& search) {
+  return Unusable(std::string("CANN is installed but has no function ") + function + " (opened " +
+                  search.opened() +
+                  "); install a CANN with NSA's operators for this NPU, 8.2 or newer");
+}
+
+// The functions of `api` that stand in one library, as CompressAttentionApi::FindIn.
+const char* FindRuntime(void* library, Api* api) {
+#define JAX_NSA_ACL_FIND_IN_API(result, name, parameters) \
+  if (!FindFunction(library, #name, &api->name)) return #name;
+  JAX_NSA_ACL_RUNTIME_FUNCTIONS(JAX_NSA_ACL_FIND_IN_API)
+  return nullptr;
+}
+
+const char* FindTensors(void* library, Api* api) {
+  JAX_NSA_ACL_TENSOR_FUNCTIONS(JAX_NSA_ACL_FIND_IN_API)
+#undef JAX_NSA_ACL_FIND_IN_API
+  return nullptr;
+}
+
+ffi::ErrorOr<Api> FindApi() {
   Api api = {};
   LibrarySearch search;
-  const char* missing = nullptr;
-#define JAX_NSA_ACL_FIND(result, name, parameters) \
-  if (missing == nullptr && !Find(library, #name, &api.name)) missing = #name;
-
-  const auto open = [&](const char* name) { return search.Open(name); };
-  const auto not_loaded = [&](const char* name) {
-    return ffi::Unexpected(
-        Unusable(std::string("CANN's library ") + name + " cannot be loaded (" + search.failures() +
-                 "); install the CANN toolkit and source its set_env.sh, or set " + kHomeVariable +
-                 " to where it is, or " + kLibraryPathVariable + " to its libraries' directories"));
-  };
-  const auto not_found = [&]() {
-    return ffi::Unexpected(Unusable(
-        std::string("CANN is installed but has no function ") + missing + " (opened " +
-        search.opened() + "); install a CANN with NSA's operators for this NPU, 8.2 or newer"));
-  };
-
-  {
-    void* library = open("libascendcl.so");
-    if (library == nullptr) return not_loaded("libascendcl.so");
-    JAX_NSA_ACL_RUNTIME_FUNCTIONS(JAX_NSA_ACL_FIND)
-  }
-  {
-    void* library = open("libnnopbase.so");
-    if (library == nullptr) return not_loaded("libnnopbase.so");
-    JAX_NSA_ACL_TENSOR_FUNCTIONS(JAX_NSA_ACL_FIND)
-  }
-  if (missing != nullptr) return not_found();
-  const bool found = search.OpenOperators([&](void* library) {
-    missing = nullptr;
-    JAX_NSA_ACL_OPERATOR_FUNCTIONS(JAX_NSA_ACL_FIND)
-    return missing == nullptr;
-  });
-#undef JAX_NSA_ACL_FIND
-  if (!found) {
-    if (missing == nullptr) return not_loaded("libopapi.so");
-    return not_found();
+  const struct {
+    const char* name;
+    const char* (*find)(void* library, Api* api);
+  } libraries[] = {{"libascendcl.so", FindRuntime}, {"libnnopbase.so", FindTensors}};
+  for (const auto& [name, find] : libraries) {
+    void* const library = search.Open(name);
+    if (library == nullptr) return ffi::Unexpected(NotLoaded(name, search));
+    if (const char* missing = find(library, &api)) {
+      return ffi::Unexpected(NotFound(missing, search));
+    }
   }
   return api;
 }
@@ -165,7 +159,7 @@ ffi::ErrorOr<const Api*> LoadApi() {
   static bool initialized = false;
   const std::lock_guard<std::mutex> lock(mutex);
   if (!found.has_value()) {
-    ffi::ErrorOr<Api> functions = FindFunctions();
+    ffi::ErrorOr<Api> functions = FindApi();
     if (functions.has_error()) return ffi::Unexpected(functions.error());
     found = *functions;
   }
@@ -183,7 +177,20 @@ ffi::ErrorOr<const Api*> LoadApi() {
   return &*found;
 }
 
-std::optional<std::string> Unavailable() {
+void* FindSymbol(void* library, const char* name) { return dlsym(library, name); }
+
+ffi::Error FindOperator(const std::function<const char*(void* library)>& find) {
+  LibrarySearch search;
+  const char* missing = nullptr;
+  const bool found = search.OpenOperators([&](void* library) {
+    missing = find(library);
+    return missing == nullptr;
+  });
+  if (found) return ffi::Error::Success();
+  return missing == nullptr ? NotLoaded("libopapi.so", search) : NotFound(missing, search);
+}
+
+std::optional<std::string> NpuUnavailable() {
   const ffi::ErrorOr<const Api*> api = LoadApi();
   if (api.has_error()) return api.error().message();
   uint32_t devices = 0;

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -25,20 +27,67 @@ namespace ffi = xla::ffi;
 #define JAX_NSA_ACL_CALL(api, function, ...) \
   ::jax_nsa::ascend::StatusError(api, #function, (api).function(__VA_ARGS__))
 
+// Calls a function of one operator, likewise.
+#define JAX_NSA_ACL_OPERATOR_CALL(api, functions, function, ...) \
+  ::jax_nsa::ascend::StatusError(api, #function, (functions).function(__VA_ARGS__))
+
 // The outcome of a call: on failure names the function, the status and what CANN says about it.
 ffi::Error StatusError(const Api& api, const char* function, int status);
 
 // The error for a function that returned null where it returns a new object.
 ffi::Error NullError(const Api& api, const char* function);
 
-// Loads CANN's libraries and initialises it: once in the process, and for good, as CANN keeps
-// threads and state that outlive any handle. What failed is tried again on the next call. Each
-// library is looked for by the program loader's rules, then in $ASCEND_HOME_PATH/lib64; with
-// JAX_NSA_CANN_LIBRARY_PATH set (directories, colon-separated) only there.
+// Loads the libraries of CANN that every operator needs and initialises it: once in the process,
+// and for good, as CANN keeps threads and state that outlive any handle. What failed is tried again
+// on the next call. Each library is looked for by the program loader's rules, then in
+// $ASCEND_HOME_PATH/lib64; with JAX_NSA_CANN_LIBRARY_PATH set (directories, colon-separated) only
+// there.
 ffi::ErrorOr<const Api*> LoadApi();
 
-// Why CANN or an NPU cannot be used on this machine, with the remedy; nothing if it can.
-std::optional<std::string> Unavailable();
+// Looks through the libraries that carry operators, in CANN's order of precedence, until `find`
+// takes one: it returns null, or the name of a function that the library lacks.
+ffi::Error FindOperator(const std::function<const char*(void* library)>& find);
+
+// dlsym; null if there is none.
+void* FindSymbol(void* library, const char* name);
+
+// A function of a library by its name, into the pointer; false if it has none.
+template <typename Function>
+bool FindFunction(void* library, const char* name, Function** function) {
+  *function = reinterpret_cast<Function*>(FindSymbol(library, name));
+  return *function != nullptr;
+}
+
+// For a member FindIn(library): returns the name of a function that the library lacks.
+#define JAX_NSA_ACL_FIND(result, name, parameters) \
+  if (!::jax_nsa::ascend::FindFunction(library, #name, &name)) return #name;
+
+// The functions of one operator, found once in the process. All of them come from one library; a
+// CANN that lacks this operator still serves the others. What failed is tried again.
+template <typename Operator>
+ffi::ErrorOr<const Operator*> LoadOperator() {
+  static std::mutex mutex;
+  static std::optional<Operator> found;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (!found.has_value()) {
+    Operator functions = {};
+    ffi::Error error = FindOperator([&](void* library) { return functions.FindIn(library); });
+    if (error.failure()) return ffi::Unexpected(error);
+    found = functions;
+  }
+  return &*found;
+}
+
+// Why CANN or an NPU cannot be used on this machine, with the remedy; nothing if they can.
+std::optional<std::string> NpuUnavailable();
+
+// The same for one operator of CANN.
+template <typename Operator>
+std::optional<std::string> Unavailable() {
+  if (const ffi::ErrorOr<const Api*> api = LoadApi(); api.has_error()) return api.error().message();
+  const ffi::ErrorOr<const Operator*> functions = LoadOperator<Operator>();
+  return functions.has_error() ? functions.error().message() : NpuUnavailable();
+}
 
 // Makes a device the calling thread's current one, which CANN asks of every thread, and puts back
 // the one it had: the thread may belong to a caller that uses CANN for itself.

@@ -340,6 +340,23 @@ std::vector<Case> Cases(DataType dtype) {
       {dtype, 16, 2, 96, 64, 112, 4, 40, {96, 48, 96}, 0.1f, {230, 47}, {4, 1}, {1, 0}});
   cases.push_back({dtype, 64, 1, 64, 32, 64, 5, 70, {16, 16, 16}, -1.0f, {300}, {5}, {3}});
   cases.push_back({dtype, 1, 1, 1, 1, 16, 1, 1, {64, 64, 64}, 1.0f, {17}, {1}, {0}});
+  // Pages of more than 128 rows: in one tile, in tiles that do not divide them, as splits.
+  cases.push_back({dtype,
+                   8,
+                   2,
+                   72,
+                   40,
+                   256,
+                   2,
+                   16,
+                   usual,
+                   0.1f,
+                   {700, 256, 257, 0},
+                   {2, 1, 2, 1},
+                   {1, 0, 2, 0}});
+  cases.push_back({dtype, 128, 1, 24, 16, 240, 1, 9, {16, 16, 32}, 0.3f, {481}, {1}, {0}});
+  cases.push_back({dtype, 1, 9, 128, 128, 208, 1, 9, usual, 0.1f, {417, 208}, {1, 1}, {0, 0}});
+  cases.push_back({dtype, 4, 8, 192, 128, 256, 2, 16, usual, 1.0f, {1100, 255}, {2, 2}, {1, 0}});
   // Blocks as open training codes choose them, some sequences too short for a position.
   const auto aligned = [](Blocks blocks) {
     blocks.aligned = true;

@@ -514,6 +514,18 @@ std::vector<Case> Cases() {
   tokens.wants_scores = true;
   cases.push_back(tokens);
   cases.push_back({"chunks, equal", kBf16, 2, 5, 64, 1, 32, 16, 16, 9, usual, 12, kEqual, 0});
+  // Pages of more than 128 rows, that tiles of the kernel divide or straddle.
+  for (int page : {144, 240, 256}) {
+    Case pages = {
+        "page " + std::to_string(page), kBf16, 3, 2, 4, 2, 40, 24, page, 4, usual, 9, kRagged, 1};
+    pages.wants_scores = true;
+    pages.devices = 2;
+    cases.push_back(pages);
+    pages.name += ", bad pages";
+    pages.dtype = kF32;
+    pages.bad_pages = 2;
+    cases.push_back(pages);
+  }
   // Faults.
   Case faulty = {"bad pages", kBf16, 6, 2, 4, 2, 64, 64, 64, 12, usual, 9, kRagged, 0};
   faulty.wants_scores = true;
