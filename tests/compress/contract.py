@@ -165,6 +165,12 @@ class CompressContract:
         assert written == sum(e is not None for e in geometry.ends)
         assert (written > 0) == (count > 0)
 
+    def test_no_window_ends_before_the_first_one(self):
+        """Also where nothing else would stop it."""
+        geometry = replace(USUAL, lengths=(0, 15, 16, 31, 32), hostile=False)
+        arguments = build(geometry)
+        assert self.assert_agrees(self.call(arguments, "jit, arrays"), arguments) == 1
+
     def test_a_step_passes_over_no_window(self):
         """The window ends two tokens before the last one."""
         geometry = replace(USUAL, lengths=(50,), token_counts=(4,))
@@ -384,10 +390,10 @@ class CompressContract:
             ("slot_mapping", 2, 2**31 - 1, "got 2147483647"),
         ],
     )
-    @pytest.mark.parametrize("pair", [False, True])
-    def test_faults(self, name, index, value, message, pair):
-        geometry = replace(COUNTED, head_sizes=(5, 3)[: 1 + pair])
-        arguments = build(geometry)
+    @pytest.mark.parametrize("hostile", [True, False])
+    def test_faults(self, name, index, value, message, hostile):
+        """Also where nothing else would stop a window that there is not."""
+        arguments = build(replace(COUNTED, head_sizes=(5, 3), hostile=hostile))
         faulty = {**arguments, name: arguments[name].copy()}
         faulty[name][index] = value
         self._check_fault(faulty, arguments, message, unwritten=(2,))

@@ -293,6 +293,21 @@ class SelectAttentionContract:
             else:
                 assert np.any(spoilt)
 
+    def test_lengths_past_the_block_table(self):
+        """They are faults also where each entry of the table is a page."""
+        arguments = build(replace(USUAL, spare_slots=0, hostile=False))
+        truth = self.call(arguments)
+        capacity = arguments["block_table"].shape[1] * arguments["page_block_size"]
+        arguments["actual_seq_kvlen"] = np.array([100, capacity + 1], np.int32)
+        if self.fails_on_faults:
+            with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="actual_seq_kvlen"):
+                self.call(arguments, "jit, arrays")
+        for result, right in zip(
+            self.call(arguments, "jit, arrays", on_fault="nan"), truth, strict=True
+        ):
+            np.testing.assert_array_equal(result[0], right[0])
+            assert np.all(np.isnan(result[1]))
+
     def test_faulty_counts(self):
         arguments = build(replace(USUAL, layout="BSND", tokens=2, token_counts=(2, 1)))
         arguments["actual_seq_qlen"] = np.array([2, 3], np.int32)
