@@ -369,3 +369,19 @@ def test_host_values_under_set_mesh():
         with jax.set_mesh(mesh):
             floats = placed(mesh, arrays[:3], SPECS[:3])
             assert_right(jax.jit(lambda *floats: call(*floats, *arrays[3:]))(*floats), GEOMETRY)
+
+
+@pytest.mark.parametrize("axis_type", TYPES)
+@pytest.mark.parametrize("options", [{}, {"spmd_axis_name": "x"}], ids=["split", "spmd_axis_name"])
+def test_vmap_over_what_a_mesh_splits(axis_type, options):
+    """Each device has some of the mapped calls."""
+    mesh = make_mesh((2, 2), axis_type)
+    call, arrays = operator(GEOMETRY, "cpu")
+    queries = np.stack([-arrays[0], arrays[0]])
+    if axis_type == "explicit":
+        options = {}  # JAX takes the axis from the array's type
+    program = jax.vmap(call, in_axes=(0, *[None] * 4), **options)
+    operands = placed(mesh, [queries, *arrays[1:]], [P("x"), *[P()] * 4])
+    with jax.set_mesh(mesh):
+        results = jax.jit(program)(*operands)
+    assert_right([np.asarray(r)[1] for r in results], GEOMETRY)
