@@ -129,7 +129,7 @@ def test_gradients_are_those_of_small_steps(setting):
         direction = jnp.asarray(np.random.default_rng(1).normal(size=gradient.shape), jnp.float32)
         small = 1e-2
 
-        def moved(sign, name=name, direction=direction):
+        def moved(sign, name=name, direction=direction, small=small):
             return loss(arrays | {name: arrays[name] + sign * small * direction})
 
         slope = float((moved(1) - moved(-1)) / (2 * small))

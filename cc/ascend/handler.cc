@@ -257,6 +257,7 @@ ffi::Error FetchIntegers(Call* call, Context& context) {
       {&call->arrays.lengths, problem.sequences},
       {&call->arrays.token_counts, problem.sequences},
       {&call->arrays.early_counts, problem.sequences},
+      {&call->arrays.select_lengths, problem.sequences},
       {&call->arrays.first_rows, problem.sequences},
   };
   Pieces pieces;
