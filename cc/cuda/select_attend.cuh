@@ -56,51 +56,95 @@ struct Team {
   }
 };
 
-// Waits for this thread's copies of the oldest of `stages` batches.
-__device__ inline void WaitForStage(int stages) {
-  switch (stages) {
-    case 1:
+// Waits for all batches of this thread's copies but the `later` last ones.
+__device__ inline void WaitForAllBut(int later) {
+  static_assert(kMaxStages == 4);
+  switch (later) {
+    case 0:
       return WaitForCopies<0>();
-    case 2:
+    case 1:
       return WaitForCopies<1>();
-    case 3:
+    case 2:
       return WaitForCopies<2>();
     default:
       return WaitForCopies<3>();
   }
 }
 
-// Copies rows of a tile without waiting, `source` being the row of the pools for the position that
-// is this lane's number modulo 16; nothing is copied for a negative one. Eight lanes copy 128
+// The item's query rows in shared memory, as the matrix instructions take them: [16-row tiles of
+// the item, kHeadSize], zero where there is none. Kernels of float32 read them where they are.
+template <typename T, int kHeadSize>
+struct Queries {
+  static constexpr bool kPlain = std::is_same_v<T, float>;
+  static constexpr int kPitch = kHeadSize * sizeof(T) + 16;
+  static constexpr int kTileBytes = kPlain ? 0 : kRowTile * kPitch;
+
+  char* memory;
+
+  // Begins to bring them, as one batch of copies of each thread, by all threads.
+  __device__ void Load(const Params& params, const Item& item) const {
+    if constexpr (!kPlain) {
+      const int rows = max(params.plan.rows, kRowTile);
+      const T* query = static_cast<const T*>(params.arrays.query) +
+                       (int64_t{item.row} * params.heads + item.first_head) * params.head_size;
+      if (params.aligned) {
+        constexpr int kUnits = kHeadSize / 8;  // of 16 bytes, in a row
+        const int units = params.head_size / 8;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < rows * kUnits; i += kThreads) {
+          const int row = i / kUnits, unit = i % kUnits;
+          char* to = memory + row * kPitch + 16 * unit;
+          if (row < params.plan.rows && unit < units) {
+            CopyAsync16(SharedAddress(to), query + row * params.head_size + 8 * unit);
+          } else {
+            *reinterpret_cast<int4*>(to) = int4{0, 0, 0, 0};
+          }
+        }
+      } else {
+#pragma unroll 1
+        for (int i = threadIdx.x; i < rows * kHeadSize; i += kThreads) {
+          const int row = i / kHeadSize, d = i % kHeadSize;
+          const bool exists = row < params.plan.rows && d < params.head_size;
+          reinterpret_cast<T*>(memory + row * kPitch)[d] =
+              exists ? query[row * params.head_size + d] : T(0.0f);
+        }
+      }
+      CommitCopies();
+    }
+  }
+};
+
+// Copies rows [first, end) of a tile without waiting, as far as they count. Eight lanes copy 128
 // neighbouring bytes at a time, so that a warp has four rows in hand. With kFull, all columns
 // exist.
 template <bool kFull, typename T, int kHeadSize, int kValueSize>
 __device__ inline void CopyRows(const Params& params, const Stage<T, kHeadSize, kValueSize>& stage,
-                                int source, int first, int end, uint64_t policy) {
+                                const Tile& tile, int first, int end, uint64_t policy) {
   const int lane = threadIdx.x % 32, offset = lane % 8 * 16;
   const int key_bytes = (kFull ? kHeadSize : params.head_size) * static_cast<int>(sizeof(T));
   const int value_bytes = (kFull ? kValueSize : params.value_size) * static_cast<int>(sizeof(T));
   const uint32_t keys = SharedAddress(stage.keys()) + lane / 8 * stage.kKeyPitch + offset;
   const uint32_t values = SharedAddress(stage.values()) + lane / 8 * stage.kValuePitch + offset;
-  const char* key_pool = static_cast<const char*>(params.arrays.key) + offset;
-  const char* value_pool = static_cast<const char*>(params.arrays.value) + offset;
+  const int64_t source = tile.source + lane / 8 * params.key_value_heads;
+  const char* key = static_cast<const char*>(params.arrays.key) + offset + source * key_bytes;
+  const char* value = static_cast<const char*>(params.arrays.value) + offset + source * value_bytes;
+  const int key_step = params.key_value_heads * key_bytes;
+  const int value_step = params.key_value_heads * value_bytes;
 #pragma unroll
   for (int r = 0; r < kTile; r += 4) {
-    if (r < first || r >= end) continue;
-    const int row = __shfl_sync(~0u, source, r + lane / 8);
-    if (row < 0) continue;
-    const char* key = key_pool + int64_t{row} * key_bytes;
-    const char* value = value_pool + int64_t{row} * value_bytes;
+    const int row = r + lane / 8;
+    if (r < first || r >= end || row < tile.begin || row >= tile.end) continue;
 #pragma unroll
     for (int c = 0; c < kHeadSize * static_cast<int>(sizeof(T)); c += 128) {
       if (kFull || offset + c < key_bytes) {
-        CopyAsync16(keys + r * stage.kKeyPitch + c, key + c, policy);
+        CopyAsync16(keys + r * stage.kKeyPitch + c, key + int64_t{r} * key_step + c, policy);
       }
     }
 #pragma unroll
     for (int c = 0; c < kValueSize * static_cast<int>(sizeof(T)); c += 128) {
       if (kFull || offset + c < value_bytes) {
-        CopyAsync16(values + r * stage.kValuePitch + c, value + c, policy);
+        CopyAsync16(values + r * stage.kValuePitch + c, value + int64_t{r} * value_step + c,
+                    policy);
       }
     }
   }
@@ -108,15 +152,15 @@ __device__ inline void CopyRows(const Params& params, const Stage<T, kHeadSize, 
 
 // The same one element at a time, for rows that start anywhere. Slow.
 template <typename T>
-__device__ inline void CopyElements(const void* pool, int source, int first, int end, int row_size,
-                                    char* to, int pitch) {
+__device__ inline void CopyElements(const Params& params, const void* pool, const Tile& tile,
+                                    int first, int end, int row_size, char* to, int pitch) {
 #pragma unroll 1
-  for (int r = first; r < end; ++r) {
-    const int64_t from = __shfl_sync(~0u, source, r);
-    if (from < 0) continue;
+  for (int r = max(first, tile.begin); r < min(end, tile.end); ++r) {
+    const T* from = static_cast<const T*>(pool) +
+                    (tile.source + int64_t{r} * params.key_value_heads) * row_size;
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < row_size; i += 32) {
-      reinterpret_cast<T*>(to + r * pitch)[i] = static_cast<const T*>(pool)[from * row_size + i];
+      reinterpret_cast<T*>(to + r * pitch)[i] = from[i];
     }
   }
 }
@@ -152,28 +196,12 @@ class Ring {
     }
   }
 
-  // A tile, and the row of the pools for the position that is this lane's number modulo 16, or -1.
-  struct Place {
-    int valid, source;
-  };
-  __device__ Place Locate(const Item& item, const Row& row, int tile, int end) const {
-    if (tile >= end) return {0, -1};
-    const Tile found = FindTile(params_, item, row, tile);
-    const int own = threadIdx.x % kTile;
-    if (own >= found.valid) return {found.valid, -1};
-    const int position = found.first + own, column = params_.by_page_size(position);
-    const int page = Table(params_, row)[column];
-    if (!IsPage(params_.problem, page)) return {found.valid, -1};
-    return {found.valid,
-            ((page - column) * params_.page_size + position) * params_.key_value_heads + item.head};
-  }
-
   // This warp's share of bringing a tile into a stage, as one batch of copies.
-  __device__ void Load(const Place& place, int slot) const {
-    if (place.valid > 0) {
+  __device__ void Load(const Tile& tile, int slot) const {
+    if (tile.end > 0) {
       const Stage stage = (*this)[slot];
-      const int own = threadIdx.x % kTile, source = place.source;
-      if (source < 0 && own >= first_ && own < end_) {
+      const int own = threadIdx.x % kTile;
+      if ((own < tile.begin || own >= tile.end) && own >= first_ && own < end_) {
         // A probability of zero must not meet a NaN. (Scores are masked whatever the keys.)
 #pragma unroll 1
         for (int c = threadIdx.x % 32 / kTile * 16; c < Stage::kValuePitch; c += 32) {
@@ -182,14 +210,14 @@ class Ring {
         }
       }
       if (!params_.aligned) {
-        CopyElements<T>(params_.arrays.key, source, first_, end_, params_.head_size, stage.keys(),
-                        Stage::kKeyPitch);
-        CopyElements<T>(params_.arrays.value, source, first_, end_, params_.value_size,
+        CopyElements<T>(params_, params_.arrays.key, tile, first_, end_, params_.head_size,
+                        stage.keys(), Stage::kKeyPitch);
+        CopyElements<T>(params_, params_.arrays.value, tile, first_, end_, params_.value_size,
                         stage.values(), Stage::kValuePitch);
       } else if (params_.head_size == kHeadSize && params_.value_size == kValueSize) {
-        CopyRows<true>(params_, stage, source, first_, end_, policy_);
+        CopyRows<true>(params_, stage, tile, first_, end_, policy_);
       } else {
-        CopyRows<false>(params_, stage, source, first_, end_, policy_);
+        CopyRows<false>(params_, stage, tile, first_, end_, policy_);
       }
     }
     CommitCopies();
@@ -216,7 +244,9 @@ class WarpRows {
   float totals[2];          // of the exponentials of this lane's columns
 
   // `first_row` of the item's.
-  __device__ WarpRows(const Params& params, const Item& item, int first_row) : params_(params) {
+  __device__ WarpRows(const Params& params, const Item& item, int first_row,
+                      const Queries<T, kHeadSize>& queries)
+      : params_(params) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -226,16 +256,24 @@ class WarpRows {
     for (int r = 0; r < 2; ++r) {
       maxima[r] = -INFINITY;
       totals[r] = 0.0f;
-      // A row that doesn't exist is any that does; its results are not used.
-      const int row = min(first_row + lane() / 4 + 8 * r, params.plan.rows - 1);
-      const int64_t query = int64_t{item.row} * params.heads + item.first_head + row;
-      query_row_[r] = static_cast<const T*>(params.arrays.query) + query * params.head_size;
     }
-    if constexpr (!kPlain) LoadQuery();
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        // A row that doesn't exist is any that does; its results are not used.
+        const int row = min(first_row + lane() / 4 + 8 * r, params.plan.rows - 1);
+        const int64_t query = int64_t{item.row} * params.heads + item.first_head + row;
+        query_[r] = static_cast<const T*>(params.arrays.query) + query * params.head_size;
+      }
+    } else {
+      // Of four matrices: two times 8 rows, then of the next 8 columns.
+      query_ = SharedAddress(queries.memory) + (first_row + lane() % 16) * queries.kPitch +
+               lane() / 16 * 16;
+    }
   }
 
-  // Adds a tile's positions, of which the first `valid` exist.
-  __device__ void Attend(const Stage& stage, int valid) {
+  // Adds positions [begin, end) of a tile.
+  __device__ void Attend(const Stage& stage, int begin, int end) {
     float p[2][4];  // scores, then their exponentials
     Scores(stage.keys(), p);
     const float scale = params_.scale_log2;
@@ -245,7 +283,7 @@ class WarpRows {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const int position = 8 * n + 2 * (lane() % 4) + c % 2;
-        p[n][c] = position < valid ? p[n][c] * scale : -INFINITY;
+        p[n][c] = position >= begin && position < end ? p[n][c] * scale : -INFINITY;
         peak[c / 2] = fmaxf(peak[c / 2], p[n][c]);
       }
     }
@@ -282,27 +320,6 @@ class WarpRows {
  private:
   __device__ static int lane() { return threadIdx.x % 32; }
 
-  // Keeps the query rows in registers, zero beyond their ends.
-  __device__ void LoadQuery() {
-    const int column = 2 * (lane() % 4);
-    const T* rows[2] = {query_row_[0] + column, query_row_[1] + column};
-    if (params_.aligned && params_.head_size == kHeadSize) {
-#pragma unroll
-      for (int i = 0; i < 4 * kSteps; ++i) {
-        query_[i / 4][i % 4] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + 8 * (i / 2));
-      }
-    } else {
-      const int rest = params_.head_size - column;  // columns from there on
-#pragma unroll
-      for (int i = 0; i < 4 * kSteps; ++i) {
-        const int row = i % 2, d = 8 * (i / 2);
-        const uint16_t* pair = reinterpret_cast<const uint16_t*>(rows[row] + d);
-        query_[i / 4][i % 4] =
-            (d < rest ? pair[0] : 0) | (d + 1 < rest ? uint32_t{pair[1]} << 16 : 0);
-      }
-    }
-  }
-
   // p[16 rows, 16 positions] = query keys^T
   __device__ void Scores(const char* keys, float (&p)[2][4]) {
     float q[2][2][4];  // sums over even and over odd steps, so that fewer wait for one another
@@ -312,7 +329,7 @@ class WarpRows {
       const char* row = keys + 2 * (lane() % 4) * Stage::kKeyPitch;
 #pragma unroll 2
       for (int d = 0; d < params_.head_size; ++d) {
-        const float x[2] = {query_row_[0][d], query_row_[1][d]};
+        const float x[2] = {query_[0][d], query_[1][d]};
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -329,10 +346,11 @@ class WarpRows {
                            lane() / 8 % 2 * 16;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        uint32_t k[4];
+        uint32_t a[4], k[4];
+        LoadMatrices(a, query_ + 32 * s);
         LoadMatrices(k, row + 32 * s);
-        MultiplyAdd<T>(q[s % 2][0], query_[s], k[0], k[1]);
-        MultiplyAdd<T>(q[s % 2][1], query_[s], k[2], k[3]);
+        MultiplyAdd<T>(q[s % 2][0], a, k[0], k[1]);
+        MultiplyAdd<T>(q[s % 2][1], a, k[2], k[3]);
       }
     }
 #pragma unroll
@@ -384,49 +402,101 @@ class WarpRows {
   }
 
   const Params& params_;
-  const T* query_row_[2];
-  uint32_t query_[kPlain ? 1 : kSteps][4];
+  // This lane's rows, or its place in the matrices.
+  std::conditional_t<kPlain, const T* [2], uint32_t> query_;
 };
 
-// Goes through the tiles of the item's part. Adds whether anything that its row needs is wrong.
-template <typename T, int kHeadSize, int kValueSize>
-__device__ inline WarpRows<T, kHeadSize, kValueSize> AttendPart(const Params& params,
-                                                                const Item& item, const Row& row,
-                                                                const Team& team, char* memory,
-                                                                bool* faulty) {
-  const Ring<T, kHeadSize, kValueSize> ring(params, team, memory);
-  const int all = item.kind == kWindow ? (row.window_end - row.window_begin + kTile - 1) / kTile
-                                       : static_cast<int>(params.plan.tiles[kSelected]);
-  const int parts = params.plan.parts[item.kind];
-  const int each = params.by_parts_of[item.kind](all), more = all - each * parts;
-  const int begin = item.part * each + min(item.part, more);
-  const int end = begin + each + (item.part < more ? 1 : 0);
-
-  // Tiles of the ring, and the number of valid positions of each, 8 bits a slot.
-  uint32_t valid = 0;
-  int next = begin + team.team;
-#pragma unroll 1
-  for (int slot = 0; slot < params.stages; ++slot, next += team.teams) {
-    const auto place = ring.Locate(item, row, next, end);
-    ring.Load(place, slot);
-    valid |= static_cast<uint32_t>(place.valid) << 8 * slot;
+// A team's tiles of a part: number i is tile first + i * step of the attention. Lane n of each warp
+// finds the n-th of 32 of them ahead of time.
+class TeamTiles {
+ public:
+  __device__ TeamTiles(const Params& params, const Item& item, const Team& team)
+      : params_(params), item_(item), step_(team.teams), offset_(team.team) {
+    if (item.kind == kSelected) {
+      SetRange(static_cast<int>(params.plan.tiles[kSelected]));
+      id_ = LoadId(params, item, OwnTile(0), end_);
+    }
   }
+
+  // When it is known what the row sees.
+  __device__ void Find(const Row& row) {
+    if (item_.kind == kWindow) {
+      const int first = row.window_begin & -kTile;
+      SetRange(row.window_begin < row.window_end ? (row.window_end - first - 1) / kTile + 1 : 0);
+    }
+    own_ = FindTile(params_, item_, row, OwnTile(0), end_, id_);
+  }
+  __device__ int count() const { return max(0, (end_ - first_ + step_ - 1) / step_); }
+
+  // Number i, of those that come in turn.
+  __device__ Tile Get(const Row& row, int i) {
+    if (i % 32 == 0 && i > 0) {
+      const int tile = OwnTile(i);
+      own_ = FindTile(params_, item_, row, tile, end_, LoadId(params_, item_, tile, end_));
+    }
+    return {__shfl_sync(~0u, own_.source, i % 32), __shfl_sync(~0u, own_.begin, i % 32),
+            __shfl_sync(~0u, own_.end, i % 32)};
+  }
+
+ private:
+  __device__ int OwnTile(int i) const {
+    return first_ + (i + static_cast<int>(threadIdx.x % 32)) * step_;
+  }
+  // The part of so many tiles.
+  __device__ void SetRange(int tiles) {
+    const int parts = params_.plan.parts[item_.kind];
+    const int each = params_.by_parts_of[item_.kind](tiles), more = tiles - each * parts;
+    const int begin = item_.part * each + min(item_.part, more);
+    end_ = begin + each + (item_.part < more ? 1 : 0);
+    first_ = begin + offset_;
+  }
+
+  const Params& params_;
+  const Item& item_;
+  const int step_, offset_;
+  int first_ = 0, end_ = 0;
+  int id_ = -1;
+  Tile own_ = {0, 0, 0};
+};
+
+// Goes through the tiles of a part. Tells, too, whether anything that the row needs is wrong.
+template <typename T, int kHeadSize, int kValueSize>
+__device__ inline WarpRows<T, kHeadSize, kValueSize> AttendPart(
+    const Params& params, const Item& item, const Row& row, const Team& team, TeamTiles& tiles,
+    Faults& faults, const Queries<T, kHeadSize>& queries, char* memory, bool* faulty) {
+  const Ring<T, kHeadSize, kValueSize> ring(params, team, memory);
+  const int stages = params.stages;
+  tiles.Find(row);
+  faults.LoadPages(row);
+  // Of each tile in the ring, which positions count: 8 bits for the begin and 8 for the end.
+  uint64_t ranges = 0;
+  int next = 0;
+#pragma unroll 1
+  for (; next < stages; ++next) {
+    const Tile tile = tiles.Get(row, next);
+    ring.Load(tile, next);
+    ranges |= static_cast<uint64_t>(tile.begin | tile.end << 8) << 16 * next;
+  }
+  queries.Load(params, item);
   ring.Clear();
-  WarpRows<T, kHeadSize, kValueSize> rows(params, item, team.member * kRowTile);
-  *faulty = AnyFault(params, item, row, threadIdx.x, kThreads);
+  *faulty = faults.Any(row);
+  WarpRows<T, kHeadSize, kValueSize> rows(params, item, team.member * kRowTile, queries);
+  WaitForCopies<0>();
+  __syncthreads();  // the queries are there
 
   int slot = 0;
 #pragma unroll 1
-  for (int tile = begin + team.team; tile < end; tile += team.teams, next += team.teams) {
-    const auto place = ring.Locate(item, row, next, end);
-    WaitForStage(params.stages);
+  for (int left = tiles.count(); left > 0; --left, ++next) {
+    WaitForAllBut(stages - 1);
     team.Sync();
-    const int positions = valid >> 8 * slot & 255;
-    if (positions > 0) rows.Attend(ring[slot], positions);
+    const int range = static_cast<int>(ranges >> 16 * slot & 0xffff);
+    if (range != 0) rows.Attend(ring[slot], range & 255, range >> 8);
     team.Sync();
-    ring.Load(place, slot);
-    valid = (valid & ~(255u << 8 * slot)) | static_cast<uint32_t>(place.valid) << 8 * slot;
-    slot = slot + 1 == params.stages ? 0 : slot + 1;
+    const Tile tile = tiles.Get(row, next);
+    ring.Load(tile, slot);
+    ranges = (ranges & ~(uint64_t{0xffff} << 16 * slot)) |
+             static_cast<uint64_t>(tile.begin | tile.end << 8) << 16 * slot;
+    slot = slot + 1 == stages ? 0 : slot + 1;
   }
   WaitForCopies<0>();
   return rows;

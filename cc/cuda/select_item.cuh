@@ -108,58 +108,99 @@ __device__ inline const int32_t* Table(const Params& params, const Row& row) {
   return params.arrays.block_table + int64_t{row.sequence} * params.pages_per_sequence;
 }
 
-// Positions [first, first + valid) of one tile of the item's attention.
+// Where a tile's positions lie: position `first` + r in row `source` + r * key_value_heads of the
+// pools, for r in [begin, end), which are those that count. A tile never straddles pages.
 struct Tile {
-  int first, valid;
+  int source;
+  int begin, end;
 };
 
-__device__ inline Tile FindTile(const Params& params, const Item& item, const Row& row, int tile) {
-  int first, end;
+// A chosen block's id, for a tile of the selected attention below `end`; else any number.
+__device__ inline int LoadId(const Params& params, const Item& item, int tile, int end) {
+  if (item.kind == kWindow || tile >= end) return -1;
+  return Ids(params, item)[params.by_block_tiles(tile)];
+}
+
+__device__ inline Tile FindTile(const Params& params, const Item& item, const Row& row, int tile,
+                                int end, int id) {
+  Tile found = {0, 0, 0};
+  if (tile >= end) return found;
+  int first;
   if (item.kind == kWindow) {
-    first = row.window_begin + tile * kTile;
-    end = row.window_end;
+    first = (row.window_begin & -kTile) + tile * kTile;
+    found.begin = max(0, row.window_begin - first);
   } else {
-    const int place = params.by_block_tiles(tile);
-    const int id = Ids(params, item)[place];
-    if (id < 0 || id >= row.blocks) return {0, 0};
-    first = id * params.block_size + (tile - place * params.block_tiles) * kTile;
-    end = row.limit;
+    if (id < 0 || id >= row.blocks) return found;
+    const int within = tile - params.by_block_tiles(tile) * params.block_tiles;
+    first = id * params.block_size + within * kTile;
   }
-  return {first, max(0, min(kTile, end - first))};
+  const int column = params.by_page_size(first);
+  if (first >= row.limit) return found;
+  const int page = Table(params, row)[column];
+  if (!IsPage(params.problem, page)) return {0, 0, 0};
+  found.source = ((page - column) * params.page_size + first) * params.key_value_heads + item.head;
+  found.end = min(kTile, row.limit - first);
+  return found;
 }
 
 // Whether an id of the item's row and head, or of a page that these need, is wrong: then both
-// attentions are NaN, whichever of them needs it. Each of `threads` threads looks at some.
-__device__ inline bool AnyFault(const Params& params, const Item& item, const Row& row, int thread,
-                                int threads) {
-  const int32_t* table = Table(params, row);
-  bool faulty = false;
-  if (params.arrays.topk_indices != nullptr) {
-    const int32_t* ids = Ids(params, item);
-    const int pages = params.select_count * params.pages_each;
+// attentions are NaN, whichever of them needs it. Each thread looks at some, first at those that it
+// has loaded ahead of time: an id before it is known what the row sees, its page thereafter.
+class Faults {
+ public:
+  __device__ Faults(const Params& params, const Item& item)
+      : params_(params), item_(item), pages_(params.select_count * params.pages_each) {
+    if (own() < pages_) id_ = IdOf(own());
+  }
+
+  __device__ void LoadPages(const Row& row) {
+    if (own() < pages_) page_ = PageOf(row, own(), id_);
+    window_page_ = WindowPage(row, 0);
+  }
+
+  // Whether this thread has found any.
+  __device__ bool Any(const Row& row) const {
+    bool faulty = !IsPage(params_.problem, page_) || !IsPage(params_.problem, window_page_);
 #pragma unroll 1
-    for (int i = thread; i < pages; i += threads) {
-      const int place = params.by_pages_each(i);
-      const int id = ids[place];
-      if (id < 0 || id >= row.blocks) {
-        faulty |= !params.problem.partial && id != -1;
-        continue;
-      }
-      const int first = id * params.block_size, end = min(first + params.block_size, row.limit);
-      if (first >= end) continue;
-      const int column = params.by_page_size(first) + i - place * params.pages_each;
-      if (column * params.page_size < end) faulty |= !IsPage(params.problem, table[column]);
+    for (int i = own() + kThreads; i < pages_; i += kThreads) {
+      faulty |= !IsPage(params_.problem, PageOf(row, i, IdOf(i)));
     }
-  }
-  if (row.window_begin == row.window_end) return faulty;
-  const int end = params.by_page_size(row.window_end + params.page_size - 1);
 #pragma unroll 1
-  for (int column = params.by_page_size(row.window_begin) + thread; column < end;
-       column += threads) {
-    faulty |= !IsPage(params.problem, table[column]);
+    for (int i = kThreads; i * params_.page_size < row.window_end - row.window_begin;
+         i += kThreads) {
+      faulty |= !IsPage(params_.problem, WindowPage(row, i));
+    }
+    return faulty;
   }
-  return faulty;
-}
+
+ private:
+  static constexpr int kSound = 0, kFaulty = -1;  // for a page's id
+  __device__ static int own() { return threadIdx.x; }
+
+  // Of page i of all that the chosen blocks lie in.
+  __device__ int IdOf(int i) const { return Ids(params_, item_)[params_.by_pages_each(i)]; }
+  __device__ int PageOf(const Row& row, int i, int id) const {
+    if (id < 0 || id >= row.blocks) return params_.problem.partial || id == -1 ? kSound : kFaulty;
+    const int first = id * params_.block_size, end = min(first + params_.block_size, row.limit);
+    const int column =
+        params_.by_page_size(first) + (i - params_.by_pages_each(i) * params_.pages_each);
+    if (first >= end || column * params_.page_size >= end) return kSound;
+    return Table(params_, row)[column];
+  }
+  // Of this thread's page of the window, `further` pages on.
+  __device__ int WindowPage(const Row& row, int further) const {
+    const int column = params_.by_page_size(row.window_begin) + own() + further;
+    const bool needed =
+        row.window_begin < row.window_end && column * params_.page_size < row.window_end;
+    return needed ? Table(params_, row)[column] : kSound;
+  }
+
+  const Params& params_;
+  const Item& item_;
+  const int pages_;
+  int id_ = -1;
+  int page_ = kSound, window_page_ = kSound;
+};
 
 }  // namespace jax_nsa::cuda::select
 

@@ -18,20 +18,29 @@
 namespace jax_nsa::cuda::select {
 namespace {
 
+// Thread blocks of a multiprocessor, as registers allow: 128 each thread, or 255.
+template <typename T>
+constexpr int kResidentBlocks = std::is_same_v<T, float> ? 2 : 4;
+
+// What does not depend on the sequence's length is loaded while that is on its way.
 template <typename T, int kHeadSize, int kValueSize>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
     SelectAttention(const __grid_constant__ Params params) {
   alignas(128) extern __shared__ char memory[];
   const Item item = FindItem(params);
+  const Team team(params);
+  TeamTiles tiles(params, item, team);
+  Faults faults(params, item);
   const Row row = FindRow(params, item.row);
   if (row.state != Row::kSound) {
     FillResults<T>(params, item, row.state == Row::kFaulty);
     return;
   }
-  const Team team(params);
-  char* const rings = memory + sizeof(Shared);
+  const Queries<T, kHeadSize> queries = {memory + sizeof(Shared)};
+  char* const rings = queries.memory + (queries.kTileBytes << team.warps_log2);
   bool faulty;
-  auto rows = AttendPart<T, kHeadSize, kValueSize>(params, item, row, team, rings, &faulty);
+  auto rows = AttendPart<T, kHeadSize, kValueSize>(params, item, row, team, tiles, faults, queries,
+                                                   rings, &faulty);
   Finish(params, item, team, rows, faulty, *reinterpret_cast<Shared*>(memory), rings);
 }
 
@@ -39,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // memory.
 struct Kernel {
   DataType dtype;
-  int head_size, value_size, stage_bytes, sums_bytes;
+  int head_size, value_size, query_tile_bytes, stage_bytes, sums_bytes;
   const void* function;
 };
 template <typename T, int kHeadSize, int kValueSize>
@@ -47,6 +56,7 @@ Kernel MakeKernel(DataType dtype) {
   return {dtype,
           kHeadSize,
           kValueSize,
+          Queries<T, kHeadSize>::kTileBytes,
           Stage<T, kHeadSize, kValueSize>::kBytes,
           static_cast<int>(sizeof(WarpSums<kValueSize>)),
           reinterpret_cast<const void*>(&SelectAttention<T, kHeadSize, kValueSize>)};
@@ -72,9 +82,9 @@ const Kernel& ChooseKernel(const Problem& problem) {
   std::abort();  // decoding the call has seen to it
 }
 
-// Tiles that a team of one warp has in flight. With two, two thread blocks of the largest 16-bit
+// Tiles that a team of one warp has in flight. With one, four thread blocks of the largest 16-bit
 // kernel share a multiprocessor of a Hopper GPU.
-constexpr int kStages = 2;
+constexpr int kStages = 1;
 
 // What a launch needs to know of a device.
 struct Device {
@@ -179,7 +189,8 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   const int teams = kWarps / team_warps;
   const auto shared_bytes = [&](int stages) {
     const int after = std::max(kernel.sums_bytes, static_cast<int>(sizeof(PartFactors)));
-    return static_cast<int>(sizeof(Shared)) + std::max(teams * stages * kernel.stage_bytes, after);
+    return static_cast<int>(sizeof(Shared)) + team_warps * kernel.query_tile_bytes +
+           std::max(teams * stages * kernel.stage_bytes, after);
   };
   params.stages = std::min(kMaxStages, kStages * team_warps);
   while (params.stages > 1 && shared_bytes(params.stages) > device->shared_bytes) --params.stages;

@@ -149,41 +149,131 @@ __device__ inline float Gate(const Params& params, int64_t result_row, int branc
   return LoadNumber<T>(params.arrays.gates, params.problem.gates_dtype, 3 * result_row + branch);
 }
 
+// Adds the compressed branch's share of the step's result.
+template <typename T>
+__device__ inline void AddCompressed(const Params& params, const Item& item, int row, int column,
+                                     float (&sum)[4]) {
+  const int64_t result_row = ResultRow(params, item, row);
+  const float gate = Gate<T>(params, result_row, 0);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (column + c >= params.value_size) break;
+    sum[c] += gate * LoadNumber<T>(params.arrays.compressed, params.problem.dtype,
+                                   result_row * params.value_size + column + c);
+  }
+}
+
+// The first part of an attention of the item.
+__device__ inline int64_t FirstPart(const Params& params, const Item& item, int kind) {
+  return params.PartIndex(item.index, kind == kWindow ? params.plan.parts[kSelected] : 0);
+}
+
 // Finds by what each part of an attention is multiplied, row by row: as many lanes for each row as
 // there are parts, or somewhat more. Writes lse.
 template <typename T>
 __device__ inline void FindFactors(const Params& params, const Item& item, int kind, int64_t first,
                                    float (&factors)[kMaxParts][kMaxRows]) {
   static_assert(kMaxParts <= 32);
-  const int lane = threadIdx.x % 32, parts = params.plan.parts[kind];
+  constexpr int kAhead = 2;  // rows that a lane has in hand
+  const int lane = threadIdx.x % 32, parts = params.plan.parts[kind], rows = params.plan.rows;
   const int lanes_log2 = parts == 1 ? 0 : 32 - __clz(parts - 1), lanes = 1 << lanes_log2;
   const int part = lane & (lanes - 1), rows_each = 32 >> lanes_log2;
+  const int own_row = threadIdx.x / 32 * rows_each + (lane >> lanes_log2);
 #pragma unroll 1
-  for (int begin = threadIdx.x / 32 * rows_each; begin < params.plan.rows;
-       begin += kWarps * rows_each) {
-    const int row = begin + (lane >> lanes_log2);
-    const bool exists = part < parts && row < params.plan.rows;
-    float own = -INFINITY, total = 0.0f;
-    if (exists) {
-      own = LoadShared(params.part_maxima(first + part) + row);
-      total = LoadShared(params.part_totals(first + part) + row);
+  for (int begin = 0; begin < rows; begin += kAhead * kWarps * rows_each) {
+    float maxima[kAhead], totals[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int row = begin + i * kWarps * rows_each + own_row;
+      maxima[i] = -INFINITY;
+      totals[i] = 0.0f;
+      if (part < parts && row < rows) {
+        maxima[i] = LoadShared(params.part_maxima(first + part) + row);
+        totals[i] = LoadShared(params.part_totals(first + part) + row);
+      }
     }
-    float maximum = own;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int row = begin + i * kWarps * rows_each + own_row;
+      float maximum = maxima[i], total = totals[i];
 #pragma unroll 1
-    for (int step = 1; step < lanes; step *= 2) {
-      maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+      for (int step = 1; step < lanes; step *= 2) {
+        maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, step));
+      }
+      const float shrink = Shrink(maxima[i], maximum);
+      total *= shrink;
+#pragma unroll 1
+      for (int step = 1; step < lanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+      if (part >= parts || row >= rows) continue;
+      const int64_t result_row = ResultRow(params, item, row);
+      float factor = shrink * InverseOf(total);
+      if (params.problem.gated) factor *= Gate<T>(params, result_row, 1 + kind);
+      factors[part][row] = factor;
+      if (float* lse = Lse(params, kind); part == 0 && lse != nullptr) {
+        lse[result_row] = LogSumExp(maximum, total);
+      }
     }
-    const float shrink = Shrink(own, maximum);
-    total *= shrink;
+  }
+}
+
+// Adds up the parts of attention `kind`, or of both where the result is their gated sum: kRows rows
+// and kParts parts in hand. `find_factors` is called, once, while the first ones are on their way.
+template <typename T, int kRows, int kParts, typename Function>
+__device__ inline void AddParts(const Params& params, const Item& item, int kind,
+                                const PartFactors& scratch, Function find_factors) {
+  const bool gated = params.problem.gated;
+  const int kinds_begin = gated ? 0 : kind, kinds_end = gated ? kKinds : kind + 1;
+  const int lane = threadIdx.x % 32, rows = params.plan.rows;
+  const bool exists = 4 * lane < params.value_columns;
+  const int column = exists ? 4 * lane : 0;
+  bool found = false;
 #pragma unroll 1
-    for (int step = 1; step < lanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-    if (!exists) continue;
-    const int64_t result_row = ResultRow(params, item, row);
-    float factor = shrink * InverseOf(total);
-    if (params.problem.gated) factor *= Gate<T>(params, result_row, 1 + kind);
-    factors[part][row] = factor;
-    if (float* lse = Lse(params, kind); part == 0 && lse != nullptr) {
-      lse[result_row] = LogSumExp(maximum, total);
+  for (int begin = 0; begin < rows; begin += kWarps * kRows) {
+    int own_rows[kRows];  // the last one again where there are no more
+    float sums[kRows][4];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      own_rows[r] = min(begin + static_cast<int>(threadIdx.x) / 32 + r * kWarps, rows - 1);
+#pragma unroll
+      for (float& sum : sums[r]) sum = 0.0f;
+    }
+#pragma unroll 1
+    for (int k = kinds_begin; k < kinds_end; ++k) {
+      const int parts = params.plan.parts[k];
+      const float* from = params.part_sums(FirstPart(params, item, k)) + column;
+#pragma unroll 1
+      for (int first = 0; first < parts; first += kParts) {
+        float4 x[kRows][kParts];
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          const float* part = from + min(first + p, parts - 1) * params.plan.part_floats;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            x[r][p] = LoadShared(
+                reinterpret_cast<const float4*>(part + own_rows[r] * params.value_columns));
+          }
+        }
+        if (!found) find_factors();
+        found = true;
+#pragma unroll
+        for (int p = 0; p < kParts; ++p) {
+          if (first + p >= parts) break;
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            const float factor = scratch.factors[k][first + p][own_rows[r]];
+            sums[r][0] += x[r][p].x * factor;
+            sums[r][1] += x[r][p].y * factor;
+            sums[r][2] += x[r][p].z * factor;
+            sums[r][3] += x[r][p].w * factor;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!exists || begin + static_cast<int>(threadIdx.x) / 32 + r * kWarps >= rows) continue;
+      if (gated) AddCompressed<T>(params, item, own_rows[r], column, sums[r]);
+      StoreAttention<T>(params, item, kind, own_rows[r], column, sums[r]);
     }
   }
 }
@@ -192,49 +282,19 @@ __device__ inline void FindFactors(const Params& params, const Item& item, int k
 template <typename T>
 __device__ inline void MergeParts(const Params& params, const Item& item, int kind,
                                   PartFactors& scratch) {
-  const bool gated = params.problem.gated;
-  const int kinds_begin = gated ? 0 : kind, kinds_end = gated ? kKinds : kind + 1;
-  const auto first_part = [&](int of) {
-    return params.PartIndex(item.index, of == kWindow ? params.plan.parts[kSelected] : 0);
+  const auto find_factors = [&] {
+#pragma unroll 1
+    for (int k = 0; k < kKinds; ++k) {
+      if (params.plan.parts[k] > 0 && (params.problem.gated || k == kind)) {
+        FindFactors<T>(params, item, k, FirstPart(params, item, k), scratch.factors[k]);
+      }
+    }
+    __syncthreads();
   };
-#pragma unroll 1
-  for (int k = kinds_begin; k < kinds_end; ++k) {
-    if (params.plan.parts[k] > 0) {
-      FindFactors<T>(params, item, k, first_part(k), scratch.factors[k]);
-    }
-  }
-  __syncthreads();
-  const int quads = params.value_columns / 4, lane = threadIdx.x % 32;
-  if (lane >= quads) return;
-#pragma unroll 1
-  for (int row = threadIdx.x / 32; row < params.plan.rows; row += kWarps) {
-    const int column = 4 * lane;
-    float sum[4] = {};
-#pragma unroll 1
-    for (int k = kinds_begin; k < kinds_end; ++k) {
-      const int parts = params.plan.parts[k];
-      const float* from = params.part_sums(first_part(k)) + row * params.value_columns + column;
-#pragma unroll 8
-      for (int p = 0; p < parts; ++p) {
-        const float4 x = LoadShared(reinterpret_cast<const float4*>(from));
-        const float factor = scratch.factors[k][p][row];
-        sum[0] += x.x * factor;
-        sum[1] += x.y * factor;
-        sum[2] += x.z * factor;
-        sum[3] += x.w * factor;
-        from += params.plan.part_floats;
-      }
-    }
-    if (gated) {
-      const int64_t result_row = ResultRow(params, item, row);
-      const float gate = Gate<T>(params, result_row, 0);
-      for (int c = 0; c < 4; ++c) {
-        if (column + c >= params.value_size) break;
-        sum[c] += gate * LoadNumber<T>(params.arrays.compressed, params.problem.dtype,
-                                       result_row * params.value_size + column + c);
-      }
-    }
-    StoreAttention<T>(params, item, kind, row, column, sum);
+  if (params.plan.rows <= kWarps) {
+    AddParts<T, 1, 8>(params, item, kind, scratch, find_factors);
+  } else {
+    AddParts<T, 4, 4>(params, item, kind, scratch, find_factors);
   }
 }
 
@@ -262,19 +322,32 @@ __device__ inline void Finish(const Params& params, const Item& item, const Team
     return;
   }
 
-  // Of row `row` of the item, the warps that have it are `member` of each team.
+  // Of row `row` of the item, the warps that have it are one of each team. (Loops over warps are
+  // unrolled: a step of this is waited for by all.)
+  const int team_mask = (1 << team.warps_log2) - 1;
   const auto greatest = [&](int member, int row) {
     float maximum = -INFINITY;
-#pragma unroll 1
-    for (int m = 0; m < team.teams; ++m) {
-      maximum = fmaxf(maximum, shared.maxima[(m << team.warps_log2) + member][row]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float x = shared.maxima[w][row];
+      if ((w & team_mask) == member) maximum = fmaxf(maximum, x);
     }
     return maximum;
+  };
+  const auto total_of = [&](int row) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float x = shared.totals[w][row % kRowTile];
+      if ((w & team_mask) == row / kRowTile) total += x;
+    }
+    return total;
   };
   auto& scratch = *reinterpret_cast<WarpSums<kValueSize>*>(memory);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = lane / 4 + 8 * r;
+    if (8 * r >= params.plan.rows) break;
     const float shrink = Shrink(rows.maxima[r], greatest(team.member, row));
     if (t == 0) shared.totals[warp][row] = rows.totals[r] * shrink;
     float* to = &scratch.sums[warp][row][2 * t];
@@ -289,30 +362,24 @@ __device__ inline void Finish(const Params& params, const Item& item, const Team
   const bool gated = params.problem.gated;
   const int parts = params.plan.parts[item.kind];
   const bool direct = parts == 1 && !gated;
-  const int64_t first =
-      params.PartIndex(item.index, item.kind == kWindow ? params.plan.parts[kSelected] : 0);
-  const int64_t own = first + item.part;
-  const auto total_of = [&](int row) {
-    float total = 0.0f;
-#pragma unroll 1
-    for (int m = 0; m < team.teams; ++m) {
-      total += shared.totals[(m << team.warps_log2) + row / kRowTile][row % kRowTile];
-    }
-    return total;
-  };
+  const int64_t first = FirstPart(params, item, item.kind), own = first + item.part;
   const int column = 4 * lane;
-#pragma unroll 1
+#pragma unroll 2
   for (int row = warp; row < params.plan.rows; row += kWarps) {
     if (column >= params.value_columns) break;
+    float4 x[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      x[w] = *reinterpret_cast<const float4*>(&scratch.sums[w][row % kRowTile][column]);
+    }
     float sum[4] = {};
-#pragma unroll 1
-    for (int m = 0; m < team.teams; ++m) {
-      const float4 x = *reinterpret_cast<const float4*>(
-          &scratch.sums[(m << team.warps_log2) + row / kRowTile][row % kRowTile][column]);
-      sum[0] += x.x;
-      sum[1] += x.y;
-      sum[2] += x.z;
-      sum[3] += x.w;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if ((w & team_mask) != row / kRowTile) continue;
+      sum[0] += x[w].x;
+      sum[1] += x[w].y;
+      sum[2] += x[w].z;
+      sum[3] += x[w].w;
     }
     if (direct) {
       const float inverse = InverseOf(total_of(row));

@@ -321,8 +321,9 @@ class Call {
     const int64_t limit = Limit(b, t);
     std::vector<int> positions;
     const auto add = [&](int64_t first, int64_t end) {
-      for (int64_t i = first; i < std::min(end, limit); ++i) {
-        if (i >= 0 && i < capacity()) positions.push_back(static_cast<int>(i));
+      const int64_t last = std::min({end, limit, int64_t{capacity()}});
+      for (int64_t i = std::max<int64_t>(first, 0); i < last; ++i) {
+        positions.push_back(static_cast<int>(i));
       }
     };
     if (kind == kWindow) {
