@@ -288,6 +288,7 @@ class WarpRows {
       }
     }
     float shrink[2];
+    bool rescales = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], 1));
@@ -297,6 +298,7 @@ class WarpRows {
       peak[r] = maxima[r] == -INFINITY ? 0.0f : maxima[r];
       shrink[r] = Exp2(before - peak[r]);
       totals[r] *= shrink[r];
+      rescales |= shrink[r] != 1.0f && before != -INFINITY;
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -306,8 +308,8 @@ class WarpRows {
         totals[c / 2] += p[n][c];
       }
     }
-    // The maxima settle after a few tiles.
-    if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+    // The maxima settle after a few tiles; before the first one there is nothing to rescale.
+    if (__any_sync(~0u, rescales)) {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll

@@ -82,9 +82,10 @@ const Kernel& ChooseKernel(const Problem& problem) {
   std::abort();  // decoding the call has seen to it
 }
 
-// Tiles that a team of one warp has in flight. With one, four thread blocks of the largest 16-bit
-// kernel share a multiprocessor of a Hopper GPU.
-constexpr int kStages = 1;
+// Tiles that a team of one warp has in flight: two where two thread blocks share a multiprocessor,
+// one where there are so many thread blocks that it can have four. (That is as much shared memory
+// as a Hopper GPU has for the largest 16-bit kernel.)
+constexpr int Stages(int64_t blocks) { return blocks > kResident ? 1 : 2; }
 
 // What a launch needs to know of a device.
 struct Device {
@@ -184,6 +185,7 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
                    aligned(arrays.query, problem.head_size);
 
   const Kernel& kernel = ChooseKernel(problem);
+  const int64_t blocks = plan.items * plan.all_parts();
   // As many tiles in flight whether teams are many or few, if there is room.
   const int team_warps = plan.rows > 2 * kRowTile ? 4 : plan.rows > kRowTile ? 2 : 1;
   const int teams = kWarps / team_warps;
@@ -192,12 +194,11 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
     return static_cast<int>(sizeof(Shared)) + team_warps * kernel.query_tile_bytes +
            std::max(teams * stages * kernel.stage_bytes, after);
   };
-  params.stages = std::min(kMaxStages, kStages * team_warps);
+  params.stages = std::min(kMaxStages, Stages(blocks) * team_warps);
   while (params.stages > 1 && shared_bytes(params.stages) > device->shared_bytes) --params.stages;
   if (shared_bytes(params.stages) > device->shared_bytes) return cudaErrorInvalidConfiguration;
 
   void* arguments[] = {&params};
-  const int64_t blocks = plan.items * plan.all_parts();
   return cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
                           arguments, static_cast<size_t>(shared_bytes(params.stages)), stream);
 }

@@ -28,11 +28,12 @@ constexpr int kSelected = 0, kWindow = 1, kKinds = 2;
 
 // Parts of one attention, at most: a lane for each when they are merged.
 constexpr int kMaxParts = 32;
-// Thread blocks that big GPUs run at the same time. Parts are made no smaller than it takes to keep
-// so many at work, nor larger than kMaxPartTiles unless there would be too many of them; the latter
-// so that the last thread blocks don't end long after the others.
+// Thread blocks that big GPUs run at the same time, two on a multiprocessor. Parts are made no
+// smaller than it takes to keep so many at work, as it costs time to merge them; nor larger than
+// kMaxPartTiles unless there would be too many of them, so that the last thread blocks don't end
+// long after the others.
 constexpr int64_t kResident = 264;
-constexpr int64_t kMinPartTiles = 4, kMaxPartTiles = 32;
+constexpr int64_t kMinPartTiles = 8, kMaxPartTiles = 64;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
