@@ -79,7 +79,7 @@ __device__ inline Row FindRow(const Params& params, int row) {
   const Fault fault = FindRows(problem, params.arrays, found.sequence, &rows);
   const int64_t token = row - rows.first;
   if (token < 0 || token >= rows.owned) return found;
-  if (fault != Fault::kNone || (!problem.partial && !IsLength(problem, length))) {
+  if (fault != Fault::kNone) {
     found.state = Row::kFaulty;
     return found;
   }

@@ -14,6 +14,7 @@
 #include "cuda/select_launch.h"
 #include "cuda/select_merge.cuh"
 #include "cuda/select_params.cuh"
+#include "cuda/select_ring.cuh"
 
 namespace jax_nsa::cuda::select {
 namespace {

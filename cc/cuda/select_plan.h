@@ -28,11 +28,11 @@ constexpr int kSelected = 0, kWindow = 1, kKinds = 2;
 
 // Parts of one attention, at most: a lane for each when they are merged.
 constexpr int kMaxParts = 32;
-// Thread blocks that big GPUs run at the same time, two on a multiprocessor. Parts are made no
-// smaller than it takes to keep so many at work, as it costs time to merge them; nor larger than
-// kMaxPartTiles unless there would be too many of them, so that the last thread blocks don't end
-// long after the others.
-constexpr int64_t kResident = 264;
+// Thread blocks that keep a big GPU busy: it runs kResident at the same time if two share a
+// multiprocessor. Parts are made no smaller than it takes to have so many, as it costs time to
+// merge them; nor larger than kMaxPartTiles unless there would be too many of them, so that the
+// last thread blocks don't end long after the others.
+constexpr int64_t kResident = 264, kEnough = 240;
 constexpr int64_t kMinPartTiles = 8, kMaxPartTiles = 64;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -81,7 +81,7 @@ constexpr Plan MakePlan(const Problem& problem) {
   };
   int64_t part_tiles = kMinPartTiles;
   while (part_tiles < kMaxPartTiles &&
-         plan.items * (parts(kSelected, part_tiles) + parts(kWindow, part_tiles)) > kResident) {
+         plan.items * (parts(kSelected, part_tiles) + parts(kWindow, part_tiles)) > kEnough) {
     ++part_tiles;
   }
   for (int kind = 0; kind < kKinds; ++kind) {
