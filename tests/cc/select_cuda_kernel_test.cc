@@ -548,6 +548,9 @@ std::vector<Case> Cases() {
     c = {name + ", float32", kF32, 1, 1, group, 1, 32, 16, 16, 19, 32, 9, 130, 70};
     cases.push_back(c);
   }
+  // Few columns, over which errors do not average out.
+  cases.push_back({"one column", kBf16, 3, 2, 128, 2, 1, 1, 16, 8, 32, 3, 20, 60});
+  cases.push_back({"two columns", kF16, 3, 2, 128, 2, 4, 2, 16, 8, 32, 3, 20, 60});
   // Pages and blocks of all proportions.
   for (int page : {16, 48, 64, 112, 128, 256}) {
     for (int block = 16; block <= 128; block += 16) {
