@@ -16,6 +16,7 @@
 #include "cpu/isa.h"
 #ifdef JAX_NSA_CUDA
 #include "cuda/plan.h"
+#include "cuda/select_plan.h"
 #endif
 #include "blocks.h"
 #include "xla/ffi/api/c_api.h"
@@ -26,6 +27,7 @@ XLA_FFI_Error* jax_nsa_compress_attention_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_cpu(XLA_FFI_CallFrame*);
 #ifdef JAX_NSA_CUDA
 XLA_FFI_Error* jax_nsa_compress_attention_cuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_select_attention_cuda(XLA_FFI_CallFrame*);
 #endif
 XLA_FFI_Error* jax_nsa_compress_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_attention_ascend_host(XLA_FFI_CallFrame*);
@@ -53,6 +55,7 @@ py::dict Registrations() {
 #ifdef JAX_NSA_CUDA
   py::dict cuda;
   cuda["jax_nsa_compress_attention_cuda"] = Target("CUDA", jax_nsa_compress_attention_cuda);
+  cuda["jax_nsa_select_attention_cuda"] = Target("CUDA", jax_nsa_select_attention_cuda);
   all["cuda"] = cuda;
 #endif
   all["ascend"] = ascend;
@@ -137,6 +140,27 @@ PYBIND11_MODULE(_native, module) {
       py::arg("pages_per_sequence"), py::arg("select_count"), py::arg("compress_block_size"),
       py::arg("compress_stride"), py::arg("select_block_size"),
       "Size of the CUDA kernel's last result, which is its workspace.");
+  module.def(
+      "cuda_select_workspace_bytes",
+      [](int64_t rows, int64_t heads, int64_t key_value_heads, int64_t value_size,
+         int64_t page_size, int64_t pages_per_sequence, int64_t select_block_size,
+         int64_t select_count, int64_t window_size) {
+        jax_nsa::select_attention::Problem problem = {};
+        problem.rows = rows;
+        problem.heads = heads;
+        problem.key_value_heads = key_value_heads;
+        problem.value_size = value_size;
+        problem.page_size = page_size;
+        problem.pages_per_sequence = pages_per_sequence;
+        problem.select_block_size = select_block_size;
+        problem.select_count = select_count;
+        problem.window_size = window_size;
+        return jax_nsa::cuda::select::WorkspaceBytes(problem);
+      },
+      py::kw_only(), py::arg("rows"), py::arg("heads"), py::arg("key_value_heads"),
+      py::arg("value_size"), py::arg("page_size"), py::arg("pages_per_sequence"),
+      py::arg("select_block_size"), py::arg("select_count"), py::arg("window_size"),
+      "The same of the selected branch's kernel.");
 #endif
   module.def("ascend_unavailable", &AscendUnavailable, py::arg("target") = "compress_attention",
              "Why CANN or an NPU cannot serve an operator on this machine; None if it can.");

@@ -169,6 +169,19 @@ def workspace_bytes(call: Call) -> int:
         call.operand(name).shape for name in ("query", "key", "value", "block_table")
     )
     problem = call.problem
+    if call.operator.target == "select_attention":
+        indices = call.operand("topk_indices")
+        return module().cuda_select_workspace_bytes(
+            rows=query[0] if call.packed else query[0] * query[1],
+            heads=query[-2],
+            key_value_heads=problem.key_value_heads,
+            value_size=value[2] // problem.key_value_heads,
+            page_size=key[1],
+            pages_per_sequence=block_table[1],
+            select_block_size=problem.select_block_size,
+            select_count=0 if indices is None else indices.shape[-1],
+            window_size=problem.window_size,
+        )
     return module().cuda_workspace_bytes(
         sequences=block_table[0],
         rows=query[0] if call.packed else query[0] * query[1],

@@ -31,7 +31,7 @@ Counts counts;
 namespace {
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
-constexpr int kMaxResident = 4, kNamedBarriers = 2;
+constexpr int kMaxResident = 4, kNamedBarriers = 3;
 constexpr int kNoWarp = -1;
 // The pitch is no power of two, so that the fibers' stacks lie in different cache sets.
 constexpr size_t kStackBytes = (64 << 10) + 832;
@@ -263,6 +263,7 @@ void ThreadMain();
 
 void Yield(bool other_block = false) {
   Thread* next = Choose(other_block);
+  blockIdx.x = next->block->index;  // even its own may be another one than before
   if (next == current) return;
   if (_setjmp(current->context) == 0) Resume(next);
 }

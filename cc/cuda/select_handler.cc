@@ -1,0 +1,44 @@
+// The XLA FFI handler of the selected branch's CUDA kernel.
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "cuda/select_launch.h"
+#include "select_attention_call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_nsa::cuda::select {
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               ffi::Dictionary attributes) {
+  ffi::ErrorOr<select_attention::Call> call = select_attention::Decode(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  if (const char* reason = Refuses(call->problem)) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      std::string("nsa_select_attention: the CUDA kernel cannot serve ") + reason);
+  }
+  const cudaError_t error =
+      Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream);
+  if (error != cudaSuccess) {
+    return ffi::Error(ffi::ErrorCode::kInternal,
+                      std::string("nsa_select_attention: the CUDA kernel cannot start: ") +
+                          cudaGetErrorString(error));
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jax_nsa::cuda::select
+
+// One kernel on the given stream and nothing else, so XLA may record it in command buffers.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_select_attention_cuda, jax_nsa::cuda::select::Run,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attrs(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
