@@ -62,13 +62,14 @@ class Scores {
 
  private:
   static constexpr int64_t kMostKeys = 8;  // multiplied at once: their addresses fill registers
-  static constexpr int64_t kMostWhole = kAccumulators / 2;  // rows, with keys one after the other
+  // Rows that meet keys one after the other, at most.
+  static constexpr int64_t kMostWhole = kAccumulators / 2 < kLanes ? kAccumulators / 2 : kLanes;
 
   static constexpr int64_t KeysAtOnce(int64_t vectors) {
     return kAccumulators / vectors < kMostKeys ? kAccumulators / vectors : kMostKeys;
   }
 
-  // As many as give the processor something to do in the time of a product.
+  // Two, so that a load of a query serves two; one where it stays in a register.
   static constexpr int64_t WholeKeys(int64_t rows) { return rows >= 2 ? 2 : 1; }
 
   // The sums of `count` keys' products with `vectors` vectors of queries, `stride` words from one

@@ -107,7 +107,8 @@ class Fetch {
 
  private:
   static constexpr int64_t kLine = 64, kAtOnce = 8;
-  static constexpr int64_t kMostLines = 2 * kTile * (4 * kMaxHeadSize / kLine + 2);
+  // Added at once: of rows_ahead and a granule, no more than a tile.
+  static constexpr int64_t kMostLines = kTile * (4 * kMaxHeadSize / kLine + 2);
 
   // Lines that a row lies in, wherever it begins.
   struct Lines {
@@ -138,7 +139,7 @@ class Fetch {
   const Tile *tile_ = nullptr, *next_ = nullptr;
   const Lines keys_, values_;
   const int64_t rows_ahead_;
-  const char* lines_[2 * kMostLines];
+  const char* lines_[2 * kMostLines];  // twice, for what is added to make steps whole
 };
 
 }  // namespace
