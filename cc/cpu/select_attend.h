@@ -119,7 +119,7 @@ class SelectAttention {
 
   // How many rows ahead memory is fetched, as measured: the more arithmetic a row takes, the more
   // of it is there to hide a fetch behind, and the longer what is fetched must keep.
-  int64_t RowsAhead() const { return rows_ >= 16 ? 24 : rows_ >= 2 ? 12 : 32; }
+  int64_t RowsAhead() const { return rows_ >= 2 && rows_ <= 4 ? 12 : 24; }
 
   void FirstTile(const select::Unit* unit, Tile* tile) const {
     tile->count = 0;

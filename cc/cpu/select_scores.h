@@ -24,18 +24,23 @@ class Scores {
  public:
   static constexpr int kElements = Products::kElements;  // in a word
 
-  // Words of a key that meet as many of each row at a time. A panel that is no wider than a vector
-  // fills two: the more lanes a load of the key repeats over, the fewer loads there are.
+  // Words of a key that meet as many of each row at a time. Few rows take whole vectors of a key's
+  // words, so that keys are read one after the other, as memory likes it best; for more, a load
+  // repeats some words over the lanes of two vectors, or one over as many as there are.
   static constexpr int64_t Repeat(int64_t rows) {
-    if (rows > kLanes) return 1;
-    return rows == 1 ? kLanes : 2 * kLanes / rows;
+    if (rows <= kMostWhole) return kLanes;
+    return rows > kLanes ? 1 : 2 * kLanes / rows;
   }
 
   // Writes the products of kGranule keys, [key][row].
   static void Multiply(const char* const* keys, const PanelQueries& queries, float* scores,
                        Fetch& fetch) {
     const int64_t rows = queries.rows;
-    if (rows == 1) return Narrow<kLanes, 1>(keys, queries, scores, fetch);
+    if (rows <= kMostWhole) {
+      return WithConstant(rows, [&](auto count) {
+        if constexpr (count() <= kMostWhole) Narrow<kLanes, count()>(keys, queries, scores, fetch);
+      });
+    }
     if (rows <= kLanes) {
       return WithConstant(Repeat(rows),
                           [&](auto repeat) { Narrow<repeat(), 2>(keys, queries, scores, fetch); });
@@ -49,18 +54,23 @@ class Scores {
 
   // How often Multiply makes a step of Fetch.
   static constexpr int64_t Steps(const PanelQueries& queries) {
-    const int64_t repeat = Repeat(queries.rows), vectors = queries.rows * repeat / kLanes;
-    const int64_t at_once =
-        vectors == 1 ? 1 : (kAccumulators >= 16 && repeat == 1 && vectors >= 4 ? 4 : 2);
-    return vectors / at_once * (kGranule / KeysAtOnce(at_once)) * queries.row_words / repeat;
+    const int64_t rows = queries.rows, repeat = Repeat(rows), vectors = rows * repeat / kLanes;
+    const int64_t at_once = rows <= kLanes ? vectors : vectors >= 4 && kAccumulators >= 16 ? 4 : 2;
+    const int64_t count = rows <= kMostWhole ? WholeKeys(at_once) : KeysAtOnce(at_once);
+    return vectors / at_once * (kGranule / count) * queries.row_words / repeat;
   }
 
  private:
   static constexpr int64_t kMostKeys = 8;  // multiplied at once: their addresses fill registers
+  // Rows that meet keys one after the other, at most.
+  static constexpr int64_t kMostWhole = kAccumulators / 2 < kLanes ? kAccumulators / 2 : kLanes;
 
   static constexpr int64_t KeysAtOnce(int64_t vectors) {
     return kAccumulators / vectors < kMostKeys ? kAccumulators / vectors : kMostKeys;
   }
+
+  // Two, so that a load of a query serves two; one where it stays in a register.
+  static constexpr int64_t WholeKeys(int64_t rows) { return rows >= 2 ? 2 : 1; }
 
   // The sums of `count` keys' products with `vectors` vectors of queries, `stride` words from one
   // group of `repeat` words to the next.
@@ -74,13 +84,13 @@ class Scores {
     for (int64_t w = 0; w < row_words; w += repeat) {
       fetch.Step();
       Word query[vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) query[v] = Load<Word>(queries + v * kLanes);
       queries += stride;
 #pragma GCC unroll 8
       for (int p = 0; p < count; ++p) {
         const Word key = Repeated<repeat>(rows[p] + 4 * w);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
           block[p][v] = Products::MultiplyAdd(key, query[v], block[p][v]);
         }
@@ -88,16 +98,18 @@ class Scores {
     }
 #pragma GCC unroll 8
     for (int p = 0; p < count; ++p) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sums[p * vectors + v] = block[p][v];
     }
   }
 
-  // For a panel that is no wider than a vector: the `repeat` lanes of each row are summed at last.
+  // For a panel of few rows, or no wider than a vector: the `repeat` lanes of each row are summed
+  // at last.
   template <int repeat, int vectors>
   static void Narrow(const char* const* keys, const PanelQueries& queries, float* scores,
                      Fetch& fetch) {
-    constexpr int kKeys = KeysAtOnce(vectors);
+    constexpr bool kWhole = repeat == kLanes;
+    constexpr int kKeys = kWhole ? WholeKeys(vectors) : KeysAtOnce(vectors);
     Float sums[kGranule * vectors];
     for (int64_t p = 0; p < kGranule; p += kKeys) {
       MultiplyKeys<repeat, vectors, kKeys>(keys + p, queries.words, vectors * kLanes,

@@ -58,7 +58,7 @@ class Softmax {
       const Float peak = Peak(v, end);
       const Float reference = Load<Float>(partial.reference + v);
       if (begun_ || AnyGreater(peak, reference + slack_)) Raise(v, peak, partial, columns);
-      WeighRows(v, end, partial);
+      WithConstant(Least(rows_, kLanes), [&](auto rows) { WeighRows<rows()>(v, end, partial); });
     }
     begun_ = false;
   }
@@ -128,28 +128,26 @@ class Softmax {
     return Exp2((Load<Float>(scores_ + i) - reference) * scale_);
   }
 
+  // Of the rows of a vector, of which each position has `rows`.
+  template <int rows>
   void WeighRows(int64_t v, int64_t end, const select::Partial& partial) {
     const Float reference = Load<Float>(partial.reference + v);
-    Float total = Load<Float>(partial.total + v), odd_total = {};
-    for (int64_t i = v; i < end; i += 2 * stride_) {
+    Float even_total = Load<Float>(partial.total + v), odd_total = {};
+    uint32_t* target = words_ + v;
+    for (int64_t i = v; i < end; i += 2 * stride_, target += stride_) {
+      const bool both = i + stride_ < end;
       const Float even = Weight(i, reference);
-      const Float odd = i + stride_ < end ? Weight(i + stride_, reference) : Float{};
-      total += even;
+      const Float odd = both ? Weight(i + stride_, reference) : Float{};
+      even_total += even;
       odd_total += odd;
-      PutWeights(i, i + stride_ < end, even, odd);
+      if constexpr (pairs) {
+        Store(target, Type::template RoundPairs<rows>(even, odd));
+      } else {
+        Store(scores_ + i, even);
+        if (both) Store(scores_ + i + stride_, odd);
+      }
     }
-    Store(partial.total + v, total + odd_total);
-  }
-
-  inline void PutWeights(int64_t i, bool both, Float even, Float odd) {
-    if constexpr (!pairs) {
-      Store(scores_ + i, even);
-      if (both) Store(scores_ + i + stride_, odd);
-    } else {
-      float* const target = reinterpret_cast<float*>(words_ + (i - i % stride_) / 2 + i % stride_);
-      WithConstant(Least(rows_, kLanes),
-                   [&](auto rows) { Store(target, Type::template RoundPairs<rows()>(even, odd)); });
-    }
+    Store(partial.total + v, even_total + odd_total);
   }
 
   float* const scores_;

@@ -70,62 +70,76 @@ class Cursor {
 class Fetch {
  public:
   Fetch(int64_t key_bytes, int64_t value_bytes, int64_t rows_ahead)
-      : key_bytes_(key_bytes), value_bytes_(value_bytes), rows_ahead_(rows_ahead) {}
+      : keys_(key_bytes), values_(value_bytes), rows_ahead_(rows_ahead) {}
 
-  // Begins a tile; `next` is what follows, or null.
+  // Begins a tile; `next` is what follows, perhaps nothing.
   void Begin(const Tile* tile, const Tile* next) {
     tile_ = tile, next_ = next;
     // What the tile before fetched of this one.
-    const int64_t fetched = row_ - end_;
-    row_ = fetched > 0 ? fetched : 0;
+    row_ = row_ > values_end_ ? row_ - values_end_ : 0;
     keys_end_ = tile->count;
     values_end_ = 2 * tile->count;
-    end_ = values_end_;
-    all_ = end_ + (next ? next->count : 0);
+    end_ = values_end_ + next->count;
   }
 
   // Rows up to `rows` of the tile, first the keys and then the values, are about to be used, in so
   // many steps.
-  inline void Use(int64_t rows, int64_t steps) {
-    target_ = rows + rows_ahead_;
-    if (target_ > all_) target_ = all_;
-    const int64_t row_lines = (key_bytes_ > value_bytes_ ? key_bytes_ : value_bytes_) / kLine + 2;
-    lines_ = ((target_ - row_) * row_lines + steps - 1) / steps;
+  void Use(int64_t rows, int64_t steps) {
+    const int64_t wanted = rows + rows_ahead_, target = wanted < end_ ? wanted : end_;
+    const char** last = lines_;
+    last = AddRows(tile_->keys, 0, keys_end_, target, keys_, last);
+    last = AddRows(tile_->values, keys_end_, values_end_, target, values_, last);
+    last = AddRows(next_->keys, values_end_, end_, target, keys_, last);
+    const int64_t count = last - lines_;
+    at_ = lines_;
+    in_step_ = (count + steps - 1) / steps;
+    last_ = last;
+    // Whole steps: some lines again.
+    for (int64_t i = 0; i < in_step_; ++i) last[i] = lines_[i];
   }
 
   inline void Step() {
-    for (int64_t i = 0; i < lines_; ++i) FetchLine();
+    if (at_ >= last_) return;
+    const char* const* const at = at_;
+    for (int64_t i = 0; i < in_step_; ++i) __builtin_prefetch(at[i], 0, 3);
+    at_ = at + in_step_;
   }
 
  private:
-  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kLine = 64, kAtOnce = 8;
+  // Added at once: of rows_ahead and a granule, no more than a tile.
+  static constexpr int64_t kMostLines = kTile * (4 * kMaxHeadSize / kLine + 2);
 
-  inline void FetchLine() {
-    if (at_ >= stop_ && !NextRow()) return;
-    __builtin_prefetch(at_, 0, 3);
-    at_ += kLine;
-  }
+  // Lines that a row lies in, wherever it begins.
+  struct Lines {
+    explicit Lines(int64_t bytes) : count((bytes + kLine - 1) / kLine + (bytes % kLine != 0)) {}
+    int64_t count;
+  };
 
-  bool NextRow() {
-    if (row_ >= target_) {
-      lines_ = 0;
-      return false;
+  // Adds the lines of rows [row_, target) that are among the tile's [begin, end).
+  inline const char** AddRows(const char* const* rows, int64_t begin, int64_t end, int64_t target,
+                              const Lines& lines, const char** last) {
+    for (; row_ < end && row_ < target; ++row_, last += lines.count) {
+      using Pointers = uint64_t __attribute__((vector_size(8 * kAtOnce)));
+      Pointers at =
+          reinterpret_cast<uint64_t>(rows[row_ - begin]) +
+          Pointers{0, kLine, 2 * kLine, 3 * kLine, 4 * kLine, 5 * kLine, 6 * kLine, 7 * kLine};
+      for (int64_t i = 0; i < lines.count; i += kAtOnce, at += kAtOnce * kLine) {
+        __builtin_memcpy(last + i, &at, sizeof at);
+      }
     }
-    const bool values = row_ >= keys_end_ && row_ < values_end_;
-    const char* const first = row_ < keys_end_     ? tile_->keys[row_]
-                              : row_ < values_end_ ? tile_->values[row_ - keys_end_]
-                                                   : next_->keys[row_ - values_end_];
-    ++row_;
-    stop_ = first + (values ? value_bytes_ : key_bytes_);
-    at_ = first - reinterpret_cast<uintptr_t>(first) % kLine;
-    return true;
+    return last;
   }
 
-  const char *at_ = nullptr, *stop_ = nullptr;
-  int64_t lines_ = 0;  // in a step
-  int64_t row_ = 0, target_ = 0, keys_end_ = 0, values_end_ = 0, end_ = 0, all_ = 0;
+  const char* const* at_ = nullptr;
+  const char* const* last_ = nullptr;
+  int64_t in_step_ = 0;  // lines
+  int64_t row_ = 0;      // the next to be fetched
+  int64_t keys_end_ = 0, values_end_ = 0, end_ = 0;
   const Tile *tile_ = nullptr, *next_ = nullptr;
-  const int64_t key_bytes_, value_bytes_, rows_ahead_;
+  const Lines keys_, values_;
+  const int64_t rows_ahead_;
+  const char* lines_[2 * kMostLines];  // twice, for what is added to make steps whole
 };
 
 }  // namespace

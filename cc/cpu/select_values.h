@@ -88,11 +88,10 @@ class Weigh {
   }
 
  private:
-  static constexpr int64_t kMostRows = kAccumulators / 2;
+  static constexpr int64_t kMostRows = Least(kAccumulators / 2, kLanes);
 
-  static constexpr int64_t ChunksAtOnce(int64_t rows) {
-    return kMostRows / rows < 4 ? kMostRows / rows : 4;
-  }
+  // Chunks of two vectors that fill the accumulators.
+  static constexpr int64_t ChunksAtOnce(int64_t rows) { return Least(kAccumulators / 2 / rows, 4); }
 
   Weigh(const char* const* values, int64_t size, const uint32_t* weights, int64_t rows,
         int64_t steps, int64_t columns, float* sums, Fetch& fetch)
