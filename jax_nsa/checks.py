@@ -358,6 +358,11 @@ def _held_array(value: Any) -> Any:
 def _check_memory(name: str, array: Any) -> None:
     """Refuses an array in host memory that its devices' programs do not compute with."""
     space = getattr(jax.typeof(array), "memory_space", None)
+    concrete = isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer)
+    if concrete and array.sharding.memory_kind == "unpinned_host":
+        # Its type does not tell; on a CPU it is as good as any.
+        on_host = any(device.platform != "cpu" for device in array.sharding.device_set)
+        space = jax.memory.Space.Host if on_host else space
     if space == jax.memory.Space.Host:
         raise ValueError(
             f"{name} must be in device memory, got an array in memory space {space}; move it with "

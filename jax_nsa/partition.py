@@ -48,6 +48,13 @@ def result_shardings(
     if first.sharding.mesh.empty:
         return [first.sharding] * len(axes.results)
     split = _splits_of(first.sharding.spec, axes.operands[0], _splittable(axes, splits))
+    shards = _shards(first.sharding.mesh, split.get("h"))
+    if axes.sizes["h"] % shards:
+        raise ValueError(
+            f"{arguments[0]} is sharded as {first.sharding.spec}, its heads over {shards} devices, "
+            f"and there are {axes.sizes['h']} key/value heads to go with them: these must be a "
+            "multiple of the devices, as a group of heads is not split; use jax.sharding.reshard"
+        )
     for name, operand, spec in zip(arguments, operands, specs(axes.operands, split), strict=True):
         _check_sharding(name, operand, spec, (arguments[0], first))
     return [first.sharding.update(spec=spec) for spec in specs(axes.results, split)]

@@ -385,3 +385,15 @@ def test_vmap_over_what_a_mesh_splits(axis_type, options):
     with jax.set_mesh(mesh):
         results = jax.jit(program)(*operands)
     assert_right([np.asarray(r)[1] for r in results], GEOMETRY)
+
+
+def test_a_group_of_heads_that_an_explicit_mesh_splits_is_refused():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    sharding = NamedSharding(mesh, P(None, "x"))
+    query = jax.device_put(np.ones((2, 4, 16), np.float32), sharding)
+    pool = np.ones((2, 16, 16), np.float32)
+    with pytest.raises(ValueError, match=r"query is sharded as .* 1 key/value heads"):
+        nsa_compress_attention_infer(
+            query, pool, pool, 1.0, 4, 1, 64, 1, 16, 32, 16,
+            block_table=jnp.zeros((2, 1), jnp.int32), actual_cmp_seq_kvlen=jnp.array([3, 4]),
+        )  # fmt: skip
