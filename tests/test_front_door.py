@@ -314,7 +314,7 @@ def test_refuses_under_jit(changes, error, message):
         (lambda x: {"actual_cmp_seq_kvlen": [40, x]}, "lists cannot hold traced values .*stack"),
         (lambda x: {"block_table": [[x, 1, 2, 3]] * 2}, "lists cannot hold traced values .*stack"),
     ],
-    ids=str,
+    ids=lambda value: "call" if callable(value) else None,
 )
 def test_refuses_traced_values(make, message):
     with pytest.raises(TypeError, match=message):
