@@ -130,8 +130,10 @@ class Integers:
         host: its values where the host knows them, else None.
     """
 
-    def __init__(self, name: str, values: Any, *, rank: int) -> None:
-        """Checks that `values` are integers of this rank."""
+    def __init__(self, name: str, values: Any, *, rank: int | tuple[int, ...]) -> None:
+        """Checks that `values` are integers of this rank, or of one of these."""
+        ranks = (rank,) if isinstance(rank, int) else tuple(sorted(set(rank)))
+        told = " or ".join(map(str, ranks))
         if values is None:
             raise ValueError(f"{name} is required, got None")
         values = _held_array(values)
@@ -141,16 +143,16 @@ class Integers:
             _check_memory(name, values)
             array: Any = values
         else:
-            self.host = array = _host_array(name, values, rank)
+            self.host = array = _host_array(name, values, told)
         empty = self.host is not None and array.size == 0  # an empty list's dtype is no choice
         integral = jnp.issubdtype(array.dtype, jnp.integer) and array.dtype.kind != "m"  # timedelta
         if not empty and not integral:
             raise TypeError(
                 f"{name} must hold integers, got dtype {array.dtype.name}{_shown(self.host)}"
             )
-        if len(array.shape) != rank:
+        if len(array.shape) not in ranks:
             raise ValueError(
-                f"{name} must have rank {rank}, got shape {tuple(array.shape)}{_shown(self.host)}"
+                f"{name} must have rank {told}, got shape {tuple(array.shape)}{_shown(self.host)}"
             )
         if empty and not integral:
             self.host = array = array.astype(np.int32)
@@ -160,6 +162,8 @@ class Integers:
     def array(self) -> jax.Array:
         """The values as int32; those beyond it stay beyond every legal range."""
         values, limits = self._values, jnp.iinfo(jnp.int32)
+        if self.host is not None and values.dtype == np.int32:
+            return jnp.asarray(values)  # a copy already
         if self.host is not None:
             own = np.iinfo(values.dtype)
             values = np.clip(values, max(own.min, limits.min), min(own.max, limits.max))
@@ -232,12 +236,27 @@ def sequences(table: Integers, query_shape: tuple[Any, ...], *, packed: bool) ->
     return table.shape[0]
 
 
-def page_ids(table: Integers, lengths: np.ndarray, *, page: int, pages: int) -> None:
-    """Holds the entries of a known block table that lengths need to the pages of the pools."""
+def page_ids(
+    table: Integers, lengths: np.ndarray, *, page: int, pages: int, first: np.ndarray | None = None
+) -> None:
+    """Holds the entries of a known block table that sequences need to the pages of the pools.
+
+    Args:
+        table: the block table.
+        lengths: rows of each sequence.
+        page: rows in a page.
+        pages: pages in the pools.
+        first: the first row of each sequence that is needed; None: all are.
+    """
     if table.host is None:
         return
-    needed = np.arange(table.host.shape[1]) < -(-lengths[:, None] // page)
-    bad = needed & ((table.host < 0) | (table.host >= pages))
+    # As unsigned integers, negative ones are beyond all pages too.
+    bad = table.host.view(f"u{table.host.itemsize}") >= pages
+    column = np.arange(table.host.shape[1], dtype=np.int32)
+    if bad.any():
+        bad &= column < -(-lengths[:, None] // page)
+    if first is not None and bad.any():
+        bad &= column >= first[:, None] // page
     if bad.any():
         b, p = (int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
@@ -370,12 +389,13 @@ def _check_memory(name: str, array: Any) -> None:
         )
 
 
-def _host_array(name: str, values: Any, rank: int) -> np.ndarray:
+def _host_array(name: str, values: Any, rank: str) -> np.ndarray:
     """A copy of integers in host memory, which their owner may change at will."""
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{name} must not be a masked array")
     try:
-        return np.array(values)
+        array = np.array(values)
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     except jax.errors.JAXTypeError as error:
         raise TypeError(
             f"{name} must be an array or nested lists of integers of rank {rank}; lists "

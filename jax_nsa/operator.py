@@ -48,6 +48,7 @@ class Array:
         argument: what the front door's caller knows it as; its name where empty.
         points_into: the axis whose positions its integers are.
         dtype: of a result; None for the first operand's.
+        absent: of a result, what rows that hold no token have.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Array:
     argument: str = ""
     points_into: str = ""
     dtype: Any = None
+    absent: float = 0
 
     def named(self, name: str) -> Array:
         """The same under one of several names."""
@@ -235,12 +237,14 @@ def _lower(
     """Chooses an implementation and traces it into the program; on several devices, in parts."""
     on_fault = on_fault or ("fail" if _compat.num_devices(ctx) == 1 else "nan")
     call = backends.Call(operator, tuple(ctx.avals_in), on_fault=on_fault, **static)
-    if any(result.size == 0 for result in ctx.avals_out if _is_static(result)):
-        return _lower_function(ctx, lambda *_: _zeros(ctx.avals_out), operands)
+    axes = Axes.of(operator, call.names, call.problem, ctx.avals_in)
+    if _computes_nothing(axes, ctx.avals_out):
+        return _lower_function(
+            ctx, lambda *_: _absent_rows(operator, call.problem, ctx.avals_out), operands
+        )
     backend = backends.choose(platform or _compat.single_platform(ctx), implementation, call)
     if _compat.automatic_devices(ctx) <= 1:
         return _lower_function(ctx, functools.partial(backend.compute, call), operands)
-    axes = Axes.of(operator, call.names, call.problem, ctx.avals_in)
     split = partition.partitioned(backend, call, axes)
     # What decides the result must be in the program: JAX's cache of compiled programs knows no
     # more of a partitioned call than what the text says.
@@ -264,12 +268,19 @@ def _lower_function(
     return mlir.lower_fun(whole, multiple_results=True)(ctx.replace(avals_in=plain), *operands)
 
 
-def _is_static(array: Any) -> bool:
-    return all(isinstance(n, int) for n in array.shape)
+def _computes_nothing(axes: Axes, results: Sequence[Any]) -> bool:
+    """Whether there is no result, or packed rows and no sequence that they could belong to."""
+    if axes.packed and isinstance(axes.sizes["b"], int) and axes.sizes["b"] == 0:
+        return True
+    static = [r.shape for r in results if all(isinstance(n, int) for n in r.shape)]
+    return any(0 in shape for shape in static)
 
 
-def _zeros(arrays: Sequence[Any]) -> list[jax.Array]:
-    return [jnp.zeros(a.shape, a.dtype) for a in arrays]
+def _absent_rows(operator: Operator, problem: Any, results: Sequence[Any]) -> list[jax.Array]:
+    return [
+        jnp.full(result.shape, described.absent, result.dtype)
+        for described, result in zip(operator.results(problem), results, strict=True)
+    ]
 
 
 def _jvp(
@@ -289,12 +300,12 @@ def _jvp(
         return list(operator.reference(dict(zip(names, arrays, strict=True)), part).values())
 
     shapes = _abstract_eval(operator, *map(jax.typeof, primals), names=names, problem=problem)
-    if any(r.size == 0 for r in shapes if _is_static(r)):
-        zeros = _zeros(shapes)
-        return zeros, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in zeros]
+    axes = Axes.of(operator, names, problem, primals)
+    if _computes_nothing(axes, shapes):
+        absent = _absent_rows(operator, problem, shapes)
+        return absent, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in absent]
 
     # On a mesh with explicit axes, each device differentiates its part.
-    axes = Axes.of(operator, names, problem, primals)
     split_reference = partition.by_device(reference, primals, axes, operator.splits, problem)
 
     def compute(*floats: jax.Array) -> list[jax.Array]:

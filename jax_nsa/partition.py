@@ -149,11 +149,12 @@ def partitioned(backend: Backend, call: Call, axes: Axes) -> Callable[..., Any]:
         first = results[0] if isinstance(results, (tuple, list)) else results
         split = _splits_of(first.sharding.spec, axes.results[0], splittable)
         split = {a: m for a, m in split.items() if axes.sizes[a] % _shards(mesh, m) == 0}
+        # Maps lie inside a sequence: a part of whole sequences has them all.
+        sequences = axes.sizes.get("b", 1) // _shards(mesh, split.get("b"))
         part = dataclasses.replace(
             call,
-            # What counts sequences from the first is of no use to a part.
-            constants=(),
-            maps=(),
+            constants=(),  # of all sequences
+            maps=call.maps if sequences % math.prod(call.maps) == 0 else (),
             is_part=True,
             problem=call.problem.with_heads(heads // _shards(mesh, split.get("h"))),
         )

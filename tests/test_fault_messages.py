@@ -406,3 +406,32 @@ class TestMessages:
             )
         )
         assert "block_table[1, 0] must be in" in message
+
+
+def test_maps_are_told_from_the_part_of_one_device():
+    """Sequences stay outermost where maps fold into them, so a part still knows its maps."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    table = np.zeros((3, 4, 2), np.int32)
+    table[2, 3, 0] = 77
+    query = np.ones((3, 4, 4, 16), np.float32)
+    pool = np.ones((3, 16, 32), np.float32)
+
+    def call(query, table):
+        return nsa_compress_attention_infer(
+            query, pool, pool, 0.25, 4, 2, 64, 1, 16, 32, 16, block_table=table,
+            actual_cmp_seq_kvlen=jnp.full(4, 20), on_fault="fail", implementation="cpu",
+        )  # fmt: skip
+
+    placed = [
+        jax.device_put(
+            array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+        )
+        for array in (query, table)
+    ]
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.block_until_ready(jax.jit(jax.vmap(call))(*placed))
+    message = str(caught.value)
+    assert (
+        "block_table[1, 0] of one device's part at index 2 of jax.vmap must be in [0, 3)" in message
+    )
+    assert "got 77" in message

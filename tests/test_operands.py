@@ -15,7 +15,7 @@ from agreement import assert_agrees
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from problems import Geometry, build
 
-from jax_nsa import nsa_compress_attention_infer
+from jax_nsa import nsa_compress_attention_infer, nsa_select_attention_infer
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -518,3 +518,55 @@ class TestTransfers:
         with jax.transfer_guard("disallow"):
             results = call(**arrays | small)
         assert_right(results, PACKED)
+
+
+SELECT = {
+    "key": np.ones((4, 16, 2 * 16), np.float32),
+    "value": np.ones((4, 16, 2 * 16), np.float32),
+    "scale_value": 0.25, "head_num": 4, "key_value_head_num": 2, "select_block_size": 16,
+    "select_block_count": 2, "page_block_size": 16, "layout": "TND",
+    "block_table": np.array([[0, 1], [2, 3]], np.int32), "actual_seq_kvlen": [20, 30],
+}  # fmt: skip
+IDS = np.array([[[0, 1], [1, -1]]] * 2, np.int32)
+
+
+def test_indices_that_an_object_holds():
+    query = np.ones((2, 4, 16), np.float32)
+    expected = nsa_select_attention_infer(query, topk_indices=IDS, **SELECT)
+    held = nsa_select_attention_infer(query, topk_indices=Holder(jnp.array(IDS)), **SELECT)
+    np.testing.assert_array_equal(held, expected)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[[1, 2], [1]], [[0], [0]]], "topk_indices must be .* all rows of one length"),
+        ([[0, 1], [1, 0]], "topk_indices must have rank 3, got shape"),
+    ],
+)
+def test_lists_of_indices_are_told_what_is_wrong(ids, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        nsa_select_attention_infer(np.ones((2, 4, 16), np.float32), topk_indices=ids, **SELECT)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_packed_rows_of_no_sequence(implementation):
+    """As a data-parallel rank without work has them: padding alone."""
+    none = jnp.zeros(0, jnp.int32)
+    pools = [np.ones((4, 16, 2 * 16), np.float32)] * 2
+
+    def call(query):
+        return nsa_compress_attention_infer(
+            query, *pools, 0.25, 4, 2, 64, 2, 16, 32, 16, block_table=jnp.zeros((0, 4), jnp.int32),
+            actual_seq_qlen=none, actual_cmp_seq_kvlen=none, return_lse=True,
+            implementation=implementation,
+        )  # fmt: skip
+
+    query = jnp.ones((2, 4, 16))
+    for attention, indices, lse in (call(query), jax.jit(call)(query)):
+        np.testing.assert_array_equal(attention, np.zeros((2, 4, 16)))
+        np.testing.assert_array_equal(indices, np.full((2, 2, 2), -1))
+        np.testing.assert_array_equal(lse, np.full((2, 4), -np.inf))
+    if implementation == "reference":
+        gradient = jax.grad(lambda q: call(q)[0].sum())(query)
+        np.testing.assert_array_equal(gradient, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ def _results(problem: Problem) -> tuple[Array, ...]:
     attention = jnp.float32 if problem.return_block_scores else None
     results = (
         Array("attention", "* (h g) e", dtype=attention),
-        Array("topk_indices", "* h k", dtype=jnp.int32),
-        Array("lse", "* (h g)", dtype=jnp.float32),
+        Array("topk_indices", "* h k", dtype=jnp.int32, absent=-1),
+        Array("lse", "* (h g)", dtype=jnp.float32, absent=-math.inf),
         Array("block_scores", "* (h g) j", dtype=jnp.float32),
     )
     return results[: 2 + problem.return_lse + problem.return_block_scores]

@@ -29,7 +29,7 @@ def _results(problem: Problem) -> tuple[Array, ...]:
             if there
         ),
         *(
-            Array(name, "* (h g)", dtype=jnp.float32)
+            Array(name, "* (h g)", dtype=jnp.float32, absent=-np.inf)
             for name, there in zip(lses, present, strict=False)
             if there
         ),
@@ -328,8 +328,7 @@ def _check_chosen(
     shapes = [expected]
     if layout != "TND" and query.shape[1] == 1:
         shapes.append((expected[0], *expected[2:]))
-    rank = np.ndim(values) if isinstance(values, (list, tuple)) else len(np.shape(values))
-    indices = checks.Integers("topk_indices", values, rank=rank)
+    indices = checks.Integers("topk_indices", values, rank=tuple(map(len, shapes)))
     if indices.shape not in shapes:
         raise ValueError(
             "topk_indices must have shape "
@@ -357,13 +356,8 @@ def _check_window_pages(
     """Holds the page ids that a window needs, where the host knows which, to the pools."""
     if table.host is None or lengths.host is None or counts is not None:
         return
-    needed = table.host.copy()
-    column = np.arange(needed.shape[1])
-    first = np.maximum(lengths.host - problem.window_size, 0) // page
-    if problem.window_size:
-        needed[column < first[:, None]] = 0
-    known = checks.Integers(table.name, needed, rank=2)
-    checks.page_ids(known, lengths.host, page=page, pages=pages)
+    first = np.maximum(lengths.host - problem.window_size, 0)
+    checks.page_ids(table, lengths.host, page=page, pages=pages, first=first)
 
 
 def _in_layout(
