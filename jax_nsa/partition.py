@@ -19,8 +19,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
+    from jax_nsa.axes import Axes
     from jax_nsa.backends import Backend, Call
-    from jax_nsa.operator import Axes
 
 Dimensions: TypeAlias = Sequence[tuple[str, ...]]
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
+from jax_nsa.axes import Axes
+
 if TYPE_CHECKING:
     from jax_nsa.operator import Operator
 
@@ -55,8 +57,6 @@ class Call:
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the results."""
-        from jax_nsa.operator import Axes  # which knows the backends
-
         axes = Axes.of(self.operator, self.names, self.problem, self.operands)
         return [
             jax.ShapeDtypeStruct(axes.shape(d), r.dtype or self.operands[0].dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_nsa import backends, checks
+from jax_nsa import backends, checks, paged
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress import reference
 from jax_nsa.compress.problem import HEAD_SIZE_MAX, PAIRS_MAX, Problem, check_windows
@@ -132,7 +132,7 @@ def nsa_compress_infer(
     """
     on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
-    page = checks.page_size(page_block_size)
+    page = paged.page_size(page_block_size)
     size = checks.integer("compress_block_size", compress_block_size)
     stride = checks.integer("compress_stride", compress_stride)
     pairs, several = _pairs(input, weight, cache, bias)
@@ -150,13 +150,13 @@ def nsa_compress_infer(
                 )
 
     table = checks.Integers("block_table", block_table, rank=2)
-    sequences = checks.sequences(table, (), packed=True)
-    lengths = checks.per_sequence("actual_seq_len", actual_seq_len, sequences)
+    sequences = paged.sequences(table, (), packed=True)
+    lengths = paged.per_sequence("actual_seq_len", actual_seq_len, sequences)
     lengths.check_range(table.shape[1] * page, " (the block table's pages times page_block_size)")
-    slots = checks.per_sequence("slot_mapping", slot_mapping, sequences)
+    slots = paged.per_sequence("slot_mapping", slot_mapping, sequences)
     counts = None
     if actual_seq_qlen is not None:
-        counts = checks.per_sequence("actual_seq_qlen", actual_seq_qlen, sequences)
+        counts = paged.per_sequence("actual_seq_qlen", actual_seq_qlen, sequences)
         counts.check_range(stride, " (compress_stride, so that at most one window ends)")
     check_windows(
         table, lengths, counts, slots, problem,

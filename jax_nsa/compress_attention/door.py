@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_nsa import backends, checks, partition, tokens
+from jax_nsa import backends, checks, paged, partition, tokens
 from jax_nsa.blocks import Blocks
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention import context, reference
@@ -201,7 +201,7 @@ def nsa_compress_attention_infer(
     packed = checks.choice("layout", layout, LAYOUTS) == "TND"
     on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
-    page = checks.page_size(page_block_size)
+    page = paged.page_size(page_block_size)
     problem = Problem(
         blocks=Blocks(
             checks.integer("compress_block_size", compress_block_size),
@@ -258,14 +258,14 @@ def _check_arrays(
         checks.floats(name, array, like=("query", query))
         for name, array in (("key", key), ("value", value))
     )
-    checks.query_shape(
+    paged.query_shape(
         query, axes="[tokens, heads, head_size]" if packed else "[B, S, heads, head_size]"
     )
     key_value_heads = problem.key_value_heads
-    checks.heads(
+    paged.heads(
         query.shape, stated=checks.count("head_num", head_num), key_value_heads=key_value_heads
     )
-    key, value = checks.pools(
+    key, value = paged.pools(
         key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
     )
     return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
@@ -276,16 +276,14 @@ def _check_integers(
     query_shape: tuple[Any, ...], packed: bool, capacity: Any,
 ) -> dict[str, checks.Integers]:  # fmt: skip
     """The integers of each sequence that are given, by name, held to each other."""
-    sequences = checks.sequences(table, query_shape, packed=packed)
-    given = {
-        "actual_cmp_seq_kvlen": checks.per_sequence("actual_cmp_seq_kvlen", lengths, sequences)
-    }
+    sequences = paged.sequences(table, query_shape, packed=packed)
+    given = {"actual_cmp_seq_kvlen": paged.per_sequence("actual_cmp_seq_kvlen", lengths, sequences)}
     given["actual_cmp_seq_kvlen"].check_range(
         capacity, " (the block table's pages times page_block_size)"
     )
-    given |= checks.counts_of_tokens(counts, query_shape, table, packed=packed)
+    given |= paged.counts_of_tokens(counts, query_shape, table, packed=packed)
     if select_lengths is not None:
-        given["actual_sel_seq_kvlen"] = checks.per_sequence(
+        given["actual_sel_seq_kvlen"] = paged.per_sequence(
             "actual_sel_seq_kvlen", select_lengths, sequences
         )
         check_select_lengths(
@@ -307,7 +305,7 @@ def _check_pages(
     if needed is not None and counts is not None:
         needed = None if counts.host is None else needed * (counts.host > 0)
     if needed is not None:
-        checks.page_ids(table, needed, page=page, pages=pages)
+        paged.page_ids(table, needed, page=page, pages=pages)
 
 
 def _operands(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import backends, blocks, checks, tokens
+from jax_nsa import backends, blocks, checks, paged, tokens
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.operator import FAULTS, Array, Operator
 from jax_nsa.select_attention import context, reference
@@ -245,7 +245,7 @@ def _attend(
     layout = checks.choice("layout", layout, LAYOUTS)
     on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
-    page = checks.page_size(page_block_size)
+    page = paged.page_size(page_block_size)
     query, key, value = _check_arrays(
         query, key, value, problem, layout=layout, head_num=checks.count("head_num", head_num),
         page=page,
@@ -253,12 +253,12 @@ def _attend(
     packed = layout == "TND"
     table = checks.Integers("block_table", block_table, rank=2)
     devices = 1 if context_axis is None else checks.axis_size(context_axis)
-    sequences = checks.sequences(table, query.shape, packed=packed)
-    kv_lengths = checks.per_sequence("actual_seq_kvlen", lengths, sequences)
+    sequences = paged.sequences(table, query.shape, packed=packed)
+    kv_lengths = paged.per_sequence("actual_seq_kvlen", lengths, sequences)
     kv_lengths.check_range(
         table.shape[1] * page * devices, " (the block table's pages times page_block_size)"
     )
-    token_counts = checks.counts_of_tokens(counts, query.shape, table, packed=packed)
+    token_counts = paged.counts_of_tokens(counts, query.shape, table, packed=packed)
     counted = token_counts.get("actual_seq_qlen")
     indices = None
     if chosen is not None:
@@ -310,10 +310,10 @@ def _check_arrays(
             )
         query = query.reshape(*shape[:2], head_num, shape[2] // head_num)
     axes = "[tokens, heads, head_size]" if layout == "TND" else "[B, S, heads, head_size]"
-    checks.query_shape(query, axes=axes)
+    paged.query_shape(query, axes=axes)
     key_value_heads = problem.key_value_heads
-    checks.heads(query.shape, stated=head_num, key_value_heads=key_value_heads)
-    key, value = checks.pools(
+    paged.heads(query.shape, stated=head_num, key_value_heads=key_value_heads)
+    key, value = paged.pools(
         key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
     )
     return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
@@ -357,7 +357,7 @@ def _check_window_pages(
     if table.host is None or lengths.host is None or counts is not None:
         return
     first = np.maximum(lengths.host - problem.window_size, 0)
-    checks.page_ids(table, lengths.host, page=page, pages=pages, first=first)
+    paged.page_ids(table, lengths.host, page=page, pages=pages, first=first)
 
 
 def _in_layout(

@@ -1,0 +1,204 @@
+"""Checks that calls over a paged cache share: heads, pools, block tables, counts of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jax_nsa import checks
+from jax_nsa.checks import ArrayLike, Integers
+
+PAGE_GRANULE = 16
+PAGE_MAX = 256
+GROUP_MAX = 128
+HEAD_SIZE_MAX = 192
+VALUE_SIZE_MAX = 128
+
+
+def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
+    """Integers, one for each of the block table's rows."""
+    integers = checks.Integers(name, values, rank=1)
+    if integers.shape != (sequences,):
+        raise ValueError(
+            f"{name} must have an entry for each of the {sequences} rows of block_table, "
+            f"got shape {integers.shape}"
+        )
+    return integers
+
+
+def counts_of_tokens(
+    counts: Any, query_shape: tuple[Any, ...], table: Integers, *, packed: bool
+) -> dict[str, Integers]:
+    """`actual_seq_qlen` by its name where it is given, held to query's token axis.
+
+    Args:
+        counts: the argument.
+        query_shape: `[T, N, D]` where rows are packed, or `[B, S, N, D]`.
+        table: the block table, which has a row for each sequence.
+        packed: whether rows are packed.
+    """
+    sequences = table.shape[0]
+    tokens = query_shape[0 if packed else 1]
+    if counts is None:
+        if packed and tokens != sequences:
+            raise ValueError(
+                "query must have one row for each row of block_table unless actual_seq_qlen is "
+                f"given, got shapes {query_shape} and {table.shape}"
+            )
+        return {}
+    integers = per_sequence("actual_seq_qlen", counts, sequences)
+    integers.check_range(None if packed else tokens)
+    if packed and integers.host is not None and sum(integers.host.tolist()) != tokens:
+        raise ValueError(
+            f"actual_seq_qlen must sum to query's tokens ({tokens}), "
+            f"got a sum of {sum(integers.host.tolist())}"
+        )
+    return {"actual_seq_qlen": integers}
+
+
+def sequences(table: Integers, query_shape: tuple[Any, ...], *, packed: bool) -> Any:
+    """How many sequences a call has: the rows of its block table."""
+    if not packed and query_shape[0] != table.shape[0]:
+        raise ValueError(
+            "block_table must have a row for each sequence of query, "
+            f"got shapes {table.shape} and {query_shape}"
+        )
+    if table.shape[1:] == (0,) and table.shape[0] != 0:
+        raise ValueError(f"block_table must not be empty, got shape {table.shape}")
+    return table.shape[0]
+
+
+def page_ids(
+    table: Integers, lengths: np.ndarray, *, page: int, pages: int, first: np.ndarray | None = None
+) -> None:
+    """Holds the entries of a known block table that sequences need to the pages of the pools.
+
+    Args:
+        table: the block table.
+        lengths: rows of each sequence.
+        page: rows in a page.
+        pages: pages in the pools.
+        first: the first row of each sequence that is needed; None: all are.
+    """
+    if table.host is None:
+        return
+    # As unsigned integers, negative ones are beyond all pages too.
+    bad = table.host.view(f"u{table.host.itemsize}") >= pages
+    column = np.arange(table.host.shape[1], dtype=np.int32)
+    if bad.any():
+        bad &= column < -(-lengths[:, None] // page)
+    if first is not None and bad.any():
+        bad &= column >= first[:, None] // page
+    if bad.any():
+        b, p = (int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{table.name}[{b}, {p}] must be in [0, {pages}), the pages of key and value, "
+            f"got {int(table.host[b, p])}"
+        )
+
+
+def page_size(value: Any) -> int:
+    """Returns `page_block_size`, a multiple of 16 up to 256."""
+    size = checks.integer("page_block_size", value)
+    if size % PAGE_GRANULE or not 0 < size <= PAGE_MAX:
+        raise ValueError(
+            f"page_block_size must be a multiple of {PAGE_GRANULE} up to {PAGE_MAX}, got {size}"
+        )
+    return size
+
+
+def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None) -> ArrayLike:
+    """Returns a pool of pages as `[pages, page, heads * size]`, without a copy.
+
+    Args:
+        name: the argument's name.
+        array: `[pages, page, heads * size]` or `[pages, page, heads, size]`.
+        heads: key/value heads.
+        page: `page_block_size` as the caller states it.
+        size: the size of a head; None: whatever the pool has.
+    """
+    shape, stated = tuple(array.shape), "head_size" if size is None else str(size)
+    if len(shape) not in (3, 4):
+        raise ValueError(
+            f"{name} must have shape [pages, page_block_size, {heads} * {stated}] or [pages, "
+            f"page_block_size, {heads}, {stated}], got {shape}"
+        )
+    if any(isinstance(n, int) and n == 0 for n in shape):
+        raise ValueError(f"{name} must not be empty, got shape {shape}")
+    if shape[1] != page:
+        raise ValueError(
+            f"{name}'s second axis must be page_block_size ({page}), got shape {shape}"
+        )
+    if len(shape) == 4:
+        if shape[2] != heads:
+            raise ValueError(
+                f"{name}'s third axis must be its {heads} heads (key_value_head_num), "
+                f"got shape {shape}"
+            )
+        array = _merge_heads(array)
+    if size is None and array.shape[2] % heads:
+        raise ValueError(
+            f"{name}'s last axis must be a multiple of key_value_head_num ({heads}), "
+            f"got {array.shape[2]} in shape {shape}"
+        )
+    if size is not None and array.shape[2] != heads * size:
+        raise ValueError(
+            f"{name}'s last axis must be key_value_head_num * head_size = {heads} * {size} = "
+            f"{heads * size}, got {array.shape[2]} in shape {shape}"
+        )
+    return array
+
+
+def query_shape(query: ArrayLike, *, axes: str) -> None:
+    """Holds query to its axes; only its rows may be none."""
+    shape = tuple(query.shape)
+    if len(shape) != axes.count(",") + 1:
+        raise ValueError(f"query must have shape {axes}, got {shape}")
+    if any(isinstance(n, int) and n == 0 for n in shape[-2:]):
+        raise ValueError(f"query must not be empty, got shape {shape}")
+
+
+def heads(query_shape: tuple[Any, ...], *, stated: int, key_value_heads: int) -> None:
+    """Holds query's heads and head size to the rules of attention over groups of heads."""
+    size = query_shape[-1]
+    have = query_shape[-2]
+    if have != stated:
+        raise ValueError(
+            f"head_num must equal the heads of query, {have} in shape {query_shape}, got {stated}"
+        )
+    if have % key_value_heads:
+        raise ValueError(
+            f"head_num must be a multiple of key_value_head_num ({key_value_heads}), got {have}"
+        )
+    group = have // key_value_heads
+    if GROUP_MAX % group:
+        raise ValueError(
+            f"head_num / key_value_head_num must divide {GROUP_MAX}, "
+            f"got {have} / {key_value_heads} = {group}"
+        )
+    if size > HEAD_SIZE_MAX:
+        raise ValueError(f"query's head size must be at most {HEAD_SIZE_MAX}, got {size}")
+
+
+def pools(
+    key: ArrayLike, value: ArrayLike, *, key_value_heads: int, page: int, head_size: int
+) -> tuple[ArrayLike, ArrayLike]:
+    """Returns the pools of key and value as `[pages, page, Nkv * size]`, checked."""
+    key = pool("key", key, heads=key_value_heads, page=page, size=head_size)
+    value = pool("value", value, heads=key_value_heads, page=page, size=None)
+    value_size = value.shape[2] // key_value_heads
+    if value_size > min(VALUE_SIZE_MAX, head_size):
+        raise ValueError(
+            f"value's head size must be at most {VALUE_SIZE_MAX} and at most query's "
+            f"({head_size}), got {value_size}"
+        )
+    if key.shape[0] != value.shape[0]:
+        raise ValueError(
+            f"key and value must have as many pages, got {key.shape[0]} and {value.shape[0]}"
+        )
+    return key, value
+
+
+def _merge_heads(array: ArrayLike) -> ArrayLike:
+    return array.reshape(*array.shape[:2], array.shape[2] * array.shape[3])
