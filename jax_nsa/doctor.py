@@ -1,180 +1,23 @@
-"""What this machine can run, and whether it agrees with the reference on a real problem.
-
-The problem is the example in the documentation of `torch_npu.npu_nsa_compress_attention_infer`,
-with the legal block table that it lacks. Its scale of 1.0 makes the softmax nearly one-hot, so
-most blocks have an importance near nothing: a hard case for agreement on their order.
-"""
+"""What this machine can run, and whether it agrees with NumPy on a decode step."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import os
 import platform as python_platform
 import textwrap
 import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
 import jax_nsa
-from jax_nsa import backends
-from jax_nsa.blocks import Blocks
-from jax_nsa.compress_attention import reference
-from jax_nsa.compress_attention.door import OPERATOR
-from jax_nsa.compress_attention.problem import Problem
+from jax_nsa import backends, native, trial
+from jax_nsa.operator import ALL as OPERATORS
 
-SEQUENCES, HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 20, 8, 2, 192, 128
-PAGES, PAGE, LENGTH = 160, 128, 1024
-PROBLEM = Problem(
-    Blocks(compress_block_size=32, compress_stride=16, select_block_size=64),
-    scale=1.0,
-    key_value_heads=KEY_VALUE_HEADS,
-    select_block_count=16,
-)
-
-# What a correct implementation may differ by: rounding probabilities and output to bfloat16, half
-# a unit in the last place each, and summing in another order.
-ATTENTION_TOLERANCE = 2 * 2**-8
-IMPORTANCE_TOLERANCE = 1e-4
-IMPORTANCE_NOTHING = 1e-30  # below it, denormals may have become zeros
-
-Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Truth:
-    """What the reference makes of the problem.
-
-    Attributes:
-        attention: float32[sequences, heads, value_size], not rounded to the inputs' dtype.
-        indices: int32[sequences, kv_heads, k].
-        importance: float32[sequences, kv_heads, blocks]; infinite where always chosen.
-    """
-
-    attention: np.ndarray
-    indices: np.ndarray
-    importance: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """How far an implementation's results are from the reference's.
-
-    Attributes:
-        attention_error: the largest distance of an attention row, relative to the row's norm.
-        exact: indices equal to the reference's.
-        tied: indices that differ, but name a block of the same importance.
-        total: indices compared.
-    """
-
-    attention_error: float
-    exact: int
-    tied: int
-    total: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether all of it is within what rounding explains. NaN is not."""
-        return self.attention_error <= ATTENTION_TOLERANCE and self.exact + self.tied == self.total
-
-    def __str__(self) -> str:
-        blocks = f"{self.exact}/{self.total} indices equal"
-        if self.tied:
-            blocks += f", {self.tied} swapped within a tie"
-        if self.exact + self.tied != self.total:
-            blocks += f", {self.total - self.exact - self.tied} WRONG"
-        return f"attention within {self.attention_error:.1e}, {blocks}"
-
-
-def seed_operands() -> Operands:
-    """Returns query, key, value, block_table and lengths of the problem."""
-    keys = jax.random.split(jax.random.key(0), 4)
-
-    def normal(key: jax.Array, *shape: int) -> jax.Array:
-        return jax.random.normal(key, shape, jnp.bfloat16)
-
-    block_table = jax.random.permutation(keys[3], PAGES).reshape(SEQUENCES, -1)
-    return (
-        normal(keys[0], SEQUENCES, HEADS, HEAD_SIZE),
-        normal(keys[1], PAGES, PAGE, KEY_VALUE_HEADS * HEAD_SIZE),
-        normal(keys[2], PAGES, PAGE, KEY_VALUE_HEADS * VALUE_SIZE),
-        block_table.astype(jnp.int32),
-        jnp.full(SEQUENCES, LENGTH, jnp.int32),
-    )
-
-
-def seed_call(operands: Operands, implementation: str) -> list[jax.Array]:
-    """Runs the operator, compiled for one implementation; returns attention and indices."""
-    query, key, value, block_table, lengths = operands
-    blocks = PROBLEM.blocks
-    results = jax_nsa.nsa_compress_attention_infer(
-        query,
-        key,
-        value,
-        scale_value=PROBLEM.scale,
-        head_num=HEADS,
-        key_value_head_num=KEY_VALUE_HEADS,
-        select_block_size=blocks.select_block_size,
-        select_block_count=PROBLEM.select_block_count,
-        page_block_size=PAGE,
-        compress_block_size=blocks.compress_block_size,
-        compress_stride=blocks.compress_stride,
-        block_table=block_table,
-        actual_cmp_seq_kvlen=lengths,
-        implementation=implementation,
-    )
-    return jax.block_until_ready(list(results))
-
-
-def find_truth(seed: Operands) -> Truth:
-    """Computes the reference, past the primitive and in float32 to the end."""
-    query, key, value, block_table, lengths = seed
-    problem = dataclasses.replace(PROBLEM, return_lse=True, return_block_scores=True)
-    compute = jax.jit(functools.partial(reference.compress_attention, problem=problem))
-    exact = {"query": query[:, None], "key": key, "value": value}
-    operands = {name: array.astype(jnp.float32) for name, array in exact.items()}
-    results = compute({**operands, "block_table": block_table, "lengths": lengths})
-    names = ("attention", "topk_indices", "block_scores")
-    attention, indices, scores = (np.asarray(results[name]) for name in names)
-    importance = scores.reshape(SEQUENCES, KEY_VALUE_HEADS, HEADS // KEY_VALUE_HEADS, -1).sum(2)
-    importance[..., [0, -2, -1]] = np.inf  # every sequence here fills its block table
-    return Truth(attention[:, 0], indices[:, 0], importance)
-
-
-def compare(truth: Truth, attention: Any, indices: Any) -> Agreement:
-    """Measures results against the truth. Swaps of blocks are fine where importances are equal.
-
-    The reference's indices are sorted by importance; so another choice is as good if at every
-    rank it has a block of the same importance, and no block twice.
-    """
-    attention, indices = np.asarray(attention, np.float32), np.asarray(indices)
-    distance = np.linalg.norm(attention - truth.attention, axis=-1)
-    error = np.max(distance / np.linalg.norm(truth.attention, axis=-1))
-
-    blocks = truth.importance.shape[-1]
-    legal = (indices >= 0) & (indices < blocks)
-    ranks = np.argsort(indices, axis=-1, kind="stable")
-    in_order = np.take_along_axis(indices, ranks, -1)
-    repeated = np.zeros_like(legal)
-    again = np.diff(in_order, axis=-1, prepend=in_order[..., :1] - 1) == 0
-    np.put_along_axis(repeated, ranks, again, -1)
-
-    def importance_of(chosen: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(truth.importance, np.clip(chosen, 0, blocks - 1), -1)
-
-    equal = indices == truth.indices
-    as_good = np.isclose(
-        importance_of(indices),
-        importance_of(truth.indices),
-        rtol=IMPORTANCE_TOLERANCE,
-        atol=IMPORTANCE_NOTHING,
-    )
-    forced = np.isinf(importance_of(truth.indices))  # these have a fixed order
-    tied = ~equal & as_good & ~forced & legal & ~repeated
-    return Agreement(float(error), int((equal & ~repeated).sum()), int(tied.sum()), indices.size)
+NVIDIA_DRIVER = "/proc/driver/nvidia/version"
 
 
 def main() -> int:
@@ -187,42 +30,46 @@ def main() -> int:
     )
     kind = device.device_kind if device.device_kind != platform else "host processor"
     print(f"platform {platform}, {len(jax.devices())} x {kind}")
+    for advice in _advice(platform):
+        print(textwrap.fill(advice, width=100, break_long_words=False, break_on_hyphens=False))
 
-    reasons = {name: backends.why_not(b, OPERATOR, platform) for name, b in backends.ALL.items()}
-    names = [name for name, reason in reasons.items() if reason is None]
+    reasons = {
+        name: {o.target: backends.why_not(b, o, platform) for o in OPERATORS.values()}
+        for name, b in backends.ALL.items()
+    }
+    served = {name: {t for t, why in of.items() if why is None} for name, of in reasons.items()}
     chosen = backends.parse(None) or backends.defaults(platform)
-    best = next((name for name in chosen if name in names), None)
+    best = next((name for name in chosen if served.get(name)), None)
     print("\nImplementations, best first")
-    for name, reason in reasons.items():
-        state = "the default here" if name == best else "available"
-        print(_entry(name, state if reason is None else f"not here: {reason}"))
+    for name, of_operators in reasons.items():
+        print(_entry(name, _state(of_operators, is_default=name == best)))
 
     print(
-        f"\nThe seed: {SEQUENCES} sequences of {LENGTH} positions in pages of {PAGE}, "
-        f"{HEADS}/{KEY_VALUE_HEADS} heads of {HEAD_SIZE}/{VALUE_SIZE}, bfloat16"
+        f"\nA decode step: {trial.SEQUENCES} sequences of {trial.TOKENS} tokens in pages of "
+        f"{trial.PAGE}, {trial.HEADS}/{trial.KEY_VALUE_HEADS} heads of "
+        f"{trial.HEAD_SIZE}/{trial.VALUE_SIZE}, bfloat16,\nchecked against NumPy in double "
+        "precision; times are of warm calls"
     )
-    operands = seed_operands()
-    truth = find_truth(operands)
-    picture = None
-    failures = []
-    for name in names:
-        try:
-            attention, indices = seed_call(operands, name)
-            agreement = compare(truth, attention, indices)
-            seconds = _time(lambda name=name: seed_call(operands, name))
-        except Exception as error:  # whatever a backend throws, the others are still worth a look
-            print(_entry(name, f"FAILED: {_first_line(error)}"))
-            failures.append(name)
-            continue
-        verdict = "agrees" if agreement.holds else "DISAGREES"
-        print(_entry(name, f"{verdict}: {agreement}; {seconds * 1e3:.2f} ms a call"))
-        if not agreement.holds:
-            failures.append(name)
-        elif name == best:
-            picture = np.asarray(indices)[0, 0]
+    checks = trial.checks()
+    picture, failures = None, []
+    for name, operators in served.items():
+        for check in (c for c in checks if operators >= c.needs):
+            try:
+                results, seconds = _timed(check, name)
+                agreement = check.judge(results)
+            except Exception as error:  # whatever one throws, the others are still worth a look
+                print(_entry(name, f"{check.title}: FAILED: {_first_line(error)}"))
+                failures.append(f"{name} ({check.title})")
+                continue
+            verdict = "agrees" if agreement.holds else "DISAGREES"
+            print(_entry(name, f"{check.title}: {verdict}, {agreement}; {seconds * 1e3:.2f} ms"))
+            if not agreement.holds:
+                failures.append(f"{name} ({check.title})")
+            elif check.title == "compressed attention" and picture is None:
+                picture = name, np.asarray(results[1])[0, 0]
     if picture is not None:
-        print(f"\nSequence 0, key/value head 0, by {best}")
-        print(_draw(picture, truth.importance.shape[-1]))
+        print(f"\nSequence 0, key/value head 0, by {picture[0]}")
+        print(_draw(picture[1]))
 
     if best is None:
         print(f"\nNone of {', '.join(chosen)} can run here.")
@@ -240,14 +87,52 @@ def platform_of(device: Any) -> str:
     return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
 
 
-def _time(call: Any, repeats: int = 5) -> float:
-    """Seconds of the fastest of a few calls."""
+def _advice(platform: str) -> list[str]:
+    """What keeps this machine from its best, and the remedy."""
+    advice = []
+    compiled = native.compiled()
+    if platform == "cuda" and "cuda" not in compiled:
+        advice.append(
+            "This JAX has a GPU, and the installed jax_nsa was compiled without CUDA kernels: "
+            "reinstall it with nvcc on the PATH."
+        )
+    if platform == "cpu" and os.path.exists(NVIDIA_DRIVER):
+        advice.append(
+            "This machine has an NVIDIA driver, and JAX sees no GPU: install JAX for it, as by "
+            '`pip install "jax[cuda13]"` (or cuda12).'
+        )
+    advice.append(f"compiled kernels: {', '.join(compiled) or 'none'}")
+    return advice
+
+
+def _state(reasons: dict[str, str | None], *, is_default: bool) -> str:
+    """Which operators an implementation serves here, and why not the others."""
+    there = [target for target, why in reasons.items() if why is None]
+    absent: dict[str, list[str]] = {}
+    for target, why in reasons.items():
+        if why is not None:
+            absent.setdefault(why, []).append(target)
+    parts = []
+    if there:
+        parts.append("the default here" if is_default else "available")
+    for why, targets in absent.items():
+        which = "" if len(targets) == len(reasons) else f" for {', '.join(targets)}"
+        parts.append(f"not here{which}: {why}")
+    return "; ".join(parts)
+
+
+def _timed(check: trial.Check, implementation: str, repeats: int = 5) -> tuple[Any, float]:
+    """A call's results, and the seconds of the fastest of a few more."""
+    compiled = functools.partial(
+        jax.jit(check.call, static_argnums=0), implementation, *check.arrays
+    )
+    results = jax.block_until_ready(compiled())
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        call()
+        jax.block_until_ready(compiled())
         best = min(best, time.perf_counter() - start)
-    return best
+    return results, best
 
 
 def _entry(name: str, text: str) -> str:
@@ -267,14 +152,14 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def _draw(indices: np.ndarray, blocks: int, columns: int = 64) -> str:
+def _draw(chosen: np.ndarray, columns: int = 64) -> str:
     """Lists the chosen blocks and marks them on a map of the sequence."""
-    row = "".join("#" if block in indices else "." for block in range(blocks))
-    size = PROBLEM.blocks.select_block_size
+    row = "".join("#" if block in chosen else "." for block in range(trial.CHOOSABLE))
+    size = trial.BLOCKS.select_block_size
     return "\n".join(
         [
-            f"  chose blocks {' '.join(map(str, indices))}",
-            f"  of {blocks} blocks of {size} tokens:",
-            *(f"  {at:5}  {row[at : at + columns]}" for at in range(0, blocks, columns)),
+            f"  chose blocks {' '.join(map(str, chosen))}",
+            f"  of {trial.CHOOSABLE} blocks of {size} tokens:",
+            *(f"  {at:5}  {row[at : at + columns]}" for at in range(0, len(row), columns)),
         ]
     )

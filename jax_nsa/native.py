@@ -79,6 +79,12 @@ def _targets(backend: str) -> dict[str, tuple[str, Any]]:
     return {} if loaded is None else loaded.registrations().get(backend, {})
 
 
+def compiled() -> list[str]:
+    """The backends whose kernels the installed library has."""
+    loaded, _ = _load()
+    return [] if loaded is None else [b for b, targets in loaded.registrations().items() if targets]
+
+
 def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     """What `jax.export.export(..., disabled_checks=...)` needs to export calls of this package.
 

@@ -7,23 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_nsa import backends, doctor
+from jax_nsa import backends, doctor, native, trial
 from jax_nsa.backends import reference
 
 
 @pytest.fixture(scope="module")
 def truth():
-    return doctor.find_truth(doctor.seed_operands())
+    return trial.make()[1]
 
 
 class Impostor:
-    """The reference with its results spoilt."""
+    """The reference with one operator's results spoilt."""
 
     PLATFORMS = None
     DEFAULT_PLATFORMS = ()
 
-    def __init__(self, name, spoil):
+    def __init__(self, name, target, spoil):
         self.NAME = name
+        self._target = target
         self._spoil = spoil
 
     def register(self):
@@ -39,7 +40,8 @@ class Impostor:
         return {}
 
     def compute(self, call, *operands):
-        return self._spoil(*reference.compute(call, *operands))
+        results = reference.compute(call, *operands)
+        return self._spoil(*results) if call.operator.target == self._target else results
 
 
 def explode(*_):
@@ -51,34 +53,44 @@ def test_succeeds_when_all_agree(monkeypatch, capsys):
     assert doctor.main() == 0
     printed = capsys.readouterr().out
     assert "All is well." in printed
-    assert "640/640 indices equal" in printed
-    assert "of 257 blocks of 64 tokens" in printed
+    assert printed.count("128/128 blocks equal") == 2  # of the compressed branch, of the step
+    assert printed.count("agrees") == 4
+    assert "of 64 blocks of 64 tokens" in printed
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "says"),
+    ("target", "spoil", "says"),
     [
-        ("attention_off", lambda a, i: [a * jnp.bfloat16(1.05), i], "DISAGREES"),
-        ("attention_nan", lambda a, i: [a.at[3, 0, 1, 5].set(jnp.nan), i], "DISAGREES"),
-        ("one_row_off", lambda a, i: [a.at[-1].set(a[0]), i], "DISAGREES"),
-        ("one_index_off", lambda a, i: [a, i.at[7, 0, 1, 9].add(1)], "1 WRONG"),
-        ("forced_swapped", lambda a, i: [a, i[..., [0, 2, 1, *range(3, 16)]]], "80 WRONG"),
-        ("index_repeated", lambda a, i: [a, i.at[0, 0, 0, 15].set(i[0, 0, 0, 14])], "1 WRONG"),
-        ("index_outside", lambda a, i: [a, i.at[0, 0, 0, 15].set(-1)], "1 WRONG"),
-        ("raises", explode, "FAILED: RuntimeError: out of paper\n"),
+        ("compress_attention", lambda a, i: [a * jnp.bfloat16(1.05), i], "DISAGREES"),
+        ("compress_attention", lambda a, i: [a.at[3, 0, 1, 5].set(jnp.nan), i], "within nan"),
+        ("compress_attention", lambda a, i: [a.at[-1].set(a[0]), i], "DISAGREES"),
+        ("compress_attention", lambda a, i: [a, i.at[2, 0, 1, 9].add(1)], "1 WRONG"),
+        ("compress_attention", lambda a, i: [a, i[..., [0, 2, 1, *range(3, 16)]]], "16 WRONG"),
+        (
+            "compress_attention",
+            lambda a, i: [a, i.at[0, 0, 0, 15].set(i[0, 0, 0, 14])],
+            "1 WRONG",
+        ),
+        ("compress_attention", lambda a, i: [a, i.at[0, 0, 0, 15].set(-1)], "1 WRONG"),
+        ("compress_attention", explode, "FAILED: RuntimeError: out of paper\n"),
+        ("select_attention", lambda a, w: [w, a], "selected, window: DISAGREES"),
+        ("select_attention", lambda a, w: [a, w * jnp.bfloat16(1.05)], "DISAGREES"),
+        ("compress", lambda k, v: [k, v.at[:, -2].multiply(1.05)], "compress: DISAGREES"),
+        ("compress", lambda k, v: [k.at[0, 0].add(1), v], "compress: DISAGREES"),
     ],
 )
-def test_fails_when_an_implementation_is_wrong(monkeypatch, capsys, name, spoil, says):
-    impostor = Impostor(name, spoil)
-    monkeypatch.setattr(backends, "ALL", {"reference": reference, name: impostor})
+def test_fails_when_an_operator_is_wrong(monkeypatch, capsys, target, spoil, says):
+    impostor = Impostor("impostor", target, spoil)
+    monkeypatch.setattr(backends, "ALL", {"impostor": impostor})
+    monkeypatch.setenv(backends.IMPLEMENTATION_VARIABLE, "impostor")
     assert doctor.main() == 1
     printed = capsys.readouterr().out
     assert says in printed
-    assert f"Not well: {name}." in printed
+    assert "Not well: impostor" in printed
 
 
 def test_fails_when_the_implementation_asked_for_is_not_here(monkeypatch, capsys):
-    absent = Impostor("absent", None)
+    absent = Impostor("absent", "", None)
     absent.unavailable = lambda operator, platform: "buy one"
     monkeypatch.setattr(backends, "ALL", {"absent": absent, "reference": reference})
     monkeypatch.setenv(backends.IMPLEMENTATION_VARIABLE, "absent")
@@ -88,48 +100,58 @@ def test_fails_when_the_implementation_asked_for_is_not_here(monkeypatch, capsys
     assert "None of absent can run here." in printed
 
 
-def test_a_swap_within_a_tie_is_no_error(truth):
-    importance = truth.importance.copy()
-    first, second = truth.indices[0, 0, 5:7]
-    importance[0, 0, second] = importance[0, 0, first] * (1 + 1e-6)
-    tied = doctor.Truth(truth.attention, truth.indices, importance)
-    swapped = truth.indices.copy()
-    swapped[0, 0, 5:7] = second, first
-    agreement = doctor.compare(tied, truth.attention, swapped)
-    assert agreement.holds
-    assert (agreement.exact, agreement.tied) == (638, 2)
-
-
-def test_a_swap_of_different_importances_is_an_error(truth):
-    importance = truth.importance.copy()
-    first, second = truth.indices[0, 0, 5:7]
-    importance[0, 0, second] = importance[0, 0, first] * 0.99
-    apart = doctor.Truth(truth.attention, truth.indices, importance)
-    swapped = truth.indices.copy()
-    swapped[0, 0, 5:7] = second, first
-    assert not doctor.compare(apart, truth.attention, swapped).holds
-
-
-def test_the_reference_is_the_mathematics(truth):
-    """One head of the yardstick itself, in float64 and from the definition."""
-    query, key, value, table, _ = (
-        np.asarray(x, np.float64 if x.dtype == jnp.bfloat16 else None)
-        for x in doctor.seed_operands()
+def test_an_implementation_of_some_operators_is_tried_on_these(monkeypatch, capsys):
+    some = Impostor("some", "", None)
+    some.unavailable = lambda operator, platform: (
+        None if operator.target == "select_attention" else "not written"
     )
-    b, h = 4, 1
-    keys = key[table[b]].reshape(doctor.LENGTH, 2, 192)[:, h]
-    values = value[table[b]].reshape(doctor.LENGTH, 2, 128)[:, h]
-    importance = np.zeros(257)
-    for head in range(4 * h, 4 * h + 4):
-        weights = np.exp(keys @ query[b, head] - (keys @ query[b, head]).max())
-        weights /= weights.sum()
-        np.testing.assert_allclose(truth.attention[b, head], weights @ values, atol=1e-4)
-        for j in range(257):
-            for offset, factor in zip(range(5), (1, 2, 2, 2, 1), strict=True):
-                if 4 * j + offset < doctor.LENGTH:
-                    importance[j] += factor * weights[4 * j + offset]
-    importance[[0, -2, -1]] = np.inf
-    np.testing.assert_allclose(truth.importance[b, h], importance, rtol=1e-3, atol=1e-30)
+    monkeypatch.setattr(backends, "ALL", {"some": some})
+    monkeypatch.setenv(backends.IMPLEMENTATION_VARIABLE, "some")
+    assert doctor.main() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "not here for compress, compress_attention: not written" in printed
+    assert "some selected, window: agrees" in printed
+    assert "the whole step" not in printed
+
+
+@pytest.mark.parametrize(
+    ("platform", "driver", "compiled", "says"),
+    [
+        ("cuda", True, ["cpu"], "compiled without CUDA kernels"),
+        ("cpu", True, ["cpu", "cuda"], "JAX sees no GPU"),
+        ("cuda", True, ["cpu", "cuda"], None),
+        ("cpu", False, ["cpu"], None),
+    ],
+)
+def test_says_what_keeps_a_gpu_idle(monkeypatch, tmp_path, platform, driver, compiled, says):
+    version = tmp_path / "version"
+    if driver:
+        version.touch()
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", str(version))
+    monkeypatch.setattr(native, "compiled", lambda: compiled)
+    advice = doctor._advice(platform)
+    assert advice[-1] == f"compiled kernels: {', '.join(compiled)}"
+    assert len(advice) == (2 if says else 1)
+    assert says is None or says in advice[0]
+
+
+def judged(truth, chosen, importance):
+    changed = trial.dataclasses.replace(truth, importance=importance)
+    parts = np.stack(changed.branches(chosen), -1)
+    return changed.judge_step((parts * truth.gates[..., None, :]).sum(-1), chosen)
+
+
+@pytest.mark.parametrize(("factor", "holds"), [(1 + 1e-6, True), (0.99, False)])
+def test_only_a_swap_within_a_tie_is_no_error(truth, factor, holds):
+    importance = truth.importance.copy()
+    first, second = truth.chosen[0, 0, 5:7]
+    importance[0, 0, second] = importance[0, 0, first] * factor
+    swapped = truth.chosen.copy()
+    swapped[0, 0, 5:7] = (second, first) if factor < 1 else (first, second)
+    agreement = judged(truth, swapped, importance)
+    assert agreement.holds is holds
+    assert agreement.exact == 126
+    assert agreement.tied == (2 if holds else 0)
 
 
 def test_this_machine_is_well():
