@@ -144,9 +144,10 @@ def nsa_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Causal Native Sparse Attention of whole sequences: for training, and to prefill.
 
-    Row `t` is what `nsa_decode_step` gives for token `t` on the caches that the first `t + 1`
-    tokens leave: it sees the compressed positions whose windows end at or before it, chooses blocks
-    by them, and attends to what it sees of these blocks and to the `window_size` newest tokens.
+    The attention of arXiv 2502.11089, eq. 5 and 7-12, in every row at once. Row `t` is what
+    `nsa_decode_step` gives for token `t` on the caches that the first `t + 1` tokens leave: it sees
+    the compressed positions whose windows end at or before it, chooses blocks by them, and attends
+    to what it sees of these blocks and to the `window_size` newest tokens.
 
     Memory: rows are computed in chunks, and computed again for the gradient; at any time there are
     a few arrays of float32 `[B, chunk_size, N, S + C]`.

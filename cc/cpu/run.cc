@@ -11,7 +11,7 @@
 namespace jax_nsa::cpu {
 namespace {
 
-// Sizes that were measured to serve; docs/performance.md tells how.
+// Sizes that were measured to serve; docs/journal/cpu.md tells how.
 constexpr int64_t kTileBytes = 384 << 10;  // of keys and values in a tile: a share of the L2 cache
 constexpr int64_t kUnitRows = 512;         // of all panels of a unit
 constexpr int64_t kMinUnitBytes = 1024 << 10;  // work that pays for a merge

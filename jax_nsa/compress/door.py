@@ -111,7 +111,8 @@ def nsa_compress_infer(
             in a program of one device and drops the window in one of several.
 
     Returns:
-        The cache with the windows written, in its shape; a tuple of two for pairs.
+        The cache with the windows written, in its shape and dtype, `[R, N, D]` say; a tuple of two
+        for pairs.
 
         Run-time rules: a length outside `[0, P * page_block_size]`, a count outside `[0, d]`, and
         of a sequence that completes a window a needed page outside `[0, num_blocks)`, a slot from

@@ -195,22 +195,31 @@ def nsa_window_attention_infer(
     pools of the selected branch, `nsa_select_attention_infer` does both in one call.
 
     Args:
-        query: as `nsa_select_attention_infer` takes it, as are all arguments that are not here.
-        key: likewise.
-        value: likewise.
-        scale_value: likewise.
-        head_num: likewise.
-        key_value_head_num: likewise.
+        query: bfloat16, float16 or float32 `[B, S, N, D]`; with layout "BSH" `[B, S, N * D]`, with
+            "TND" `[T, N, D]`, one row per new token. `D <= 192`.
+        key: query's dtype `[num_blocks, page_block_size, Nkv * D]`, the pool of key pages; or
+            `[num_blocks, page_block_size, Nkv, D]`.
+        value: query's dtype `[num_blocks, page_block_size, Nkv * Dv]`, the pool of value pages,
+            `Dv <= min(D, 128)`; or `[num_blocks, page_block_size, Nkv, Dv]`.
+        scale_value: the factor on query-key products, often `D ** -0.5`. Finite.
+        head_num: `N`, query heads; a multiple of `key_value_head_num` with a ratio that divides
+            128.
+        key_value_head_num: `Nkv`, key and value heads.
         window_size: how many of the newest tokens to attend to, at least 1.
-        page_block_size: likewise.
-        layout: likewise.
-        block_table: likewise.
-        actual_seq_qlen: likewise.
-        actual_seq_kvlen: likewise.
+        page_block_size: rows in a page; a multiple of 16 up to 256.
+        layout: "BSND", "BSH" or "TND".
+        block_table: integers `[B, P]`: token `i` of sequence `b` lives in page `block_table[b, i //
+            page_block_size]`. Entries that no window needs are not read. Required.
+        actual_seq_qlen: integers `[B]`, this step's tokens `q_b` of each sequence; None: one each
+            ("TND") or all `S`.
+        actual_seq_kvlen: integers `[B]`, the original tokens `T_b`, this step's included. Required.
         return_lse: also return the log-sum-exp of the scaled scores.
-        implementation: likewise.
-        context_axis: likewise.
-        on_fault: likewise.
+        implementation: None takes the best available for the platform that the program is
+            compiled for; a name or a sequence of names ("reference", "cpu", "cuda", "ascend")
+            forces one or orders them.
+        context_axis: inside `jax.shard_map`, the mesh axis over whose devices the positions of
+            each sequence are split, as in `nsa_select_attention_infer`.
+        on_fault: "fail", "nan" or None, as in `nsa_select_attention_infer`.
 
     Returns:
         attention, in query's dtype and layout with `Dv` for `D`; with `return_lse` a tuple

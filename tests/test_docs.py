@@ -1,0 +1,70 @@
+"""What a reader is promised: every public name has shapes, dtypes, errors and a source."""
+
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import jax_nsa
+
+ROOT = pathlib.Path(__file__).parent.parent
+OPERATIONS = [name for name in jax_nsa.__all__ if name.startswith("nsa_")]
+
+
+def sections(docstring):
+    """The Google-style sections of a docstring, by title; its beginning by the empty one."""
+    parts = re.split(
+        r"^(Args|Returns|Raises|Attributes):$", inspect.cleandoc(docstring), flags=re.M
+    )
+    return {"": parts[0], **dict(zip(parts[1::2], parts[2::2], strict=True))}
+
+
+@pytest.mark.parametrize("name", jax_nsa.__all__)
+def test_is_documented(name):
+    told = sections(getattr(jax_nsa, name).__doc__)
+    assert told[""].splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+class TestOperations:
+    def test_tells_every_argument(self, name):
+        function = getattr(jax_nsa, name)
+        described = re.findall(r"^    (\w+(?:, \w+)*): ", sections(function.__doc__)["Args"], re.M)
+        names = [n for group in described for n in group.split(", ")]
+        assert names == list(inspect.signature(function).parameters)
+
+    def test_tells_shapes_and_dtypes(self, name):
+        told = sections(getattr(jax_nsa, name).__doc__)
+        for section in ("Args", "Returns"):
+            assert re.search(r"`?\[[\w, *+'/-]+\]`?", told[section]), f"no shape in {section}"
+        dtype = r"float32|bfloat16|int32|[Ii]ntegers|dtype"
+        assert re.search(dtype, told["Args"])
+        assert re.search(dtype, told["Returns"])
+
+    def test_tells_errors(self, name):
+        told = sections(getattr(jax_nsa, name).__doc__)["Raises"]
+        assert {"TypeError", "ValueError"} <= set(re.findall(r"^    (\w+): ", told, re.M))
+
+    def test_tells_its_source(self, name):
+        assert "arXiv" in getattr(jax_nsa, name).__doc__
+
+
+def pages():
+    return [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if p.exists()]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md"])
+def test_snippets_run(page):
+    """Those that stand by themselves, as a reader would paste them."""
+    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    complete = [s for s in snippets if "import jax\n" in s]
+    assert complete, "no snippet that stands by itself"
+    for snippet in complete:
+        exec(compile(snippet, page, "exec"), {})
