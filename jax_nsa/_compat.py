@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
-from jax._src import dispatch  # no public name tells a lowering rule its devices
-from jax.extend import core
+from jax._src import core, dispatch  # no public name tells a lowering rule its devices
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
+Primitive = core.Primitive  # its public home, jax.extend, imports all of Pallas
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 
@@ -45,7 +45,7 @@ def vary_alike(*operands: jax.Array) -> list[jax.Array]:
     ]
 
 
-def tell_devices(primitive: core.Primitive) -> None:
+def tell_devices(primitive: Primitive) -> None:
     """Makes `jax.jit` tell the primitive's lowering rule which devices it compiles for."""
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 

@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-from jax.extend import core
 
 from jax_nsa import _compat, primitive
 
@@ -91,7 +90,7 @@ class Operator:
     reference: Callable[..., dict[str, jax.Array]]
     splits: str = "bh"
     aliases: tuple[str, ...] = ()
-    primitive: core.Primitive = dataclasses.field(init=False)
+    primitive: _compat.Primitive = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.primitive = primitive.of(self)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 from jax.interpreters import ad, batching, mlir, xla
 
 from jax_nsa import _compat, backends, partition
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     from jax_nsa.operator import Operator
 
 
-def of(operator: Operator) -> core.Primitive:
+def of(operator: Operator) -> _compat.Primitive:
     """Makes the primitive of an operator, with all its rules."""
-    primitive = core.Primitive(f"jax_nsa_{operator.target}")
+    primitive = _compat.Primitive(f"jax_nsa_{operator.target}")
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract_eval, operator))

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -363,3 +364,14 @@ def test_kernel_takes_the_same_call_unchanged():
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-p", "no:cacheprovider"]))
+
+
+def test_import_is_light():
+    """What `import jax_nsa` loads beyond jax is its own; all of Pallas costs twice as much."""
+    loaded = "import jax, sys; before = set(sys.modules); import jax_nsa; "
+    told = subprocess.run(
+        [sys.executable, "-c", loaded + "print(*set(sys.modules) - before)"],
+        capture_output=True, text=True, check=True, timeout=60,
+    ).stdout.split()  # fmt: skip
+    assert "jax_nsa.step" in told
+    assert not [name for name in told if "pallas" in name]
