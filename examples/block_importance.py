@@ -12,16 +12,20 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
 import jax_nsa
 from jax_nsa.blocks import Blocks
 from jax_nsa.compress_attention.problem import Problem
 from jax_nsa.compress_attention.reference import block_scores
+
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    raise SystemExit("this example draws: pip install 'jax_nsa[examples]'") from None
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (after the choice of what draws)
 
 GROUP, HEAD_SIZE, PAGE = 4, 64, 16
 LENGTH = 320  # compressed positions

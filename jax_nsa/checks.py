@@ -110,7 +110,8 @@ def floats(name: str, value: Any, *, like: tuple[str, Any] | None = None) -> Arr
         raise TypeError(f"{name} must have dtype {', '.join(FLOATS)}, got {array.dtype}")
     if like is not None and array.dtype != like[1].dtype:
         raise TypeError(
-            f"{name} must have {like[0]}'s dtype {like[1].dtype.name}, got {array.dtype.name}"
+            f"{like[0]} and {name} must have the same dtype, got {like[1].dtype.name} and "
+            f"{array.dtype.name}"
         )
     _check_memory(name, array)
     return array

@@ -46,7 +46,7 @@ REFUSED = [
     (
         {"cache": ARGUMENTS["cache"].astype(np.float16)},
         TypeError,
-        "cache must have input's dtype float32, got float16",
+        "input and cache must have the same dtype, got float32 and float16",
     ),
     (
         {"weight": ARGUMENTS["weight"].astype(np.float16)},
@@ -142,7 +142,7 @@ REFUSED = [
     (
         PAIR | {"input": (PAIR["input"][0], PAIR["input"][1].astype(np.float16))},
         TypeError,
-        r"input\[1\] must have input's dtype float32, got float16",
+        r"input and input\[1\] must have the same dtype, got float32 and float16",
     ),
     (
         PAIR | {"input": (PAIR["input"][0], PAIR["input"][1][1:])},

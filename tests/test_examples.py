@@ -94,3 +94,11 @@ def test_block_importance(tmp_path):
     picture = tmp_path / "picture.png"
     load("block_importance").main(picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sharded(capsys):
+    load("sharded").main()
+    printed = capsys.readouterr().out
+    assert "4 devices: 1 parts of the sequences, 4 of the heads" in printed
+    assert "collectives in the compiled step: 0" in printed
+    assert "the same bits as on one device" in printed

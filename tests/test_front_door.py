@@ -60,9 +60,13 @@ REFUSED = [
     (
         {"key": KEY.astype(np.float16)},
         TypeError,
-        "key must have query's dtype float32, got float16",
+        "query and key must have the same dtype, got float32 and float16",
     ),
-    ({"value": VALUE.astype(DTYPES["bfloat16"])}, TypeError, "value .* float32, got bfloat16"),
+    (
+        {"value": VALUE.astype(DTYPES["bfloat16"])},
+        TypeError,
+        "query and value .* float32 and bfloat16",
+    ),
     *[
         (changes, ValueError, message)
         for name, array in (("query", QUERY), ("key", KEY), ("value", VALUE))
