@@ -25,7 +25,7 @@ except ModuleNotFoundError:
     raise SystemExit("this example draws: pip install 'jax_nsa[examples]'") from None
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the choice of what draws)
+import matplotlib.pyplot as plt
 
 GROUP, HEAD_SIZE, PAGE = 4, 64, 16
 LENGTH = 320  # compressed positions

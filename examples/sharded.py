@@ -64,11 +64,10 @@ def main(cpu_devices: int | None = None) -> None:
     devices = len(jax.devices())
     heads = math.gcd(devices, KEY_VALUE_HEADS)
     sequences = math.gcd(devices // heads, SEQUENCES)
-    # Axes that XLA splits over by itself. With AxisType.Explicit, jax.make_mesh's default, shardings
-    # are a part of types; the calls stay the same.
-    mesh = jax.make_mesh(
-        (sequences, heads), ("sequences", "heads"), axis_types=(AxisType.Auto,) * 2
-    )
+    # XLA splits over these axes by itself. With AxisType.Explicit, the default of jax.make_mesh,
+    # shardings are a part of types; the calls stay the same.
+    types = (AxisType.Auto, AxisType.Auto)
+    mesh = jax.make_mesh((sequences, heads), ("sequences", "heads"), axis_types=types)
     print(f"{devices} devices: {sequences} parts of the sequences, {heads} of the heads")
 
     by_row = PartitionSpec("sequences", "heads")

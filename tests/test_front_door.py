@@ -65,7 +65,7 @@ REFUSED = [
     (
         {"value": VALUE.astype(DTYPES["bfloat16"])},
         TypeError,
-        "query and value .* float32 and bfloat16",
+        "query and value .* and bfloat16",
     ),
     *[
         (changes, ValueError, message)
