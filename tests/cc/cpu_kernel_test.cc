@@ -1,21 +1,22 @@
-// Each CPU kernel that this machine can run against plain loops in double precision, and its bits
-// against themselves with several threads.
+// Each CPU kernel of the compressed branch that this machine can run against the branch's
+// definition, and its bits against themselves with several threads.
 //
-// Bazel runs it. It needs neither XLA nor Python, so that it also tests the kernels of another
-// architecture, under an emulator: tests/test_cpu.py does.
+// It needs neither XLA nor Python, so that it also tests the kernels of another architecture, under
+// an emulator: tests/test_cpu.py does.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
+#include <iostream>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "compress_attention_reference.h"
 #include "cpu/isa.h"
 #include "cpu/run.h"
+#include "elements.h"
 #include "expect.h"
 
 namespace jax_nsa::cpu {
@@ -30,6 +31,9 @@ extern const Kernel kKernel;
 
 namespace {
 
+using testing::Buffer;
+using testing::Elements;
+
 std::vector<const Kernel*> Kernels() {
   std::vector<const Kernel*> kernels = SupportedKernels();
 #if defined(JAX_NSA_EMULATED_AMX)
@@ -38,93 +42,33 @@ std::vector<const Kernel*> Kernels() {
   return kernels;
 }
 
+using Integers = std::vector<int32_t>;
+
 struct Case {
-  DataType dtype;
-  int64_t group, key_value_heads, head_size, value_size, page_size, tokens, select_count;
-  Blocks window;
-  float scale;
-  std::vector<int32_t> lengths, token_counts, early_counts;
+  DataType dtype = DataType::kBFloat16;
+  int64_t group = 4, key_value_heads = 2, head_size = 192, value_size = 128, page_size = 128;
+  int64_t select_count = 16;
+  Blocks blocks = {32, 16, 64};
   Forced forced = {1, 2};
-};
-
-float FromBits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-uint32_t ToBits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-// Elements of a floating dtype, as bytes.
-class Elements {
- public:
-  Elements(DataType dtype, int64_t count)
-      : dtype_(dtype), bytes_(count * (dtype == DataType::kFloat32 ? 4 : 2)) {}
-
-  void* data() { return bytes_.data(); }
-  const std::vector<char>& bytes() const { return bytes_; }
-
-  float Get(int64_t i) const {
-    if (dtype_ == DataType::kFloat32) {
-      float value;
-      std::memcpy(&value, &bytes_[4 * i], sizeof value);
-      return value;
-    }
-    uint16_t bits;
-    std::memcpy(&bits, &bytes_[2 * i], sizeof bits);
-    if (dtype_ == DataType::kBFloat16) return FromBits(uint32_t{bits} << 16);
-    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    const double magnitude = exponent == 31 ? (mantissa ? std::nan("") : INFINITY)
-                             : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
-                                            : std::ldexp(mantissa, -24);
-    return static_cast<float>(bits >> 15 ? -magnitude : magnitude);
-  }
-
-  // Keeps the leading bits of a value; NaN, or one whose exponent all dtypes have.
-  void Set(int64_t i, float value) {
-    const uint32_t bits = ToBits(value);
-    uint16_t half = static_cast<uint16_t>(bits >> 16);
-    if (dtype_ == DataType::kFloat32) {
-      std::memcpy(&bytes_[4 * i], &bits, sizeof bits);
-      return;
-    }
-    if (dtype_ == DataType::kFloat16) {
-      const uint32_t exponent = (bits >> 23 & 255) - 112;
-      half =
-          std::isnan(value)
-              ? 0x7e00
-              : static_cast<uint16_t>((bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 1023));
-    }
-    std::memcpy(&bytes_[2 * i], &half, sizeof half);
-  }
-
- private:
-  DataType dtype_;
-  std::vector<char> bytes_;
-};
-
-struct Results {
-  Elements attention;
-  std::vector<int32_t> indices;
-  std::vector<float> lse, scores;
+  float scale = 0.1f;
+  Integers lengths;
+  int64_t tokens = 1;     // rows of each sequence
+  Integers token_counts;  // all of them where none are given
+  Integers early_counts;  // none early where none are given
 };
 
 class Call {
  public:
   explicit Call(const Case& c)
-      : problem_(MakeProblem(c)),
-        case_(c),
+      : case_(WithCounts(c)),
+        problem_(MakeProblem(c)),
         query_(c.dtype, problem_.rows * problem_.heads * c.head_size),
         key_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.head_size),
         value_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.value_size) {
     for (int32_t length : c.lengths) {
       // One token past the last window where there is one; not enough for a window otherwise.
       original_lengths_.push_back(static_cast<int32_t>(
-          length > 0 ? c.window.OriginalLength(length) + 1 : c.window.compress_block_size - 1));
+          length > 0 ? c.blocks.OriginalLength(length) + 1 : c.blocks.compress_block_size - 1));
     }
     std::mt19937 random(7);
     std::uniform_real_distribution<float> uniform(0.01f, 2.0f);
@@ -141,9 +85,7 @@ class Call {
         const bool valid = position < c.lengths[b];
         const int64_t at = table_.back() * c.page_size + row;
         const auto fill = [&](Elements& pool, int64_t size) {
-          for (int64_t i = 0; i < size; ++i) {
-            pool.Set(at * size + i, valid ? draw() : std::nanf(""));
-          }
+          for (int64_t i = 0; i < size; ++i) pool.Set(at * size + i, valid ? draw() : NAN);
         };
         fill(key_, c.key_value_heads * c.head_size);
         fill(value_, c.key_value_heads * c.value_size);
@@ -153,12 +95,7 @@ class Call {
 
   const Problem& problem() const { return problem_; }
 
-  Results Compute(const Kernel& kernel, int threads) {
-    const int64_t rows = problem_.rows;
-    Results results = {Elements(problem_.dtype, rows * problem_.heads * problem_.value_size),
-                       std::vector<int32_t>(rows * problem_.key_value_heads * case_.select_count),
-                       std::vector<float>(rows * problem_.heads),
-                       std::vector<float>(rows * problem_.heads * problem_.max_blocks())};
+  Arrays Operands() const {
     Arrays arrays = {};
     arrays.query = query_.data();
     arrays.key = key_.data();
@@ -168,34 +105,16 @@ class Call {
     arrays.token_counts = case_.token_counts.data();
     arrays.early_counts = case_.early_counts.data();
     arrays.select_lengths = original_lengths_.data();
-    arrays.attention = results.attention.data();
-    arrays.topk_indices = results.indices.data();
-    arrays.lse = results.lse.data();
-    arrays.block_scores = results.scores.data();
-    Run run(problem_, arrays, kernel);
-    std::vector<std::thread> helpers;
-    for (int i = 1; i < threads; ++i) helpers.emplace_back([&] { run.Work(); });
-    run.Work();
-    for (std::thread& helper : helpers) helper.join();
-    return results;
-  }
-
-  void Check(const Results& results, const std::string& context) const {
-    for (int64_t b = 0; b < problem_.sequences; ++b) {
-      for (int64_t t = 0; t < case_.tokens; ++t) {
-        const int64_t row = b * case_.tokens + t;
-        const bool no_token = t >= case_.token_counts[b];
-        const bool absent = no_token || case_.lengths[b] == 0;
-        const int64_t visible = absent ? 0 : case_.lengths[b] - (t < case_.early_counts[b] ? 1 : 0);
-        for (int64_t h = 0; h < problem_.key_value_heads; ++h) {
-          CheckPanel(results, b, row, h, visible, no_token ? 0 : CountBlocks(b, t),
-                     context + " row " + std::to_string(row) + " kv head " + std::to_string(h));
-        }
-      }
-    }
+    return arrays;
   }
 
  private:
+  static Case WithCounts(Case c) {
+    if (c.token_counts.empty()) c.token_counts.assign(c.lengths.size(), c.tokens);
+    if (c.early_counts.empty()) c.early_counts.assign(c.lengths.size(), 0);
+    return c;
+  }
+
   static Problem MakeProblem(const Case& c) {
     Problem problem = {};
     problem.dtype = problem.attention_dtype = c.dtype;
@@ -212,203 +131,192 @@ class Call {
     problem.num_pages = problem.sequences * problem.pages_per_sequence;
     problem.select_count = c.select_count;
     problem.scale = c.scale;
-    problem.blocks = c.window;
+    problem.blocks = c.blocks;
     problem.forced = c.forced;
-    problem.causal = c.window.aligned;
+    problem.causal = c.blocks.aligned;
     return problem;
   }
 
-  // The blocks that a token chooses from, by their definitions.
-  int64_t CountBlocks(int64_t b, int64_t t) const {
-    const Blocks& blocks = problem_.blocks;
-    const int64_t length = case_.lengths[b];
-    int64_t tokens =
-        length > 0 ? (length - 1) * blocks.compress_stride + blocks.compress_block_size : 0;
-    if (blocks.aligned) tokens = original_lengths_[b] - (case_.token_counts[b] - 1 - t);
-    return tokens <= 0 ? 0 : (tokens - 1) / blocks.select_block_size + 1;
-  }
-
-  void CheckPanel(const Results& results, int64_t b, int64_t row, int64_t h, int64_t visible,
-                  int64_t blocks, const std::string& context) const {
-    const int64_t D = problem_.head_size, Dv = problem_.value_size, group = case_.group;
-    std::vector<double> importance(blocks), doubt(blocks);
-    for (int64_t g = 0; g < group; ++g) {
-      const int64_t head = row * problem_.heads + h * group + g;
-      std::vector<double> p(visible);
-      double peak = -INFINITY, total = 0, size = 0;
-      const auto pool_row = [&](int64_t i) {
-        return table_[b * problem_.pages_per_sequence + i / problem_.page_size] *
-                   problem_.page_size +
-               i % problem_.page_size;
-      };
-      for (int64_t i = 0; i < visible; ++i) {
-        double score = 0, absolute = 0;
-        for (int64_t c = 0; c < D; ++c) {
-          const double product = double{query_.Get(head * D + c)} *
-                                 key_.Get((pool_row(i) * problem_.key_value_heads + h) * D + c);
-          score += product;
-          absolute += std::abs(product);
-        }
-        p[i] = score * double{problem_.scale};
-        size = std::max(size, absolute * std::abs(problem_.scale));
-        peak = std::max(peak, p[i]);
-      }
-      for (double& x : p) total += x = std::exp(x - peak);
-      const double rounding = size * std::ldexp(1.0, -24);  // of a score in float32
-      const double lse = visible ? peak + std::log(total) : -INFINITY;
-      EXPECT(lse == results.lse[head] ||
-             std::abs(results.lse[head] - lse) <= 1e-5 + 1e-6 * std::abs(lse) + 4 * rounding)
-          << context << " lse " << results.lse[head] << ", expected " << lse;
-
-      double error = 0, norm = 0;
-      for (int64_t c = 0; c < Dv; ++c) {
-        double sum = 0, squares = 0;
-        for (int64_t i = 0; i < visible; ++i) {
-          const double term =
-              p[i] / total * value_.Get((pool_row(i) * problem_.key_value_heads + h) * Dv + c);
-          sum += term;
-          squares += term * term;
-        }
-        const double off = results.attention.Get(head * Dv + c) - sum;
-        error += off * off;
-        norm += std::max(squares, sum * sum);
-      }
-      const double tolerance = problem_.dtype == DataType::kBFloat16  ? 4e-3
-                               : problem_.dtype == DataType::kFloat16 ? 6e-4
-                                                                      : 1e-5;
-      EXPECT(std::sqrt(error) <= (tolerance + rounding) * std::sqrt(norm))
-          << context << " attention off by " << std::sqrt(error) << " of " << std::sqrt(norm);
-
-      for (int64_t j = 0; j < problem_.max_blocks(); ++j) {
-        double score = 0;
-        // By the definition of a block's score: position M * (j + 1) - m - n, or M * j + m - n.
-        const Blocks& geometry = problem_.blocks;
-        const int64_t m_count = geometry.select_block_size / geometry.compress_stride;
-        const int64_t n_count = geometry.compress_block_size / geometry.compress_stride;
-        for (int64_t m = 0; j < CountBlocks(b, case_.token_counts[b] - 1) && m < m_count; ++m) {
-          for (int64_t n = 0; n < n_count; ++n) {
-            const int64_t i = geometry.aligned ? m_count * j + m - n : m_count * (j + 1) - m - n;
-            if (i >= 0 && i < visible) score += p[i] / total;
-          }
-        }
-        const float got = results.scores[head * problem_.max_blocks() + j];
-        const double legal = (1e-4 + rounding) * score + 1e-30;
-        EXPECT(std::abs(got - score) <= legal)
-            << context << " score of block " << j << " is " << got << ", expected " << score;
-        if (j < blocks) {
-          importance[j] += score;
-          doubt[j] += legal;
-        }
-      }
-    }
-    std::vector<int32_t> order(blocks);
-    for (int64_t j = 0; j < blocks; ++j) {
-      order[j] = static_cast<int32_t>(j);
-      if ((j < case_.forced.first || j >= blocks - case_.forced.last))
-        importance[j] = std::numeric_limits<double>::max();
-    }
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int32_t i, int32_t j) { return importance[i] > importance[j]; });
-    for (int64_t n = 0; n < case_.select_count; ++n) {
-      const int32_t got =
-          results.indices[(row * problem_.key_value_heads + h) * case_.select_count + n];
-      const int32_t expected = n < blocks ? order[n] : -1;
-      if (got == expected) continue;
-      EXPECT(got >= 0 && got < blocks && expected >= 0 &&
-             std::abs(importance[got] - importance[expected]) <= doubt[got] + doubt[expected])
-          << context << " index " << n << " is " << got << ", expected " << expected;
-    }
-  }
-
-  Problem problem_;
   Case case_;
+  Problem problem_;
   Elements query_, key_, value_;
   std::vector<int32_t> table_, original_lengths_;
 };
 
+// One run of a kernel, and its results.
+class Results {
+ public:
+  Results(const Call& call, const Kernel& kernel, int threads) : Results(call.problem()) {
+    arrays_ = call.Operands();
+    arrays_.attention = attention_.data();
+    arrays_.topk_indices = indices_.as<int32_t>();
+    arrays_.lse = lse_.as<float>();
+    arrays_.block_scores = scores_.as<float>();
+    Run run(call.problem(), arrays_, kernel);
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < threads; ++i) helpers.emplace_back([&] { run.Work(); });
+    run.Work();
+    for (std::thread& helper : helpers) helper.join();
+  }
+
+  const Arrays& arrays() const { return arrays_; }
+  std::string bytes() const {
+    return attention_.bytes() + indices_.bytes() + lse_.bytes() + scores_.bytes();
+  }
+
+ private:
+  explicit Results(const Problem& p)
+      : attention_(p.rows * p.heads * p.value_size * testing::SizeOf(p.attention_dtype)),
+        indices_(4 * p.rows * p.key_value_heads * p.select_count),
+        lse_(4 * p.rows * p.heads),
+        scores_(4 * p.rows * p.heads * p.max_blocks()) {}
+
+  Arrays arrays_;
+  Buffer attention_, indices_, lse_, scores_;
+};
+
 std::vector<Case> Cases(DataType dtype) {
   std::vector<Case> cases;
-  const Blocks usual = {32, 16, 64};
+  const auto add = [&](auto set) {
+    Case c;
+    c.dtype = dtype;
+    set(c);
+    cases.push_back(c);
+  };
   for (int64_t group : {1, 2, 4, 8, 16, 32, 64, 128}) {
-    cases.push_back({dtype, group, 2, 192, 128, 128, 1, 16, usual, 0.0722f, {150}, {1}, {0}});
+    add([=](Case& c) {
+      c.group = group;
+      c.scale = 0.0722f;
+      c.lengths = Integers{150};
+    });
   }
   // Several tokens, some early, some absent; odd sizes; windows of all kinds.
-  cases.push_back({dtype, 4, 2, 7, 5, 16, 3, 9, usual, 0.5f, {100, 0, 1}, {3, 2, 1}, {1, 1, 1}});
-  cases.push_back(
-      {dtype, 2, 3, 33, 31, 48, 3, 5, {128, 16, 128}, 0.2f, {200, 97, 47}, {2, 0, 3}, {1, 0, 2}});
-  cases.push_back(
-      {dtype, 16, 2, 96, 64, 112, 4, 40, {96, 48, 96}, 0.1f, {230, 47}, {4, 1}, {1, 0}});
-  cases.push_back({dtype, 64, 1, 64, 32, 64, 5, 70, {16, 16, 16}, -1.0f, {300}, {5}, {3}});
-  cases.push_back({dtype, 1, 1, 1, 1, 16, 1, 1, {64, 64, 64}, 1.0f, {17}, {1}, {0}});
+  add([](Case& c) {
+    c.head_size = 7, c.value_size = 5, c.page_size = 16;
+    c.select_count = 9;
+    c.scale = 0.5f;
+    c.lengths = Integers{100, 0, 1};
+    c.tokens = 3;
+    c.token_counts = Integers{3, 2, 1}, c.early_counts = Integers{1, 1, 1};
+  });
+  add([](Case& c) {
+    c.group = 2, c.key_value_heads = 3;
+    c.head_size = 33, c.value_size = 31, c.page_size = 48;
+    c.select_count = 5;
+    c.blocks = {128, 16, 128};
+    c.scale = 0.2f;
+    c.lengths = Integers{200, 97, 47};
+    c.tokens = 3;
+    c.token_counts = Integers{2, 0, 3}, c.early_counts = Integers{1, 0, 2};
+  });
+  add([](Case& c) {
+    c.group = 16;
+    c.head_size = 96, c.value_size = 64, c.page_size = 112;
+    c.select_count = 40;
+    c.blocks = {96, 48, 96};
+    c.lengths = Integers{230, 47};
+    c.tokens = 4;
+    c.token_counts = Integers{4, 1}, c.early_counts = Integers{1, 0};
+  });
+  add([](Case& c) {
+    c.group = 64, c.key_value_heads = 1;
+    c.head_size = 64, c.value_size = 32, c.page_size = 64;
+    c.select_count = 70;
+    c.blocks = {16, 16, 16};
+    c.scale = -1.0f;
+    c.lengths = Integers{300};
+    c.tokens = 5;
+    c.early_counts = Integers{3};
+  });
+  add([](Case& c) {
+    c.group = c.key_value_heads = 1;
+    c.head_size = c.value_size = 1, c.page_size = 16;
+    c.select_count = 1;
+    c.blocks = {64, 64, 64};
+    c.scale = 1.0f;
+    c.lengths = Integers{17};
+  });
   // Pages of more than 128 rows: in one tile, in tiles that do not divide them, as splits.
-  cases.push_back({dtype,
-                   8,
-                   2,
-                   72,
-                   40,
-                   256,
-                   2,
-                   16,
-                   usual,
-                   0.1f,
-                   {700, 256, 257, 0},
-                   {2, 1, 2, 1},
-                   {1, 0, 2, 0}});
-  cases.push_back({dtype, 128, 1, 24, 16, 240, 1, 9, {16, 16, 32}, 0.3f, {481}, {1}, {0}});
-  cases.push_back({dtype, 1, 9, 128, 128, 208, 1, 9, usual, 0.1f, {417, 208}, {1, 1}, {0, 0}});
-  cases.push_back({dtype, 4, 8, 192, 128, 256, 2, 16, usual, 1.0f, {1100, 255}, {2, 2}, {1, 0}});
+  add([](Case& c) {
+    c.group = 8;
+    c.head_size = 72, c.value_size = 40, c.page_size = 256;
+    c.lengths = Integers{700, 256, 257, 0};
+    c.tokens = 2;
+    c.token_counts = Integers{2, 1, 2, 1}, c.early_counts = Integers{1, 0, 2, 0};
+  });
+  add([](Case& c) {
+    c.group = 128, c.key_value_heads = 1;
+    c.head_size = 24, c.value_size = 16, c.page_size = 240;
+    c.select_count = 9;
+    c.blocks = {16, 16, 32};
+    c.scale = 0.3f;
+    c.lengths = Integers{481};
+  });
+  add([](Case& c) {
+    c.group = 1, c.key_value_heads = 9;
+    c.head_size = 128, c.page_size = 208;
+    c.select_count = 9;
+    c.lengths = Integers{417, 208};
+  });
+  add([](Case& c) {
+    c.key_value_heads = 8, c.page_size = 256;
+    c.scale = 1.0f;
+    c.lengths = Integers{1100, 255};
+    c.tokens = 2;
+    c.early_counts = Integers{1, 0};
+  });
   // Blocks as open training codes choose them, some sequences too short for a position.
-  const auto aligned = [](Blocks blocks) {
-    blocks.aligned = true;
-    return blocks;
-  };
-  cases.push_back({dtype,
-                   4,
-                   2,
-                   32,
-                   16,
-                   16,
-                   3,
-                   9,
-                   aligned(usual),
-                   0.5f,
-                   {100, 0, 1},
-                   {3, 2, 1},
-                   {2, 0, 0},
-                   {1, 2}});
-  cases.push_back({dtype,
-                   2,
-                   3,
-                   33,
-                   31,
-                   256,
-                   3,
-                   5,
-                   aligned({128, 16, 128}),
-                   0.2f,
-                   {300, 97, 47},
-                   {2, 0, 3},
-                   {1, 0, 2},
-                   {0, 1}});
-  cases.push_back({dtype,
-                   16,
-                   2,
-                   64,
-                   64,
-                   16,
-                   1,
-                   300,
-                   aligned({16, 16, 16}),
-                   0.1f,
-                   {230, 47},
-                   {1, 1},
-                   {0, 0},
-                   {0, 0}});
-  cases.push_back(
-      {dtype, 4, 8, 192, 128, 128, 2, 16, aligned(usual), 0.1f, {1100}, {2}, {1}, {3, 9}});
-  cases.push_back({dtype, 8, 1, 64, 64, 256, 1, 16, usual, 0.1f, {700}, {1}, {0}, {0, 5}});
+  add([](Case& c) {
+    c.head_size = 32, c.value_size = 16, c.page_size = 16;
+    c.select_count = 9;
+    c.blocks.aligned = true;
+    c.forced = {1, 2};
+    c.scale = 0.5f;
+    c.lengths = Integers{100, 0, 1};
+    c.tokens = 3;
+    c.token_counts = Integers{3, 2, 1}, c.early_counts = Integers{2, 0, 0};
+  });
+  add([](Case& c) {
+    c.group = 2, c.key_value_heads = 3;
+    c.head_size = 33, c.value_size = 31, c.page_size = 256;
+    c.select_count = 5;
+    c.blocks = {128, 16, 128, /*aligned=*/true};
+    c.forced = {0, 1};
+    c.scale = 0.2f;
+    c.lengths = Integers{300, 97, 47};
+    c.tokens = 3;
+    c.token_counts = Integers{2, 0, 3}, c.early_counts = Integers{1, 0, 2};
+  });
+  add([](Case& c) {
+    c.group = 16;
+    c.head_size = 64, c.value_size = 64, c.page_size = 16;
+    c.select_count = 300;
+    c.blocks = {16, 16, 16, /*aligned=*/true};
+    c.forced = {0, 0};
+    c.lengths = Integers{230, 47};
+  });
+  add([](Case& c) {
+    c.key_value_heads = 8;
+    c.blocks.aligned = true;
+    c.forced = {3, 9};
+    c.lengths = Integers{1100};
+    c.tokens = 2;
+    c.early_counts = Integers{1};
+  });
+  add([](Case& c) {
+    c.group = 8, c.key_value_heads = 1;
+    c.head_size = 64, c.value_size = 64, c.page_size = 256;
+    c.forced = {0, 5};
+    c.lengths = Integers{700};
+  });
   // Long enough to be split; scores nearly one-hot.
-  cases.push_back({dtype, 4, 8, 192, 128, 128, 2, 16, usual, 1.0f, {1100}, {2}, {1}});
+  add([](Case& c) {
+    c.key_value_heads = 8;
+    c.scale = 1.0f;
+    c.lengths = Integers{1100};
+    c.tokens = 2;
+    c.early_counts = Integers{1};
+  });
   return cases;
 }
 
@@ -419,18 +327,23 @@ void CheckTies(const Kernel& kernel) {
        {Blocks{32, 16, 64}, Blocks{48, 16, 96}, Blocks{128, 16, 128}, Blocks{32, 16, 64, true}}) {
     for (int64_t group : {1, 16, 128}) {
       for (int32_t length : {401, 2104, 5000}) {
-        Case c = {
-            DataType::kBFloat16, group, 1, 32, 32, 16, 1, 400, blocks, 0.0f, {length}, {1}, {0}};
-        const Results results = Call(c).Compute(kernel, 2);
+        Case c;
+        c.group = group, c.key_value_heads = 1;
+        c.head_size = 32, c.value_size = 32, c.page_size = 16;
+        c.select_count = 400;
+        c.blocks = blocks;
+        c.scale = 0.0f;
+        c.lengths = Integers{length};
+        const Results results(Call(c), kernel, 2);
         const int64_t count = blocks.aligned ? blocks.Universe(blocks.OriginalLength(length) + 1)
                                              : blocks.NumBlocks(length);
         const int64_t free = std::min<int64_t>(c.select_count, count) - 3;
         // The first is forced; so is every one that a missing position makes less important.
         for (int64_t n = 0; n < std::min<int64_t>(free, count - 6); ++n) {
-          EXPECT(results.indices[3 + n] == 1 + n)
-              << kernel.name << " group " << group << " length " << length
-              << " l'=" << blocks.select_block_size << ": rank " << n << " is "
-              << results.indices[3 + n];
+          const int32_t got = results.arrays().topk_indices[3 + n];
+          EXPECT(got == 1 + n) << kernel.name << " group " << group << " length " << length
+                               << " l'=" << blocks.select_block_size << ": rank " << n << " is "
+                               << got;
         }
       }
     }
@@ -450,9 +363,21 @@ void CheckMemory() {
   EXPECT(other.get() != first) << "one block given twice";
 }
 
-template <class T>
-bool SameBits(const std::vector<T>& a, const std::vector<T>& b) {
-  return std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+void Test(DataType dtype) {
+  int number = 0;
+  for (const Case& c : Cases(dtype)) {
+    const Call call(c);
+    testing::CompressAttentionReference reference(call.problem(), call.Operands());
+    for (const Kernel* kernel : Kernels()) {
+      const std::string context = std::string(kernel->name) + " dtype " +
+                                  std::to_string(static_cast<int>(dtype)) + " case " +
+                                  std::to_string(number);
+      const Results alone(call, *kernel, 1), together(call, *kernel, 3);
+      reference.Check(alone.arrays(), context);
+      EXPECT(alone.bytes() == together.bytes()) << context << ": other bits with other threads";
+    }
+    ++number;
+  }
 }
 
 }  // namespace
@@ -465,22 +390,9 @@ int main() {
   for (const cpu::Kernel* kernel : cpu::Kernels()) {
     std::cout << "kernel " << kernel->name << std::endl;
     cpu::CheckTies(*kernel);
-    for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
-      int number = 0;
-      for (const cpu::Case& c : cpu::Cases(dtype)) {
-        const std::string context = std::string(kernel->name) + " dtype " +
-                                    std::to_string(static_cast<int>(dtype)) + " case " +
-                                    std::to_string(number++);
-        cpu::Call call(c);
-        const cpu::Results alone = call.Compute(*kernel, 1), together = call.Compute(*kernel, 3);
-        call.Check(alone, context);
-        EXPECT(cpu::SameBits(alone.attention.bytes(), together.attention.bytes()) &&
-               cpu::SameBits(alone.scores, together.scores) &&
-               cpu::SameBits(alone.lse, together.lse) &&
-               cpu::SameBits(alone.indices, together.indices))
-            << context << ": other bits with other threads";
-      }
-    }
+  }
+  for (DataType dtype : {DataType::kBFloat16, DataType::kFloat16, DataType::kFloat32}) {
+    cpu::Test(dtype);
   }
   return jax_nsa::testing::ExitStatus();
 }

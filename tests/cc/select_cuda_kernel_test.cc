@@ -1,12 +1,9 @@
-// The selected branch's CUDA kernel on the emulated machine (emulated_cuda/machine.h), against
-// plain loops in double precision: in two random orders of everything that may come in any order,
-// of which both must give the same bits.
+// The selected branch's CUDA kernel on the emulated machine (emulated_cuda/machine.h), against the
+// branch's definition: in two random orders of everything that may come in any order, of which both
+// must give the same bits.
 //
-// Bazel runs it. It needs neither a GPU nor the CUDA toolkit. Arguments: the name of the only case
-// to run, or "all"; a number to draw other problems and orders from.
-
-#include <sys/mman.h>
-#include <unistd.h>
+// It needs neither a GPU nor the CUDA toolkit. Arguments: the name of the only case to run, or
+// "all"; a number to draw other problems and orders from.
 
 #include <algorithm>
 #include <cmath>
@@ -23,87 +20,26 @@
 
 #include "cuda/select_launch.h"
 #include "cuda/select_plan.h"
-#include "emulated_cuda/language.h"
+#include "elements.h"
 #include "emulated_cuda/machine.h"
 #include "expect.h"
+#include "select_attention_reference.h"
 
 namespace jax_nsa::cuda::select {
 namespace {
 
-// Memory of exactly so many bytes: what follows, or nearly, cannot be touched.
-class Buffer {
- public:
-  explicit Buffer(size_t bytes, size_t offset = 0) {
-    const size_t page = sysconf(_SC_PAGESIZE);
-    const size_t used = (bytes + offset + 15) / 16 * 16, pages = (used + page - 1) / page * page;
-    mapped_ = pages + page;
-    base_ = static_cast<char*>(
-        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED || mprotect(base_ + pages, page, PROT_NONE) != 0) std::abort();
-    data_ = base_ + pages - used + offset;
-    size_ = bytes;
-  }
-  ~Buffer() { munmap(base_, mapped_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  void* data() const { return data_; }
-  size_t size() const { return size_; }
-  template <typename T>
-  T* as() const {
-    return reinterpret_cast<T*>(data_);
-  }
-  std::string bytes() const { return std::string(data_, size_); }
-
- private:
-  char* base_;
-  char* data_;
-  size_t mapped_, size_;
-};
-
-// Elements of a floating dtype.
-class Elements {
- public:
-  Elements(DataType dtype, int64_t count, bool aligned = true)
-      : dtype_(dtype), buffer_(count * Size(dtype), aligned ? 0 : Size(dtype)) {}
-
-  const Buffer& buffer() const { return buffer_; }
-  float Get(int64_t i) const {
-    switch (dtype_) {
-      case DataType::kBFloat16:
-        return static_cast<float>(buffer_.as<__nv_bfloat16>()[i]);
-      case DataType::kFloat16:
-        return static_cast<float>(buffer_.as<__half>()[i]);
-      default:
-        return buffer_.as<float>()[i];
-    }
-  }
-  void Set(int64_t i, float value) {
-    switch (dtype_) {
-      case DataType::kBFloat16:
-        buffer_.as<__nv_bfloat16>()[i] = __nv_bfloat16(value);
-        break;
-      case DataType::kFloat16:
-        buffer_.as<__half>()[i] = __half(value);
-        break;
-      default:
-        buffer_.as<float>()[i] = value;
-    }
-  }
-
- private:
-  static size_t Size(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
-
-  DataType dtype_;
-  Buffer buffer_;
-};
+using testing::Buffer;
+using testing::Elements;
+using Reference = testing::SelectAttentionReference;
 
 struct Case {
   std::string name;
-  DataType dtype;
-  int sequences, tokens, group, key_value_heads, head_size, value_size, page_size, pages;
-  int block_size, select_count, window_size;
-  int shortest;  // of the sequences
+  DataType dtype = DataType::kBFloat16;
+  int sequences = 3, tokens = 2;
+  int group = 4, key_value_heads = 2, head_size = 32, value_size = 32;
+  int page_size = 64, pages = 8;
+  int block_size = 64, select_count = 9, window_size = 200;
+  int shortest = 0;  // of the sequences
   bool packed = false, partial = false, gated = false;
   bool wants_lse = true, aligned = true, float_results = false, float_gates = false;
   int bad_ids = 0, bad_pages = 0;  // sequences that have one
@@ -113,25 +49,26 @@ struct Case {
 
 unsigned first_seed = 0;  // of problems and launches
 
+constexpr int64_t kAlignment = 16;  // bytes, of what XLA allocates at least
+
 class Call {
  public:
   Call(const Case& c, unsigned seed)
       : case_(c),
         random_(first_seed + seed),
         problem_(MakeProblem()),
-        query_(c.dtype, problem_.rows * problem_.heads * c.head_size, c.aligned),
-        key_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.head_size,
-             c.aligned),
-        value_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.value_size,
-               c.aligned),
-        compressed_(c.dtype, c.gated ? problem_.rows * problem_.heads * c.value_size : 0),
-        gates_(problem_.gates_dtype, c.gated ? problem_.rows * problem_.heads * 3 : 0),
-        attention_{{problem_.attention_dtype, AttentionSize(kSelected)},
-                   {problem_.attention_dtype, AttentionSize(kWindow)}},
-        lse_{Buffer(LseSize(kSelected)), Buffer(LseSize(kWindow))},
-        table_(4 * c.sequences * c.pages),
-        ids_(4 * problem_.rows * c.key_value_heads * c.select_count),
-        int_operands_{Buffer(4 * c.sequences), Buffer(4 * c.sequences), Buffer(4 * c.sequences)} {
+        query_(Operand(problem_.rows * problem_.heads * c.head_size)),
+        key_(Operand(problem_.num_pages * c.page_size * c.key_value_heads * c.head_size)),
+        value_(Operand(problem_.num_pages * c.page_size * c.key_value_heads * c.value_size)),
+        compressed_(c.dtype, c.gated ? problem_.rows * problem_.heads * c.value_size : 0,
+                    kAlignment),
+        gates_(problem_.gates_dtype, c.gated ? problem_.rows * problem_.heads * 3 : 0, kAlignment),
+        attention_{Buffer(AttentionSize(kSelected), kAlignment),
+                   Buffer(AttentionSize(kWindow), kAlignment)},
+        lse_{Buffer(LseSize(kSelected), kAlignment), Buffer(LseSize(kWindow), kAlignment)},
+        table_(4 * c.sequences * c.pages, kAlignment),
+        ids_(4 * problem_.rows * c.key_value_heads * c.select_count, kAlignment),
+        arrays_(MakeArrays()) {
     DrawIds();
     FillPages();
     std::normal_distribution<float> normal;
@@ -141,7 +78,6 @@ class Call {
     for (int i = 0; i < c.nans; ++i) {
       const int64_t head = Random(static_cast<int>(problem_.rows * problem_.heads));
       query_.Set(head * c.head_size, NAN);
-      nan_heads_.insert(head);
     }
     if (c.gated) {
       for (int64_t i = 0; i < problem_.rows * problem_.heads * c.value_size; ++i) {
@@ -150,40 +86,23 @@ class Call {
       std::uniform_real_distribution<float> gate(0.1f, 1.0f);
       for (int64_t i = 0; i < problem_.rows * problem_.heads * 3; ++i) gates_.Set(i, gate(random_));
     }
-    const std::vector<int>* operands[] = {&lengths_, &counts_, &first_rows_};
-    for (int i = 0; i < 3; ++i) {
-      std::memcpy(int_operands_[i].data(), operands[i]->data(), 4 * c.sequences);
-    }
   }
+
+  const Problem& problem() const { return problem_; }
+  // Operands, and where results are written.
+  const Arrays& arrays() const { return arrays_; }
 
   // The results' bits from one launch.
   std::string Run(uint64_t seed, const std::string& context) {
     emulated_cuda::seed = seed;
     const Plan plan = MakePlan(problem_);
-    Buffer workspace(WorkspaceBytes(problem_));
+    Buffer workspace(WorkspaceBytes(problem_), kAlignment);
     emulated_cuda::FillWithGarbage(workspace.data(), workspace.size());
     for (const Buffer* buffer : Results()) {
       std::memset(buffer->data(), seed % 2 ? 0x77 : 0xee, buffer->size());
     }
-    Arrays arrays = {};
-    arrays.query = query_.buffer().data();
-    arrays.key = key_.buffer().data();
-    arrays.value = value_.buffer().data();
-    arrays.block_table = table_.as<int32_t>();
-    arrays.lengths = int_operands_[0].as<int32_t>();
-    if (case_.tokens > 1 || case_.packed) arrays.token_counts = int_operands_[1].as<int32_t>();
-    if (case_.packed) arrays.first_rows = int_operands_[2].as<int32_t>();
-    if (case_.select_count > 0) arrays.topk_indices = ids_.as<int32_t>();
-    if (Wants(kSelected)) arrays.attention = attention_[kSelected].buffer().data();
-    if (Wants(kWindow)) arrays.window_attention = attention_[kWindow].buffer().data();
-    if (LseSize(kSelected) > 0) arrays.lse = lse_[kSelected].as<float>();
-    if (LseSize(kWindow) > 0) arrays.window_lse = lse_[kWindow].as<float>();
-    if (case_.gated) {
-      arrays.compressed = compressed_.buffer().data();
-      arrays.gates = gates_.buffer().data();
-    }
     EXPECT(Refuses(problem_) == nullptr) << context;
-    EXPECT(Launch(problem_, arrays, workspace.data(), workspace.size(), nullptr) == cudaSuccess)
+    EXPECT(Launch(problem_, arrays_, workspace.data(), workspace.size(), nullptr) == cudaSuccess)
         << context;
     for (int64_t i = 0; plan.merged && i < plan.items * plan.all_parts(); ++i) {
       EXPECT(workspace.as<uint64_t>()[i] >> 32 != 0x6a61785f) << context << ": a raised flag";
@@ -193,39 +112,45 @@ class Call {
     return bits;
   }
 
-  // Compares the last run's results with plain loops.
-  void Check(const std::string& context) const {
-    std::vector<bool> owned(problem_.rows);
-    for (int b = 0; b < case_.sequences; ++b) {
-      for (int t = 0; t < owned_[b]; ++t) {
-        owned[first_rows_[b] + t] = true;
-        for (int h = 0; h < case_.key_value_heads; ++h) {
-          CheckHead(b, t, h,
-                    context + ", sequence " + std::to_string(b) + " of length " +
-                        std::to_string(lengths_[b]) + " token " + std::to_string(t) + " kv head " +
-                        std::to_string(h));
-        }
-      }
-    }
-    for (int64_t row = 0; row < problem_.rows; ++row) {
-      for (int64_t n = 0; !owned[row] && n < problem_.heads; ++n) {
-        CheckFilled(row * problem_.heads + n, false, context + ", row of no sequence");
-      }
-    }
-  }
-
  private:
   bool Wants(int kind) const {
     return kind == kSelected ? case_.select_count > 0 : case_.window_size > 0 && !case_.gated;
   }
   int64_t AttentionSize(int kind) const {
-    return Wants(kind) ? problem_.rows * problem_.heads * case_.value_size : 0;
+    const int64_t size = testing::SizeOf(problem_.attention_dtype);
+    return Wants(kind) ? problem_.rows * problem_.heads * case_.value_size * size : 0;
   }
   int64_t LseSize(int kind) const {
     return Wants(kind) && case_.wants_lse && !case_.gated ? 4 * problem_.rows * problem_.heads : 0;
   }
   std::vector<const Buffer*> Results() const {
-    return {&attention_[0].buffer(), &attention_[1].buffer(), &lse_[0], &lse_[1]};
+    return {&attention_[0], &attention_[1], &lse_[0], &lse_[1]};
+  }
+
+  Elements Operand(int64_t count) const {
+    return Elements(case_.dtype, count, kAlignment,
+                    case_.aligned ? 0 : testing::SizeOf(case_.dtype));
+  }
+
+  Arrays MakeArrays() const {
+    Arrays arrays = {};
+    arrays.query = query_.data();
+    arrays.key = key_.data();
+    arrays.value = value_.data();
+    arrays.block_table = table_.as<int32_t>();
+    arrays.lengths = lengths_.data();
+    if (case_.tokens > 1 || case_.packed) arrays.token_counts = counts_.data();
+    if (case_.packed) arrays.first_rows = first_rows_.data();
+    if (case_.select_count > 0) arrays.topk_indices = ids_.as<int32_t>();
+    if (Wants(kSelected)) arrays.attention = attention_[kSelected].data();
+    if (Wants(kWindow)) arrays.window_attention = attention_[kWindow].data();
+    if (LseSize(kSelected) > 0) arrays.lse = lse_[kSelected].as<float>();
+    if (LseSize(kWindow) > 0) arrays.window_lse = lse_[kWindow].as<float>();
+    if (case_.gated) {
+      arrays.compressed = compressed_.data();
+      arrays.gates = gates_.data();
+    }
+    return arrays;
   }
 
   int Random(int below) { return static_cast<int>(random_() % below); }
@@ -314,45 +239,6 @@ class Call {
     }
   }
 
-  int64_t Limit(int b, int t) const { return int64_t{lengths_[b]} - (counts_[b] - 1 - t); }
-
-  // Positions that a row and head attends to, here, some of them twice.
-  std::vector<int> Positions(int b, int t, int h, int kind) const {
-    const int64_t limit = Limit(b, t);
-    std::vector<int> positions;
-    const auto add = [&](int64_t first, int64_t end) {
-      const int64_t last = std::min({end, limit, int64_t{capacity()}});
-      for (int64_t i = std::max<int64_t>(first, 0); i < last; ++i) {
-        positions.push_back(static_cast<int>(i));
-      }
-    };
-    if (kind == kWindow) {
-      if (case_.window_size > 0) add(limit - case_.window_size, limit);
-    } else {
-      for (int i = 0; i < case_.select_count; ++i) {
-        const int64_t id = Ids(b, t, h)[i];
-        if (id >= 0 && id < NumBlocks(b)) add(id * case_.block_size, (id + 1) * case_.block_size);
-      }
-    }
-    return positions;
-  }
-
-  bool IsFaulty(int b, int t, int h) const {
-    if (faulty_[b]) return true;
-    if (t >= counts_[b]) return false;
-    for (int i = 0; i < case_.select_count && !case_.partial; ++i) {
-      const int id = Ids(b, t, h)[i];
-      if (id < -1 || id >= NumBlocks(b)) return true;
-    }
-    for (int kind = 0; kind < kKinds; ++kind) {
-      for (int i : Positions(b, t, h, kind)) {
-        const int page = table_.as<int32_t>()[b * case_.pages + i / case_.page_size];
-        if (page < 0 || page >= problem_.num_pages) return true;
-      }
-    }
-    return false;
-  }
-
   // Pages in random order; what no row needs is NaN, and has illegal ids.
   void FillPages() {
     const int64_t keys = case_.key_value_heads * case_.head_size;
@@ -370,8 +256,11 @@ class Call {
       std::set<int> needed;
       for (int t = 0; t < counts_[b] && !faulty_[b]; ++t) {
         for (int h = 0; h < case_.key_value_heads; ++h) {
-          for (int kind = 0; kind < kKinds; ++kind) {
-            for (int i : Positions(b, t, h, kind)) needed.insert(i / case_.page_size);
+          const int64_t row = first_rows_[b] + t, limit = lengths_[b] - (counts_[b] - 1 - t);
+          for (Reference::Kind kind : Reference::kKinds) {
+            for (int64_t i : Reference::Positions(problem_, arrays_, row, h, limit, kind)) {
+              needed.insert(static_cast<int>(i / case_.page_size));
+            }
           }
         }
       }
@@ -399,238 +288,179 @@ class Call {
            i % case_.page_size;
   }
 
-  // Results of nothing at all.
-  void CheckFilled(int64_t head, bool faulty, const std::string& context) const {
-    const auto is_filled = [&](float x, float sound) {
-      return faulty ? std::isnan(x) : x == sound;
-    };
-    bool filled = true;
-    for (int kind = 0; kind < kKinds; ++kind) {
-      if (LseSize(kind) > 0) filled &= is_filled(lse_[kind].as<float>()[head], -INFINITY);
-      for (int c = 0; Wants(kind) && c < case_.value_size; ++c) {
-        filled &= is_filled(attention_[kind].Get(head * case_.value_size + c), 0.0f);
-      }
-    }
-    EXPECT(filled) << context << ": results of nothing at all";
-  }
-
-  void CheckHead(int b, int t, int h, const std::string& context) const {
-    const int D = case_.head_size, Dv = case_.value_size, group = case_.group;
-    const int64_t row = first_rows_[b] + t, heads = problem_.heads;
-    const bool faulty = IsFaulty(b, t, h);
-    for (int g = 0; g < group; ++g) {
-      const int64_t head = row * heads + h * group + g;
-      if (faulty || t >= counts_[b]) {
-        CheckFilled(head, faulty, context);
-        continue;
-      }
-      // The gated sum, and what rounding may have cost it.
-      std::vector<double> sum(Dv), scale(Dv);
-      bool any_nan = false;
-      for (int kind = 0; kind < kKinds; ++kind) {
-        if (!Wants(kind) && !case_.gated) continue;
-        const std::vector<int> positions = Positions(b, t, h, kind);
-        const bool nan = nan_heads_.count(head) > 0 && !positions.empty();
-        any_nan |= nan;
-        std::vector<double> p;
-        for (int i : positions) {
-          const int64_t at = (PoolRow(b, i) * case_.key_value_heads + h) * D;
-          double score = 0;
-          for (int c = 0; c < D; ++c) score += double{query_.Get(head * D + c)} * key_.Get(at + c);
-          p.push_back(score * double{problem_.scale});
-        }
-        const double peak = p.empty() ? 0 : *std::max_element(p.begin(), p.end());
-        double total = 0;
-        for (double& x : p) total += x = std::exp(x - peak);
-        std::vector<double> attention(Dv), squares(Dv);
-        for (size_t n = 0; n < positions.size(); ++n) {
-          const int64_t at = (PoolRow(b, positions[n]) * case_.key_value_heads + h) * Dv;
-          for (int c = 0; c < Dv; ++c) {
-            const double term = p[n] / total * value_.Get(at + c);
-            attention[c] += term;
-            squares[c] += term * term;
-          }
-        }
-        for (int c = 0; c < Dv; ++c) squares[c] = std::max(squares[c], attention[c] * attention[c]);
-        const std::string what =
-            context + " head " + std::to_string(g) + (kind == kWindow ? " window" : " selected");
-        if (!case_.gated) {
-          CompareAttention(kind, head, nan, attention, squares, what);
-          if (LseSize(kind) == 0) continue;
-          const float got = lse_[kind].as<float>()[head];
-          const double lse = positions.empty() ? -INFINITY : peak + std::log(total);
-          EXPECT(nan                 ? std::isnan(got)
-                 : positions.empty() ? got == -INFINITY
-                                     : std::abs(got - lse) <= 1e-4)
-              << what << ": lse is " << got << ", expected " << lse;
-          continue;
-        }
-        const double gate = gates_.Get(3 * head + 1 + kind);
-        for (int c = 0; c < Dv; ++c) {
-          sum[c] += gate * attention[c];
-          scale[c] += gate * gate * squares[c];
-        }
-      }
-      if (!case_.gated) continue;
-      for (int c = 0; c < Dv; ++c) {
-        const double term = double{gates_.Get(3 * head)} * compressed_.Get(head * Dv + c);
-        sum[c] += term;
-        scale[c] += term * term;
-      }
-      CompareAttention(kSelected, head, any_nan, sum, scale,
-                       context + " head " + std::to_string(g));
-    }
-  }
-
-  void CompareAttention(int kind, int64_t head, bool nan, const std::vector<double>& expected,
-                        const std::vector<double>& squares, const std::string& context) const {
-    const double accuracy = case_.dtype == DataType::kBFloat16  ? 4e-3
-                            : case_.dtype == DataType::kFloat16 ? 6e-4
-                                                                : 1e-5;
-    double error = 0, norm = 0;
-    bool all_nan = true;
-    for (int c = 0; c < case_.value_size; ++c) {
-      const float got = attention_[kind].Get(head * case_.value_size + c);
-      all_nan &= std::isnan(got);
-      error += (got - expected[c]) * (got - expected[c]);
-      norm += squares[c];
-    }
-    if (nan) {
-      EXPECT(all_nan) << context << ": results of a query that is NaN";
-    } else {
-      EXPECT(std::sqrt(error) <= accuracy * std::sqrt(norm))
-          << context << ": attention off by " << std::sqrt(error) << " of " << std::sqrt(norm);
-    }
-  }
-
   const Case case_;
   std::mt19937 random_;
-  std::vector<int> lengths_, counts_, owned_, first_rows_;
+  std::vector<int32_t> lengths_, counts_, owned_, first_rows_;
   std::vector<bool> faulty_;
-  std::set<int64_t> nan_heads_;
   Problem problem_;
   Elements query_, key_, value_, compressed_, gates_;
-  Elements attention_[kKinds];
-  Buffer lse_[kKinds];
+  Buffer attention_[kKinds], lse_[kKinds];
   Buffer table_, ids_;
-  Buffer int_operands_[3];
+  Arrays arrays_;
 };
 
 std::vector<Case> Cases() {
   constexpr DataType kBf16 = DataType::kBFloat16, kF16 = DataType::kFloat16,
                      kF32 = DataType::kFloat32;
   std::vector<Case> cases;
+  const auto add = [&](const std::string& name, auto set) {
+    Case c;
+    c.name = name;
+    set(c);
+    cases.push_back(c);
+  };
+  // The last case again, but for some of it.
+  const auto add_variant = [&](const std::string& name, auto set) {
+    Case c = cases.back();
+    c.name += ", " + name;
+    set(c);
+    cases.push_back(c);
+  };
+  const auto gated = [](Case& c) { c.gated = true; };
   // Each kernel with its own sizes, with smaller ones, and with some that leave nothing aligned.
   const std::pair<int, int> sizes[] = {{64, 64}, {40, 24},   {33, 7},    {128, 128}, {72, 96},
                                        {65, 65}, {192, 128}, {136, 128}, {191, 127}};
   for (DataType dtype : {kBf16, kF16, kF32}) {
     for (const auto& [head, value] : sizes) {
-      const std::string name = "dtype " + std::to_string(static_cast<int>(dtype)) + ", " +
-                               std::to_string(head) + " and " + std::to_string(value);
-      Case c = {name, dtype, 2, 1, 4, 2, head, value, 32, 20, 64, 5, 100, 1};
-      cases.push_back(c);
-      if (head != 64) continue;
-      c.name += ", unaligned";
-      c.aligned = c.wants_lse = false;
-      cases.push_back(c);
+      const int head_size = head, value_size = value;
+      add("dtype " + std::to_string(static_cast<int>(dtype)) + ", " + std::to_string(head) +
+              " and " + std::to_string(value),
+          [=](Case& c) {
+            c.dtype = dtype;
+            c.sequences = 2, c.tokens = 1, c.shortest = 1;
+            c.head_size = head_size, c.value_size = value_size;
+            c.page_size = 32, c.pages = 20;
+            c.select_count = 5, c.window_size = 100;
+          });
+      if (head == 64) add_variant("unaligned", [](Case& c) { c.aligned = c.wants_lse = false; });
     }
   }
   for (int group : {1, 2, 4, 8, 16, 32, 64, 128}) {
+    const auto usual = [=](Case& c) {
+      c.sequences = 2, c.shortest = 70;
+      c.group = group, c.value_size = 16;
+      c.page_size = 16, c.pages = 19;
+      c.block_size = 32, c.window_size = 130;
+    };
     const std::string name = "group " + std::to_string(group);
-    Case c = {name, kBf16, 2, 2, group, 2, 32, 16, 16, 19, 32, 9, 130, 70};
-    cases.push_back(c);
-    c.name += ", gated";
-    c.gated = true;
-    c.dtype = kF16;
-    c.float_gates = group % 3 == 1;
-    cases.push_back(c);
+    add(name, usual);
+    add_variant("gated", [=](Case& c) {
+      c.gated = true;
+      c.dtype = kF16;
+      c.float_gates = group % 3 == 1;
+    });
     if (group < 32) continue;
-    c = {name + ", float32", kF32, 1, 1, group, 1, 32, 16, 16, 19, 32, 9, 130, 70};
-    cases.push_back(c);
+    add(name + ", float32", [=](Case& c) {
+      usual(c);
+      c.dtype = kF32;
+      c.sequences = c.tokens = c.key_value_heads = 1;
+    });
   }
   // Few columns, over which errors do not average out.
-  cases.push_back({"one column", kBf16, 3, 2, 128, 2, 1, 1, 16, 8, 32, 3, 20, 60});
-  cases.push_back({"two columns", kF16, 3, 2, 128, 2, 4, 2, 16, 8, 32, 3, 20, 60});
+  const auto few = [](Case& c) {
+    c.group = 128;
+    c.head_size = c.value_size = 1;
+    c.page_size = 16, c.shortest = 60;
+    c.block_size = 32, c.select_count = 3, c.window_size = 20;
+  };
+  add("one column", few);
+  add("two columns", [=](Case& c) {
+    few(c);
+    c.dtype = kF16;
+    c.head_size = 4, c.value_size = 2;
+  });
   // Pages and blocks of all proportions.
   for (int page : {16, 48, 64, 112, 128, 256}) {
     for (int block = 16; block <= 128; block += 16) {
-      const std::string name = "page " + std::to_string(page) + ", block " + std::to_string(block);
-      Case c = {name, kBf16, 3, 2, 2, 1, 16, 16, page, 700 / page, block, 4, 77, 0};
-      c.packed = block % 32 == 0;
-      c.partial = block % 48 == 0;
-      cases.push_back(c);
+      add("page " + std::to_string(page) + ", block " + std::to_string(block), [=](Case& c) {
+        c.group = 2, c.key_value_heads = 1;
+        c.head_size = c.value_size = 16;
+        c.page_size = page, c.pages = 700 / page;
+        c.block_size = block, c.select_count = 4, c.window_size = 77;
+        c.packed = block % 32 == 0;
+        c.partial = block % 48 == 0;
+      });
     }
   }
   // One attention alone; of no size at all, and larger than the sequence.
-  Case alone = {"selected alone", kBf16, 3, 2, 4, 2, 32, 32, 64, 6, 64, 7, 0, 0};
-  cases.push_back(alone);
-  alone = {"window alone", kBf16, 5, 3, 4, 2, 32, 32, 64, 6, 0, 0, 100, 0};
-  cases.push_back(alone);
-  alone.name = "window of one";
-  alone.window_size = 1;
-  cases.push_back(alone);
-  alone.name = "window without end";
-  alone.window_size = std::numeric_limits<int>::max();
-  cases.push_back(alone);
+  add("selected alone", [](Case& c) { c.select_count = 7, c.window_size = 0, c.pages = 6; });
+  const auto window = [](int size) {
+    return [=](Case& c) {
+      c.sequences = 5, c.tokens = 3, c.pages = 6;
+      c.select_count = 0, c.window_size = size;
+    };
+  };
+  add("window alone", window(100));
+  add("window of one", window(1));
+  add("window without end", window(std::numeric_limits<int>::max()));
   // Whole attentions, and parts of several tiles for each warp.
-  cases.push_back({"many rows", kBf16, 150, 1, 1, 2, 16, 16, 64, 8, 64, 6, 160, 0});
-  cases.push_back({"longer parts", kBf16, 9, 4, 2, 1, 16, 16, 128, 30, 128, 40, 2000, 3000});
-  cases.push_back({"longest parts", kBf16, 1, 1, 2, 1, 16, 16, 256, 80, 128, 90, 20000, 19000});
+  const auto small = [](Case& c) { c.head_size = c.value_size = 16; };
+  add("many rows", [=](Case& c) {
+    small(c);
+    c.sequences = 150, c.tokens = 1;
+    c.group = 1;
+    c.select_count = 6, c.window_size = 160;
+  });
+  add("longer parts", [=](Case& c) {
+    small(c);
+    c.sequences = 9, c.tokens = 4, c.shortest = 3000;
+    c.group = 2, c.key_value_heads = 1;
+    c.page_size = 128, c.pages = 30;
+    c.block_size = 128, c.select_count = 40, c.window_size = 2000;
+  });
+  add("longest parts", [=](Case& c) {
+    small(c);
+    c.sequences = c.tokens = 1, c.shortest = 19000;
+    c.group = 2, c.key_value_heads = 1;
+    c.page_size = 256, c.pages = 80;
+    c.block_size = 128, c.select_count = 90, c.window_size = 20000;
+  });
   // Packed rows of many sequences.
   for (int sequences : {1, 31, 33, 70, 1100}) {
-    Case c = {"packed, " + std::to_string(sequences),
-              kBf16,
-              sequences,
-              2,
-              1,
-              1,
-              16,
-              16,
-              16,
-              3,
-              16,
-              2,
-              20,
-              0};
+    add("packed, " + std::to_string(sequences), [=](Case& c) {
+      small(c);
+      c.sequences = sequences;
+      c.group = c.key_value_heads = 1;
+      c.page_size = 16, c.pages = 3;
+      c.block_size = 16, c.select_count = 2, c.window_size = 20;
+      c.packed = true;
+    });
+  }
+  add("tokens", [](Case& c) {
+    c.dtype = kF16;
+    c.sequences = c.tokens = 5;
+    c.group = 8;
+    c.head_size = 72, c.value_size = 40;
+    c.page_size = 48, c.pages = 6;
+    c.block_size = 48, c.select_count = 5, c.window_size = 64;
     c.packed = true;
-    cases.push_back(c);
-  }
-  Case tokens = {"tokens", kF16, 5, 5, 8, 2, 72, 40, 48, 6, 48, 5, 64, 0};
-  tokens.packed = true;
-  cases.push_back(tokens);
-  tokens.name = "tokens, gated";
-  tokens.gated = true;
-  cases.push_back(tokens);
-  Case partial = {"partial", kBf16, 8, 3, 4, 2, 32, 32, 64, 6, 32, 12, 200, 0};
-  partial.partial = partial.float_results = true;
-  cases.push_back(partial);
+  });
+  add_variant("gated", gated);
+  add("partial", [](Case& c) {
+    c.sequences = 8, c.tokens = 3, c.pages = 6;
+    c.block_size = 32, c.select_count = 12;
+    c.partial = c.float_results = true;
+  });
   // Faults.
-  Case faulty = {"bad ids", kBf16, 9, 2, 4, 2, 32, 32, 64, 8, 64, 9, 200, 0};
-  faulty.bad_ids = 6;
-  cases.push_back(faulty);
-  faulty.name = "bad ids, gated";
-  faulty.gated = true;
-  cases.push_back(faulty);
-  faulty = {"bad pages", kBf16, 9, 2, 4, 2, 32, 32, 64, 8, 64, 9, 200, 0};
-  faulty.bad_pages = 6;
-  cases.push_back(faulty);
-  faulty.name = "bad pages, window alone";
-  faulty.select_count = 0;
-  cases.push_back(faulty);
-  for (bool packed : {false, true}) {
-    faulty = {"faults", kBf16, 9, 3, 4, 2, 32, 32, 64, 8, 64, 9, 200, 0};
-    faulty.faults = true;
-    faulty.packed = packed;
-    if (packed) faulty.name += ", packed";
-    // Of packed rows, a count too large takes another sequence's; it is seen all the same.
-    cases.push_back(faulty);
-    faulty.name += ", gated";
-    faulty.gated = true;
-    cases.push_back(faulty);
-  }
-  Case nans = {"NaN queries", kBf16, 5, 3, 8, 2, 64, 32, 16, 40, 64, 12, 100, 1};
-  nans.nans = 9;
-  cases.push_back(nans);
+  add("bad ids", [](Case& c) { c.sequences = 9, c.bad_ids = 6; });
+  add_variant("gated", gated);
+  add("bad pages", [](Case& c) { c.sequences = 9, c.bad_pages = 6; });
+  add_variant("window alone", [](Case& c) { c.select_count = 0; });
+  add("faults", [](Case& c) { c.sequences = 9, c.tokens = 3, c.faults = true; });
+  add_variant("gated", gated);
+  // Of packed rows, a count too large takes another sequence's; it is seen all the same.
+  add("faults, packed", [](Case& c) {
+    c.sequences = 9, c.tokens = 3, c.faults = true;
+    c.packed = true;
+  });
+  add_variant("gated", gated);
+  add("NaN queries", [](Case& c) {
+    c.sequences = 5, c.tokens = 3, c.shortest = 1;
+    c.group = 8, c.head_size = 64;
+    c.page_size = 16, c.pages = 40;
+    c.select_count = 12, c.window_size = 100;
+    c.nans = 9;
+  });
   return cases;
 }
 
@@ -639,6 +469,7 @@ constexpr int kDevices[] = {0, 6, 12};
 
 void Test(const Case& c, unsigned number) {
   Call call(c, number);
+  Reference reference(call.problem(), call.arrays());
   static uint64_t seed = first_seed;
   for (int id : kDevices) {
     if (id != kDevices[number % 3] && c.dtype != DataType::kFloat32) continue;
@@ -647,7 +478,7 @@ void Test(const Case& c, unsigned number) {
                                 std::to_string(emulated_cuda::kDevices[id].shared_bytes) +
                                 " bytes of shared memory";
     const std::string bits = call.Run(++seed, context);
-    call.Check(context);
+    reference.Check(call.arrays(), context);
     EXPECT(bits == call.Run(++seed, context)) << context << ": other bits in another order";
   }
 }

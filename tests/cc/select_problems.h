@@ -3,12 +3,8 @@
 #ifndef JAX_NSA_TESTS_SELECT_PROBLEMS_H_
 #define JAX_NSA_TESTS_SELECT_PROBLEMS_H_
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <random>
 #include <vector>
 
@@ -17,62 +13,6 @@
 namespace jax_nsa::testing {
 
 using select_attention::Problem;
-
-inline int64_t SizeOf(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
-
-// Of a value that all types hold, or NaN.
-inline void Encode(DataType dtype, float value, char* target) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (dtype == DataType::kFloat32) {
-    std::memcpy(target, &bits, sizeof bits);
-    return;
-  }
-  uint16_t half = static_cast<uint16_t>(bits >> 16);
-  if (dtype == DataType::kFloat16) {
-    const uint32_t exponent = (bits >> 23 & 255) - 112;
-    half = static_cast<uint16_t>((bits >> 16 & 0x8000) | exponent << 10 | (bits >> 13 & 1023));
-    if (value == 0) half = 0;
-    if (std::isnan(value)) half = 0x7e00;
-  }
-  std::memcpy(target, &half, sizeof half);
-}
-
-inline double Decode(DataType dtype, const char* source) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, source, SizeOf(dtype));
-  if (dtype == DataType::kFloat16) {
-    const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    const double size = exponent == 31 ? (mantissa ? std::nan("") : INFINITY)
-                        : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
-                                       : std::ldexp(mantissa, -24);
-    return bits >> 15 ? -size : size;
-  }
-  if (dtype == DataType::kBFloat16) bits <<= 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// Elements that end where a page of memory begins that must not be touched.
-class Pool {
- public:
-  explicit Pool(int64_t bytes) : size_((bytes + 4095) / 4096 * 4096 + 8192) {
-    memory_ = static_cast<char*>(
-        mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(memory_, 4096, PROT_NONE);
-    mprotect(memory_ + size_ - 4096, 4096, PROT_NONE);
-    data_ = memory_ + size_ - 4096 - bytes;
-  }
-  ~Pool() { munmap(memory_, size_); }
-  Pool(const Pool&) = delete;
-  Pool& operator=(const Pool&) = delete;
-  char* data() { return data_; }
-
- private:
-  int64_t size_;
-  char *memory_, *data_;
-};
 
 struct Case {
   Problem problem = {};
