@@ -297,13 +297,20 @@ def test_refuses(changes, error, message):
         call(**ARGUMENTS | changes)
 
 
-@pytest.mark.parametrize(("changes", "error", "message"), REFUSED[::7])
+def traceable(array):
+    """Whether JAX takes a host array as it is: not in twice its precision, or in bytes reversed."""
+    return (
+        type(array) is np.ndarray
+        and array.dtype.isnative
+        and jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    )
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED)
 def test_refuses_under_jit(changes, error, message):
-    """The same rules while tracing, where arrays have shapes but no values."""
+    """The same rules while tracing, where arrays that JAX can have are shapes without values."""
     arguments = ARGUMENTS | changes
-    arrays = {
-        n: arguments.pop(n) for n in ("query", "key", "value") if type(arguments[n]) is np.ndarray
-    }
+    arrays = {n: arguments.pop(n) for n in ("query", "key", "value") if traceable(arguments[n])}
     with pytest.raises(error, match=f"(?s){message}"):
         jax.jit(lambda arrays: call(**arguments, **arrays))(arrays)
 
