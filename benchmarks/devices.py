@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import measure
-from benchmarks.shapes import SHAPES, operator, problem_sets
+from benchmarks.compress_attention import BENCHMARK
+from jax_nsa.shapes import SHAPES
 
 # Which axes of (query, key, value, block table, lengths) are split.
 SPLITS = {
@@ -27,15 +28,16 @@ SPLITS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.devices", description=__doc__)
-    parser.add_argument("shape", nargs="?", default="b128", choices=list(SHAPES))
+    parser.add_argument("shape", nargs="?", default="b128", choices=BENCHMARK.shapes)
     parser.add_argument("--repeat", type=int, default=10)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     devices = jax.devices()
-    print(f"{arguments.shape} on {len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}")
+    print(f"{arguments.shape}, {shape}")
+    print(f"on {len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}")
 
-    sets = problem_sets(shape)
-    run = operator(shape, None)
+    sets = BENCHMARK.operands(shape)
+    run = BENCHMARK.call(shape, None)
     expected = jax.jit(run)(*sets[0])
     alone = measure.DeviceTimer({"alone": run}, sets)
     one = statistics.median(alone.sample("alone", i) for i in range(arguments.repeat))

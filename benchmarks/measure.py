@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Sets = Sequence[tuple[jax.Array, ...]]
 
@@ -32,7 +29,7 @@ class HostTimer:
             jax.block_until_ready(run(*sets[0]))
 
     def sample(self, name: str, i: int) -> float:
-        """Seconds of the i-th call."""
+        """Seconds of the i-th call, of the set whose turn it is."""
         operands = self._sets[i % len(self._sets)]
         return seconds(lambda: self._runs[name](*operands))
 
@@ -70,27 +67,6 @@ class DeviceTimer:
             lambda: [program(self._sets, self._queries) for _ in range(self.PROGRAMS)]
         )
         return elapsed / (self.PROGRAMS * self.CALLS)
-
-
-class HostBandwidth:
-    """Bytes a second that all cores together read from memory, by NumPy in threads."""
-
-    WORKER_BYTES = 256 << 20
-
-    def __init__(self) -> None:
-        workers = len(os.sched_getaffinity(0))
-        self._bytes = workers * self.WORKER_BYTES
-        data = np.random.default_rng(0).integers(1, 2**62, self._bytes // 8)
-        self._pool = concurrent.futures.ThreadPoolExecutor(workers)
-        self._parts = np.split(data, 2 * workers)
-
-    def sample(self) -> float:
-        """The better of two ways to read it all."""
-        best = 0.0
-        for read in (np.bitwise_or.reduce, np.add.reduce):
-            elapsed = seconds(lambda read=read: list(self._pool.map(read, self._parts)))
-            best = max(best, self._bytes / elapsed)
-        return best
 
 
 class DeviceBandwidth:

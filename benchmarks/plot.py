@@ -13,14 +13,21 @@ COLORS = {"cuda": "#4c8c2b", "cpu": "#0f7c8f", "reference": "#9aa7b0", "torch at
 
 
 def draw(reports: list[dict], path: str) -> None:
-    """Draws one panel for each report."""
+    """Draws one panel for each report and operator."""
+    reports = [
+        report | {"operator": name, "rows": [r for r in report["rows"] if r["operator"] == name]}
+        for report in reports
+        for name in dict.fromkeys(row["operator"] for row in report["rows"])
+    ]
     plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.labelcolor": INK})
     figure, panels = plt.subplots(
         len(reports), 1, figsize=(9, 0.4 + 3.1 * len(reports)), layout="constrained", squeeze=False
     )
     for axes, report in zip(panels[:, 0], reports, strict=True):
         rows = report["rows"]
-        names = sorted({n for row in rows for n in row["seconds"]}, key=list(COLORS).index)
+        names = sorted(
+            {n for row in rows for n in row["seconds"] if n in COLORS}, key=list(COLORS).index
+        )
         width = 0.8 / len(names)
         for i, name in enumerate(names):
             x = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * width
@@ -45,7 +52,9 @@ def draw(reports: list[dict], path: str) -> None:
         axes.set_ylim(0, 112)
         axes.axhline(100, color=INK, linewidth=0.8)
         machine = report["machine"]
-        axes.set_title(f"{machine['device']}, {machine['date']}", loc="left", fontsize=11)
+        axes.set_title(
+            f"{report['operator']}: {machine['device']}, {machine['date']}", loc="left", fontsize=11
+        )
         axes.set_ylabel("% of read bandwidth")
         axes.spines[:].set_visible(False)
         axes.yaxis.grid(True, color=FAINT, linewidth=0.5)

@@ -15,18 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa.blocks import Blocks
 from jax_nsa.compress.door import nsa_compress_infer
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
 from jax_nsa.select_attention.door import nsa_select_attention_infer
+from jax_nsa.shapes import SHAPES
 from jax_nsa.step import PagedKV, nsa_decode_step
 
-SEQUENCES, TOKENS, PAGE = 4, 4096, 128
-HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 8, 2, 192, 128
-BLOCKS = Blocks(compress_block_size=32, compress_stride=16, select_block_size=64)
-SELECT_COUNT, WINDOW = 16, 512
+SHAPE = SHAPES["trial"]
+SEQUENCES, LENGTH, TOKENS, PAGE = SHAPE.sequences, SHAPE.length, int(SHAPE.tokens[0]), SHAPE.page
+HEADS, KEY_VALUE_HEADS = SHAPE.heads, SHAPE.key_value_heads
+HEAD_SIZE, VALUE_SIZE = SHAPE.head_size, SHAPE.value_size
+BLOCKS, SELECT_COUNT, WINDOW = SHAPE.blocks, SHAPE.select_count, SHAPE.window
 SCALE = 0.25  # sharp enough that blocks differ, and not so sharp that one takes all
-LENGTH = BLOCKS.compressed_length(TOKENS)
 CHOOSABLE = BLOCKS.num_blocks(LENGTH)
 
 # What rounding explains: half a unit in the last place of bfloat16 for each of probabilities and
