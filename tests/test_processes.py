@@ -6,21 +6,21 @@ import pathlib
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-PROGRAM = pathlib.Path(__file__).parents[1] / "examples" / "multi_process.py"
+HERE = pathlib.Path(__file__).parent
 
 
-@pytest.mark.timeout(240)
-def test_two_processes_agree_with_one():
+def run_two(command: Callable[[str, int], list[str]]) -> list[str]:
+    """What two processes print, each started by `command(coordinator, its number)`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    command = [sys.executable, str(PROGRAM), "--coordinator", coordinator, "--processes", "2"]
     processes = [
         subprocess.Popen(
-            [*command, "--process", str(i), "--cpu-devices", "2"],
+            [sys.executable, *command(coordinator, i)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for i in range(2)
@@ -32,5 +32,27 @@ def test_two_processes_agree_with_one():
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
+    return outputs
+
+
+@pytest.mark.timeout(240)
+def test_compressed_attention():
+    program = HERE.parent / "examples" / "multi_process.py"
+    outputs = run_two(
+        lambda coordinator, i: [
+            str(program), "--coordinator", coordinator, "--processes", "2", "--process", str(i),
+            "--cpu-devices", "2",
+        ]
+    )  # fmt: skip
+    for output in outputs:
         for road in ("batch and heads", "context"):
             assert f"{road}: agrees with one device" in output
+
+
+@pytest.mark.timeout(240)
+def test_selected_attention_and_the_whole_step():
+    program = HERE / "process_program.py"
+    for output in run_two(lambda coordinator, i: [str(program), coordinator, "2", str(i)]):
+        for operator in ("selected", "step"):
+            for split in ("batch and heads", "context"):
+                assert f"{operator} by {split}: agrees with one device" in output
