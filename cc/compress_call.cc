@@ -28,7 +28,6 @@ void ReadPair(FfiCall* ffi_call, const std::string& i, Problem* problem, Pair* p
   const std::string input = "input_" + i, cache = "cache_" + i, bias = "bias_" + i;
   ffi_call->Rank(input, 3);
   ffi_call->NotEmpty(input);
-  ffi_call->Rank(cache, 2);
   if (!ffi_call->ok()) return;
   const ffi::AnyBuffer input_buffer = ffi_call->Get(input), cache_buffer = ffi_call->Get(cache);
   const ffi::Span<const int64_t> shape = input_buffer.dimensions();
@@ -39,7 +38,7 @@ void ReadPair(FfiCall* ffi_call, const std::string& i, Problem* problem, Pair* p
     problem->dtype = *dtype;
     problem->num_pages = shape[0];
     problem->page_size = shape[1];
-    problem->rows = cache_buffer.dimensions()[0];
+    problem->rows = static_cast<int64_t>(cache_buffer.element_count()) / shape[2];
   }
   pair->head_size = shape[2] / problem->heads;
   ffi_call->That(pair->head_size <= kMaxCompressedHeadSize, input, "'s head size must be at most ",
@@ -49,7 +48,9 @@ void ReadPair(FfiCall* ffi_call, const std::string& i, Problem* problem, Pair* p
   ffi_call->That(FromFfi(input_buffer.element_type()) == problem->dtype, input,
                  " must have input_0's type");
   ffi_call->Type(cache, input_buffer.element_type());
-  ffi_call->Shape(cache, {problem->rows, width});
+  ffi_call->That(static_cast<int64_t>(cache_buffer.element_count()) == problem->rows * width, cache,
+                 " must have ", problem->rows, " rows of ", width, ", got shape ",
+                 ShapeString(cache_buffer.dimensions()));
   const std::optional<ffi::AnyBuffer> result = ffi_call->FindResult(cache);
   ffi_call->That(result && result->untyped_data() == cache_buffer.untyped_data(), "must give ",
                  cache, " in its operand's memory");
