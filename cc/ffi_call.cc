@@ -12,6 +12,11 @@ ffi::Error InvalidArgument(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
 }
 
+// Where a name stands among others; their number if it does not.
+size_t Index(const std::vector<std::string_view>& names, std::string_view name) {
+  return static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
+}
+
 }  // namespace
 
 std::string ShapeString(ffi::Span<const int64_t> shape) {
@@ -68,14 +73,16 @@ ffi::Error FfiCall::error() const { return InvalidArgument(name_ + ": " + messag
 
 std::optional<ffi::AnyBuffer> FfiCall::Find(std::string_view array) const {
   if (!ok()) return std::nullopt;
-  const auto index = [&](const std::vector<std::string_view>& names) {
-    return static_cast<size_t>(std::find(names.begin(), names.end(), array) - names.begin());
-  };
-  if (const size_t i = index(operands_); i < operands_.size()) {
+  if (const size_t i = Index(operands_, array); i < operands_.size()) {
     const ffi::ErrorOr<ffi::AnyBuffer> buffer = args_.get<ffi::AnyBuffer>(i);
     if (buffer.has_value()) return *buffer;
   }
-  if (const size_t i = index(results_); i < results_.size()) {
+  return FindResult(array);
+}
+
+std::optional<ffi::AnyBuffer> FfiCall::FindResult(std::string_view result) const {
+  if (!ok()) return std::nullopt;
+  if (const size_t i = Index(results_, result); i < results_.size()) {
     ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets_.get<ffi::AnyBuffer>(i);
     if (buffer.has_value()) return **buffer;
   }

@@ -30,8 +30,10 @@ class FfiCall {
   bool ok() const { return !message_.has_value(); }
   xla::ffi::Error error() const;
 
-  // An operand or result that may be absent, or must be there.
+  // An operand or result that may be absent, or must be there. Where both have one name, the
+  // operand.
   std::optional<xla::ffi::AnyBuffer> Find(std::string_view array) const;
+  std::optional<xla::ffi::AnyBuffer> FindResult(std::string_view result) const;
   xla::ffi::AnyBuffer Get(std::string_view array);
 
   // A scalar of the dictionary `problem`.

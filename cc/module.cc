@@ -24,9 +24,11 @@
 // Handlers, each defined beside its kernel.
 extern "C" {
 XLA_FFI_Error* jax_nsa_compress_attention_cpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_cpu(XLA_FFI_CallFrame*);
 #ifdef JAX_NSA_CUDA
 XLA_FFI_Error* jax_nsa_compress_attention_cuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_cuda(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_cuda(XLA_FFI_CallFrame*);
 #endif
 XLA_FFI_Error* jax_nsa_compress_attention_ascend(XLA_FFI_CallFrame*);
@@ -45,6 +47,7 @@ py::tuple Target(const char* platform, XLA_FFI_Handler* handler) {
 py::dict Registrations() {
   py::dict cpu;
   cpu["jax_nsa_compress_attention_cpu"] = Target("cpu", jax_nsa_compress_attention_cpu);
+  cpu["jax_nsa_compress_cpu"] = Target("cpu", jax_nsa_compress_cpu);
   cpu["jax_nsa_select_attention_cpu"] = Target("cpu", jax_nsa_select_attention_cpu);
   py::dict ascend;
   ascend["jax_nsa_compress_attention_ascend"] = Target("ASCEND", jax_nsa_compress_attention_ascend);
@@ -55,6 +58,7 @@ py::dict Registrations() {
 #ifdef JAX_NSA_CUDA
   py::dict cuda;
   cuda["jax_nsa_compress_attention_cuda"] = Target("CUDA", jax_nsa_compress_attention_cuda);
+  cuda["jax_nsa_compress_cuda"] = Target("CUDA", jax_nsa_compress_cuda);
   cuda["jax_nsa_select_attention_cuda"] = Target("CUDA", jax_nsa_select_attention_cuda);
   all["cuda"] = cuda;
 #endif

@@ -33,8 +33,11 @@ class Axes:
     def of(cls, operator: Operator, names: Sequence[str], problem: Any, arrays: Any) -> Axes:
         """Finds the axes of a call from its operands' shapes."""
         packed = "first_rows" in names
-        operands = tuple(_dimensions(operator.operand(n).axes, packed) for n in names)
-        results = tuple(_dimensions(r.axes, packed) for r in operator.results(problem))
+        described = {r.name: r for r in operator.results(problem)}
+        operands = tuple(
+            _dimensions(described.get(n, operator.operand(n)).axes, packed) for n in names
+        )
+        results = tuple(_dimensions(r.axes, packed) for r in described.values())
         sizes: dict[str, Any] = {"h": problem.key_value_heads}
         for dimensions, array in zip(operands, arrays, strict=True):
             for letters, size in zip(dimensions, array.shape, strict=True):

@@ -6,8 +6,8 @@ an axis, parentheses for axes that share a dimension, `*` for the axes of query'
     b  sequences            t  tokens of each sequence       n  packed rows of all sequences
     h  key/value heads      g  query heads of one of these   d  head size      e  value's head size
     p  pages                r  rows of a page                c  columns of the block table
-    k  selected blocks      j  blocks                        w  rows of a cache
-    l  tokens of a window that is compressed
+    k  selected blocks      j  blocks                        l  tokens of a compressed window
+    w  rows of a cache, or its pages                         v  rows of one of these pages
 
 `*` is `b t`, or `n` where rows are packed: then the operand `first_rows` is there, which says where
 each sequence's rows start. A sequence owns the rows up to the next one's first, the last one those
@@ -39,7 +39,7 @@ class Array:
         name: its name, which kernels find it by. `name_0`, `name_1` ... are several of the kind.
         axes: its axes.
         argument: what the front door's caller knows it as; its name where empty.
-        points_into: the axis whose positions its integers are.
+        points_into: the axis whose positions its integers are; or axes, numbered through.
         dtype: of a result; None for the first operand's.
         absent: of a result, what rows that hold no token have.
     """
@@ -79,7 +79,7 @@ class Operator:
         sizes: sizes of axes that no operand has, from the problem and the operands' sizes.
         reference: the operator in jnp, from operands to results, by name.
         splits: the axes over which devices may share a call.
-        aliases: results that take over the memory of the operand of the same name.
+        aliases: results that take over the memory, and the axes, of the operand of the same name.
     """
 
     name: str

@@ -7,6 +7,7 @@ number of mapped calls is one call.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +170,8 @@ def _batch(
         ],
     )
     results = operator.results(params["problem"])
-    pointed = {operator.operand(name).points_into for name in names} - {""}
+    targets = [operator.operand(name).points_into.split() for name in names]
+    pointed = {target[0] for target in targets if target}
     # Pools that every mapped call shares stay as they are; what results lie in does not.
     shared = (
         pointed
@@ -195,15 +197,15 @@ def _batch(
 
     fold = functools.partial(_fold, size=size, packed=axes.packed)
     folded = []
-    for name, x, d, dimensions in zip(names, operands, dims, axes.operands, strict=True):
+    for x, d, dimensions, target in zip(operands, dims, axes.operands, targets, strict=True):
         letter = dimensions[0][0]
         if letter not in folds:
             folded.append(x)
             continue
         x = partition.whole_in_front(batching.bdim_at_front(x, d, size))
-        target = operator.operand(name).points_into
-        if target in folds:
-            x = _point(x, size=size, extent=axes.sizes[target], clips=target == "n")
+        if folds.intersection(target[:1]):
+            extent = math.prod(axes.sizes.get(letter, 1) for letter in target)
+            x = _point(x, size=size, extent=extent, clips=target == ["n"])
         folded.append(fold(x, letter))
     problem, maps = params.pop("problem"), (*params.pop("maps"), size)
     pool_maps = params.pop("pool_maps") * (size if "p" in folds else 1)

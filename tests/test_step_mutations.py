@@ -144,8 +144,8 @@ COMPRESS_MUTANTS = {
         "usual",
     ),
     "values into the cache of keys": (
-        'cache = operands[f"cache_{i}"]\n',
-        'cache = operands[f"cache_{i}"] + 0 * i + (i == 0) * 1\n',
+        "cache = by_row[i]\n",
+        "cache = by_row[i] + (i == 0) * 1\n",
         "usual",
     ),
 }  # fmt: skip

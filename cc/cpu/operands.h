@@ -34,6 +34,7 @@ inline void LoadSome(const void* source, int64_t count, Float* a, Float* b) {
 template <class Order, class Type>
 inline void StoreSome(void* target, int64_t count, Float a, Float b) {
   if constexpr (Order::kInterleaves && !Type::kInterleaves) Interleave(&a, &b);
+  if constexpr (!Order::kInterleaves && Type::kInterleaves) Deinterleave(&a, &b);
   if (count >= 2 * kLanes) return Type::Store(target, a, b);
   typename Type::Bits elements[2 * kLanes];
   Type::Store(elements, a, b);

@@ -37,20 +37,6 @@ struct MergeScratch {
   }
 };
 
-template <int... lane>
-inline void Deinterleave(Float* a, Float* b, std::integer_sequence<int, lane...>) {
-  const Float even = __builtin_shufflevector(*a, *b, (2 * lane)...);
-  *b = __builtin_shufflevector(*a, *b, (2 * lane + 1)...);
-  *a = even;
-}
-
-// Stores `count` of two vectors of columns, rounded once.
-template <class Out>
-inline void StoreColumns(void* target, int64_t count, Float a, Float b) {
-  if constexpr (Out::kInterleaves) Deinterleave(&a, &b, AllLanes{});
-  StoreSome<Out, Out>(target, count, a, b);
-}
-
 // Adds up the partials of all rows relative to the greatest reference.
 inline void AddPartials(const select::Plan& plan, const select::Partial* const* partials,
                         int64_t count, const MergeScratch& scratch) {
@@ -101,7 +87,7 @@ void MergePartials(const select::Plan& plan, int64_t row, int64_t head,
       Float a = Load<Float>(scratch.sums + r * columns + c) * inverse;
       Float b = Load<Float>(scratch.sums + r * columns + c + kLanes) * inverse;
       Words::Order(&a, &b);
-      StoreColumns<Out>(target + c * kBytes, Least(size - c, kChunk), a, b);
+      StoreSome<Float32, Out>(target + c * kBytes, Least(size - c, kChunk), a, b);
     }
     if (lse == nullptr) continue;
     // Of a sum of powers of two. -inf where nothing was summed.

@@ -189,6 +189,16 @@ inline void Interleave(Float* a, Float* b, std::integer_sequence<int, lane...>) 
 // From the even and the odd elements of a run to its first and its second half.
 inline void Interleave(Float* a, Float* b) { Interleave(a, b, AllLanes{}); }
 
+template <int... lane>
+inline void Deinterleave(Float* a, Float* b, std::integer_sequence<int, lane...>) {
+  const Float even = __builtin_shufflevector(*a, *b, (2 * lane)...);
+  *b = __builtin_shufflevector(*a, *b, (2 * lane + 1)...);
+  *a = even;
+}
+
+// The inverse.
+inline void Deinterleave(Float* a, Float* b) { Deinterleave(a, b, AllLanes{}); }
+
 inline Float FromBFloat16(Word bits) { return (Float)(bits << 16); }
 
 // The bits of each float rounded to bfloat16, to nearest even.

@@ -61,7 +61,7 @@ def configuration(call: Call) -> Mapping[str, Any]:
 
 
 def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
-    """The custom call, whose last result is the kernel's workspace."""
+    """The custom call, whose last result is the kernel's workspace if it needs one."""
     size = native.workspace_bytes(call)
-    workspace = jax.ShapeDtypeStruct((size,), np.dtype(np.uint8))
-    return native.custom_call(NAME, call, operands, {"workspace": workspace})
+    workspace = {"workspace": jax.ShapeDtypeStruct((size,), np.dtype(np.uint8))} if size else {}
+    return native.custom_call(NAME, call, operands, workspace)

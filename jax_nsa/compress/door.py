@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,17 +28,17 @@ OPERATOR = Operator(
             for array in (
                 Array(f"input_{i}", f"p r (h {size})", argument="input"),
                 Array(f"weight_{i}", "l h", argument="weight"),
-                Array(f"cache_{i}", f"w (h {size})", argument="cache"),
+                Array(f"cache_{i}", f"w h {size}", argument="cache"),
                 Array(f"bias_{i}", f"h {size}", argument="bias"),
             )
         ),
         Array("block_table", "b c", points_into="p"),
         Array("lengths", "b", argument="actual_seq_len"),
-        Array("slot_mapping", "b", points_into="w"),
+        Array("slot_mapping", "b", points_into="w v"),
         Array("token_counts", "b", argument="actual_seq_qlen"),
     ),
     results=lambda problem: tuple(
-        Array(f"cache_{i}", f"w (h {size})")
+        Array(f"cache_{i}", problem.cache.replace("d", size))
         for i, size in zip(range(problem.pairs), "de", strict=False)
     ),
     sizes=lambda problem, sizes: {},
@@ -139,16 +141,19 @@ def nsa_compress_infer(
     pairs, several = _pairs(input, weight, cache, bias)
     heads = _heads(pairs[0])
     problem = Problem(size, stride, heads, pairs=len(pairs))
-    shapes = [pair["cache"].shape for pair in pairs]
     pairs = [_check_pair(pair, pairs[0], problem, page=page) for pair in pairs]
-    for pair in pairs[1:]:
-        for name, axis in (("input", "pages"), ("cache", "rows")):
-            first = pairs[0][name].shape[0]
-            if pair[name].shape[0] != first:
-                raise ValueError(
-                    f"{name}[0] and {name}[1] must have as many {axis}, "
-                    f"got {first} and {pair[name].shape[0]}"
-                )
+    pages = [pair["input"].shape[0] for pair in pairs]
+    shapes = [pair["cache"].shape for pair in pairs]
+    rows = [
+        math.prod(shape) // pair["input"].shape[2]
+        for shape, pair in zip(shapes, pairs, strict=True)
+    ]
+    for name, axis, sizes in (("input", "pages", pages), ("cache", "rows", rows)):
+        if sizes[0] != sizes[-1]:
+            raise ValueError(
+                f"{name}[0] and {name}[1] must have as many {axis}, got {sizes[0]} and {sizes[1]}"
+            )
+    problem = dataclasses.replace(problem, cache=_lay_out_alike(pairs, heads))
 
     table = checks.Integers("block_table", block_table, rank=2)
     sequences = paged.sequences(table, (), packed=True)
@@ -161,7 +166,7 @@ def nsa_compress_infer(
         counts.check_range(stride, " (compress_stride, so that at most one window ends)")
     check_windows(
         table, lengths, counts, slots, problem,
-        page=page, pages=pairs[0]["input"].shape[0], rows=pairs[0]["cache"].shape[0],
+        page=page, pages=pages[0], rows=rows[0],
     )  # fmt: skip
 
     operands = {
@@ -239,7 +244,7 @@ def _heads(pair: dict[str, Any]) -> Any:
 def _check_pair(
     pair: dict[str, Any], first: dict[str, Any], problem: Problem, *, page: int
 ) -> dict[str, Any]:
-    """An input and what goes with it, as the operator takes them: `[p, r, N * D]`, `[w, N * D]`."""
+    """An input and what goes with it, the input as the operator takes it: `[p, r, N * D]`."""
     heads, block = problem.key_value_heads, problem.compress_block_size
     at = "" if problem.pairs == 1 else "[0]" if pair is first else "[1]"
     array, weight, cache = pair["input"], pair["weight"], pair["cache"]
@@ -271,7 +276,7 @@ def _check_pair(
     outcome = {
         "input": array.reshape(*shape[:2], width),
         "weight": weight,
-        "cache": cache.reshape(-1, width),
+        "cache": cache,
     }
     if "bias" in pair:
         if tuple(pair["bias"].shape) != (heads, head_size):
@@ -281,3 +286,25 @@ def _check_pair(
             )
         outcome["bias"] = pair["bias"]
     return outcome
+
+
+def _lay_out_alike(pairs: list[dict[str, Any]], heads: int) -> str:
+    """The axes of the caches, after bringing those of two that differ in them into rows.
+
+    One that is as it was given is not copied where the program owns it: XLA copies what goes
+    through a reshape into a call that writes in place.
+    """
+    layouts = set()
+    for pair in pairs:
+        shape, width = pair["cache"].shape, pair["input"].shape[2]
+        if len(shape) == 4:
+            layouts.add(("w v h d", shape[1]))
+        elif shape[1:] == (heads, width // heads):
+            layouts.add(("w h d", 1))
+        else:
+            layouts.add(("w v (h d)", shape[1]))
+    if len(layouts) == 1:
+        return layouts.pop()[0]
+    for pair in pairs:
+        pair["cache"] = pair["cache"].reshape(-1, heads, pair["input"].shape[2] // heads)
+    return "w h d"

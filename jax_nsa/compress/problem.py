@@ -23,6 +23,8 @@ class Problem:
         compress_stride: `d`, original tokens between the starts of two windows.
         key_value_heads: `N`, heads of input and cache.
         pairs: how many inputs there are, each with a cache.
+        cache: the axes of each cache, in the letters of `operator.py`: "w h d" where it has rows,
+            "w v (h d)" or "w v h d" where it has pages.
 
     Raises:
         ValueError: the sizes are illegal or do not fit each other.
@@ -32,6 +34,7 @@ class Problem:
     compress_stride: int
     key_value_heads: int
     pairs: int = 1
+    cache: str = "w h d"
 
     def __post_init__(self) -> None:
         blocks.check_block_size("compress_block_size", self.compress_block_size)

@@ -22,7 +22,12 @@ def compress(operands: Mapping[str, jax.Array], problem: Problem) -> dict[str, j
     block_table, lengths, slots = (operands[n] for n in ("block_table", "lengths", "slot_mapping"))
     counts = operands.get("token_counts", jnp.ones_like(lengths))
     num_pages, page = operands["input_0"].shape[:2]
-    rows = operands["cache_0"].shape[0]
+    # However a cache is paged, its rows are numbered through.
+    by_row = [
+        operands[f"cache_{i}"].reshape(-1, operands[f"input_{i}"].shape[2])
+        for i in range(problem.pairs)
+    ]
+    rows = by_row[0].shape[0]
 
     # 1. The window that ends among this step's tokens. Where lengths or counts are faulty, none.
     legal = (lengths >= 0) & (lengths <= block_table.shape[1] * page)
@@ -66,7 +71,8 @@ def compress(operands: Mapping[str, jax.Array], problem: Problem) -> dict[str, j
         )
         if f"bias_{i}" in operands:
             summary = summary + operands[f"bias_{i}"].astype(jnp.float32)
-        cache = operands[f"cache_{i}"]
+        cache = by_row[i]
         summary = summary.reshape(-1, cache.shape[1]).astype(cache.dtype)
-        results[f"cache_{i}"] = cache.at[row].set(summary, mode="drop")
+        written = cache.at[row].set(summary, mode="drop")
+        results[f"cache_{i}"] = written.reshape(operands[f"cache_{i}"].shape)
     return results

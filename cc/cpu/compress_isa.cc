@@ -1,0 +1,43 @@
+#include "cpu/compress_isa.h"
+
+#include "cpu/isa.h"
+
+namespace jax_nsa::cpu {
+
+// Each is compress_kernel.cc, compiled for one instruction set. Sums have no use for tiles: AMX
+// machines run that of AVX-512.
+#if defined(__x86_64__)
+namespace sse2 {
+extern const compress::Kernel kCompressKernel;
+}
+namespace avx2 {
+extern const compress::Kernel kCompressKernel;
+}
+namespace avx512 {
+extern const compress::Kernel kCompressKernel;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const compress::Kernel kCompressKernel;
+}
+#endif
+
+namespace compress {
+
+Kernel FindKernel(std::string_view name) {
+  const cpu::Kernel* const found = cpu::FindKernel(name);
+  if (found == nullptr) return nullptr;
+  [[maybe_unused]] const std::string_view isa = found->name;
+#if defined(__x86_64__)
+  if (isa == "sse2") return sse2::kCompressKernel;
+  if (isa == "avx2") return avx2::kCompressKernel;
+  return avx512::kCompressKernel;
+#elif defined(__aarch64__)
+  return neon::kCompressKernel;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace compress
+}  // namespace jax_nsa::cpu

@@ -1,0 +1,40 @@
+// The XLA FFI handler of compression's CUDA kernel.
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "compress_call.h"
+#include "cuda/compress_launch.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_nsa::cuda::compress {
+namespace {
+
+namespace ffi = xla::ffi;
+
+ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               ffi::Dictionary attributes) {
+  const ffi::ErrorOr<jax_nsa::compress::Call> call =
+      jax_nsa::compress::Decode(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  const cudaError_t error = Launch(call->problem, call->arrays, stream);
+  if (error != cudaSuccess) {
+    return ffi::Error(ffi::ErrorCode::kInternal,
+                      std::string("nsa_compress_infer: the CUDA kernel cannot start: ") +
+                          cudaGetErrorString(error));
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jax_nsa::cuda::compress
+
+// One kernel on the given stream and nothing else, so XLA may record it in command buffers.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_cuda, jax_nsa::cuda::compress::Run,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attrs(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
