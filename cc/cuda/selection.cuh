@@ -35,7 +35,7 @@ template <int kSteps>
 __device__ inline void SumImportances(const Params& params, const Records& records, int batch,
                                       int token, int first, int end, int num_blocks,
                                       const RowNorms& norms, float* importances) {
-  const int thread = ThreadIndex(), slots = params.plan.slots, m = params.block_positions;
+  const int thread = ThreadIndex(), slots = params.plan.slots;
   const int group = params.group(), row = token * group, tiles = end - first;
   // So many threads share a tile, each with its own slots.
   const int sharers_log2 = tiles <= 16 ? 4 : tiles <= 32 ? 3 : tiles <= 64 ? 2 : 1;
@@ -69,7 +69,7 @@ __device__ inline void SumImportances(const Params& params, const Records& recor
             masked({Exp2(own.x - maximum.x) * inverse.x, Exp2(own.y - maximum.y) * inverse.y,
                     Exp2(own.z - maximum.z) * inverse.z, Exp2(own.w - maximum.w) * inverse.w});
       }
-      const int first_block = params.by_block_positions(tile * kTile + m - 1) - 1;
+      const int first_block = params.FirstBlock(tile * kTile);
       float* to = importances + (tile & 1) * num_blocks + first_block;
       const int last_slot = min(slots, num_blocks - first_block);
       const float* sums = record + (1 + first_slot) * slot_floats;
@@ -84,7 +84,7 @@ __device__ inline void SumImportances(const Params& params, const Records& recor
           terms.z += sum.z * factors[step].z;
           terms.w += sum.w * factors[step].w;
         }
-        // The first slot of the first tile is of no block.
+        // The first slot of the first tile may be of no block.
         if (slot + first_block >= 0) to[slot] += (terms.x + terms.y) + (terms.z + terms.w);
         sums += sharers * slot_floats;
       }
@@ -95,29 +95,26 @@ __device__ inline void SumImportances(const Params& params, const Records& recor
 
 // Writes each head's own scores of every block. Slow, and not often wanted.
 __device__ inline void StoreBlockScores(const Params& params, const Part& part,
-                                        const Records& records, int token, int num_blocks,
-                                        const RowNorms& norms) {
-  const int m = params.block_positions, group = params.group();
+                                        const Records& records, int token, const RowNorms& norms) {
+  const int group = params.group();
   const int record_rows = RecordRows(part.rows(params));
   const int64_t row = part.sequence.first_row + part.first_token + token;
   float* scores =
       params.arrays.block_scores + (row * params.heads + part.head * group) * params.max_blocks;
 #pragma unroll 1
   for (int j = ThreadIndex(); j < params.max_blocks; j += kComputeThreads) {
-    const int first = max(0, m * (j + 1) - (params.taps - 1));
-    const int last = min(part.sequence.length - 1, m * (j + 1));
+    const int first = max(0, params.LastPosition(j) - (params.taps - 1));
+    const int last = min(part.sequence.length - 1, params.LastPosition(j));
 #pragma unroll 1
     for (int g = 0; g < group; ++g) {
       float score = 0.0f;
-      if (j < num_blocks) {
 #pragma unroll 1
-        for (int tile = first / kTile; first <= last && tile <= last / kTile; ++tile) {
-          const float* record = records.Of(tile) + token * group + g;
-          const int slot = j + 1 - params.by_block_positions(tile * kTile + m - 1);
-          score += record[(1 + slot) * record_rows] *
-                   Exp2(record[0] - norms.maxima[token * group + g]) *
-                   norms.inverses[token * group + g];
-        }
+      for (int tile = first / kTile; first <= last && tile <= last / kTile; ++tile) {
+        const float* record = records.Of(tile) + token * group + g;
+        const int slot = j - params.FirstBlock(tile * kTile);
+        score += record[(1 + slot) * record_rows] *
+                 Exp2(record[0] - norms.maxima[token * group + g]) *
+                 norms.inverses[token * group + g];
       }
       scores[int64_t{g} * params.max_blocks + j] = score;
     }
@@ -130,7 +127,6 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
                               const RowNorms& norms, SelectionScratch& scratch,
                               uint64_t* records_read) {
   const int tiles = part.sequence.tiles;
-  const int num_blocks = params.by_block_positions(part.sequence.length + params.block_shift);
   const int count = static_cast<int>(params.problem.select_count);
   uint64_t* spill = reinterpret_cast<uint64_t*>(params.selection());
   float* importances = params.plan.importances > 0
@@ -140,6 +136,7 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
   int batch = 0;
 #pragma unroll 1
   for (int token = 0; token < part.tokens; ++token) {
+    const int num_blocks = part.sequence.NumBlocks(params, part.first_token + token);
 #pragma unroll 1
     for (int i = 4 * ThreadIndex(); i < 2 * num_blocks; i += 4 * kComputeThreads) {
       *reinterpret_cast<float4*>(importances + i) = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -180,11 +177,14 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
       first = end;
     }
     if (params.arrays.block_scores) {
-      StoreBlockScores(params, part, records, token, num_blocks, norms);
+      StoreBlockScores(params, part, records, token, norms);
     }
     if (part.is_cut() && token + 1 == part.tokens) BarrierArrive(records_read);
     const int64_t row = part.sequence.first_row + part.first_token + token;
-    SelectBlocks(importances, num_blocks, count, spill, scratch.topk,
+    const int begin = min(params.init_blocks, num_blocks);
+    const int end = max(begin, num_blocks - params.local_blocks);
+    SelectBlocks({importances, importances + num_blocks, begin, end}, num_blocks, count, spill,
+                 scratch.topk,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);
     SyncConsumers();
   }
