@@ -83,8 +83,7 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       }
     } else {
       AwaitFlags(params, part);
-      MergeNorms(params, part, shared.state,
-                 [&] { records.Fetch(0, 0, 0, min(records.BatchTiles(), part.sequence.tiles)); });
+      MergeNorms(params, part, shared.state, [&] { records.Fetch(records.FirstBatch()); });
       BarrierArrive(&ring.barriers->norms);
       SyncConsumers();
       LowerFlags(params, part);
@@ -268,6 +267,12 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.ring_floats = room / static_cast<int>(sizeof(float));
   params.shared_floats =
       (room - params.stages * kernel.stage_bytes) / static_cast<int>(sizeof(float));
+
+  // Each batch may begin with the last tile of the one before.
+  params.batch_tiles = std::min(
+      kMaxBatchTiles, params.ring_floats / 2 /
+                          BatchTileFloats(static_cast<int>(problem.group()), params.plan.slots));
+  if (params.batch_tiles < (params.taps > 1 ? 2 : 1)) return cudaErrorInvalidConfiguration;
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile) * params.plan.items;
   params.discards = tiles * params.plan.record_floats > kFewRecordBytes / 4;

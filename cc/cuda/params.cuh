@@ -38,6 +38,7 @@ struct Params {
   int32_t stages;         // of the pipeline
   int32_t ring_floats;    // of the ring and
   int32_t shared_floats;  // of the records in shared memory, that lie behind it
+  int32_t batch_tiles;    // of a batch of records, at most; two fit in the ring's memory
   bool discards;          // whether records in the workspace are so many that they cost time
   bool aligned_rows;      // rows of keys, values and query start at multiples of 16 bytes
   float scale_log2;       // makes powers of two of scores
@@ -61,6 +62,8 @@ struct Params {
   __device__ int group() const { return 1 << group_log2; }
   // The last position that adds to a block.
   __device__ int LastPosition(int block) const { return block_positions * block + last_position; }
+  // The first position that adds to a block; may be negative.
+  __device__ int FirstPosition(int block) const { return LastPosition(block) - (taps - 1); }
   // The first block that a position adds to. By CANN's rule it is -1 for position 0, which would be
   // the last one of a block before the first.
   __device__ int FirstBlock(int position) const {

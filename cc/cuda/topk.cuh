@@ -52,10 +52,8 @@ __device__ inline int BlockOf(uint64_t order) {
 }
 
 // The blocks among which to choose: [begin, end), all but those that are Forced (selection.h).
-// Importances are the sums of two terms.
 struct Candidates {
-  const float* even;
-  const float* odd;
+  const float* importances;
   int begin, end;
 
   __device__ int size() const { return end - begin; }
@@ -80,12 +78,11 @@ class HeldShare {
   __device__ explicit HeldShare(const Candidates& candidates)
       : HeldShare(candidates, FirstOfShare(candidates)) {}
   __device__ HeldShare(const Candidates& candidates, int first) : first_(first) {
-    const float* even = candidates.even + first;
-    const float* odd = candidates.odd + first;
+    const float* importances = candidates.importances + first;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int at = i * kComputeThreads;
-      keys_[i] = first + at < candidates.end ? ImportanceKey(even[at] + odd[at]) : 0;
+      keys_[i] = first + at < candidates.end ? ImportanceKey(importances[at]) : 0;
     }
   }
   template <typename Function>
@@ -367,9 +364,8 @@ __device__ inline void SelectBlocks(const Candidates& candidates, int num_blocks
   if (size <= (needed <= kFewNeeded ? kFewCandidates : kRanked)) {
     if (thread < kRanked) {
       const int block = candidates.begin + thread;
-      const float* even = candidates.even + block;
-      const float* odd = candidates.odd + block;
-      scratch.list[thread] = thread < size ? Order(ImportanceKey(*even + *odd), block) : 0;
+      const float* importance = candidates.importances + block;
+      scratch.list[thread] = thread < size ? Order(ImportanceKey(*importance), block) : 0;
     }
     SyncConsumers();
     Rank(scratch.list, size, needed, indices);

@@ -680,7 +680,33 @@ std::vector<Case> Cases() {
     other.devices = 3;
     cases.push_back(other);
   }
+  // Ties of blocks in one tile and in two, in one batch of records and in two.
+  for (const Blocks& window : {usual, {48, 16, 96}, {128, 16, 128}, {48, 16, 96, true}}) {
+    for (int group : {2, 32, 128}) {
+      Case c = {"ties of " + std::to_string(window.num_taps()) + " positions, group " +
+                    std::to_string(group) + (window.aligned ? ", aligned" : ""),
+                kBf16,
+                2,
+                1,
+                group,
+                1,
+                16,
+                16,
+                128,
+                group > 2 ? 12 : 70,
+                window,
+                300,
+                kRagged,
+                100};
+      c.spread = 0.0f;
+      c.devices = 5;
+      cases.push_back(c);
+    }
+  }
+  cases.push_back(
+      {"wide, few in a batch", kBf16, 1, 1, 128, 1, 16, 16, 128, 8, {32, 16, 32}, 16, kEqual, 0});
   // All windows.
+  int windows = 0;
   for (int stride : {16, 32, 48, 64}) {
     for (int size = stride; size <= kMaxBlockSize; size += 16) {
       for (int select = size; select <= kMaxBlockSize; select += 16) {
@@ -698,8 +724,9 @@ std::vector<Case> Cases() {
         c.tokens = 40;
         c.shortest = 0;
         c.select_count = 70;
-        c.window.aligned = c.causal = true;
-        c.forced = kForced[cases.size() % 6];
+        c.window.aligned = true;
+        c.causal = windows % 4 != 3;
+        c.forced = kForced[windows++ % 6];
         cases.push_back(c);
       }
     }
