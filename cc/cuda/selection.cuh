@@ -203,8 +203,7 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
     }
     if (part.is_cut() && token + 1 == part.tokens) BarrierArrive(records_read);
     const int64_t row = part.sequence.first_row + part.first_token + token;
-    const int begin = min(params.init_blocks, num_blocks);
-    const int end = max(begin, num_blocks - params.local_blocks);
+    const int begin = params.init_blocks, end = max(begin, num_blocks - params.local_blocks);
     SelectBlocks({importances, begin, end}, num_blocks, count, spill, scratch.topk,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);
     SyncConsumers();
