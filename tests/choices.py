@@ -119,22 +119,23 @@ class ChoicesOfBlocks:
 
     def test_each_token_counts_the_blocks_that_it_sees(self):
         geometry = self.usual(
-            token_counts=(40, 3, 17), slack=(1, 15, 0), masked=True, k=40,
+            token_counts=(40, 3, 17), slack=(1, 15, 0), masked=True, window=(16, 16, 16), k=155,
             importance="aligned", init_blocks=0, local_blocks=1,
         )  # fmt: skip
         _, indices = self.check(geometry)
         first = 0
         for tokens, length in zip(geometry.counts, geometry.original_lengths, strict=True):
             for t in range(tokens):
-                blocks = -(-(length - (tokens - 1 - t)) // 64)
+                blocks = -(-(length - (tokens - 1 - t)) // 16)
                 assert np.all(np.asarray(indices)[first + t, :, 0] == blocks - 1)
                 assert np.all(np.sum(np.asarray(indices)[first + t] >= 0, axis=-1) == blocks)
             first += tokens
 
     def test_tokens_that_are_not_causal_count_all_blocks(self):
         geometry = self.usual(
-            token_counts=(40, 3, 17), slack=(1, 15, 0), k=40, importance="aligned"
-        )
+            token_counts=(40, 3, 17), slack=(1, 15, 0), window=(16, 16, 16), k=155,
+            importance="aligned",
+        )  # fmt: skip
         _, indices = self.check(geometry)
         blocks = np.repeat(geometry.num_blocks, geometry.counts)
         np.testing.assert_array_equal(np.sum(np.asarray(indices) >= 0, axis=-1)[:, 0], blocks)

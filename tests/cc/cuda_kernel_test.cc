@@ -269,6 +269,7 @@ class Call {
       lengths.push_back(equal ? capacity - capacity % 7
                               : case_.shortest + Random(capacity - case_.shortest + 1));
     }
+    if (case_.lengths == Lengths::kRagged && case_.shortest == 0) lengths[0] = 0;
     return lengths;
   }
 
