@@ -68,6 +68,11 @@ struct Blocks {
   JAX_NSA_HOST_DEVICE constexpr int64_t OriginalLength(int64_t length) const {
     return (length - 1) * compress_stride + compress_block_size;
   }
+  // Whether so many original tokens have `length` compressed positions; CompressedLength divides.
+  JAX_NSA_HOST_DEVICE constexpr bool AreCompressedTo(int64_t tokens, int64_t length) const {
+    const int64_t first = length > 0 ? OriginalLength(length) : 0;
+    return first <= tokens && tokens < OriginalLength(length + 1);
+  }
   // Compressed positions of so many original tokens.
   JAX_NSA_HOST_DEVICE constexpr int64_t CompressedLength(int64_t tokens) const {
     return tokens < compress_block_size ? 0 : (tokens - compress_block_size) / compress_stride + 1;

@@ -35,19 +35,16 @@ struct Arrays : PagedArrays {
 // As for any paged call, and who ignores the last position.
 JAX_NSA_HOST_DEVICE inline Fault FindRows(const Problem& problem, const Arrays& arrays, int64_t b,
                                           SequenceRows* rows) {
-  const Fault fault = jax_nsa::FindRows(problem, arrays, b, rows);
-  rows->early = arrays.early_counts ? arrays.early_counts[b] : 0;
+  // All is read before anything is decided, so that a GPU waits for memory once.
   const int32_t length = arrays.lengths[b];
+  const int32_t tokens = problem.blocks.aligned ? arrays.select_lengths[b] : 0;
+  const int32_t early = arrays.early_counts ? arrays.early_counts[b] : 0;
+  const Fault fault = jax_nsa::FindRows(problem, arrays, b, rows);
+  rows->early = early;
   if (!IsLength(problem, length)) return Fault::kLength;
   if (fault != Fault::kNone) return fault;
-  if (rows->early < 0) return Fault::kOriginalLength;
-  if (problem.blocks.aligned) {
-    const int32_t tokens = arrays.select_lengths[b];
-    if (tokens < 0 || problem.blocks.CompressedLength(tokens) != length) {
-      return Fault::kOriginalLength;
-    }
-  }
-  return Fault::kNone;
+  const bool fits = !problem.blocks.aligned || problem.blocks.AreCompressedTo(tokens, length);
+  return early < 0 || !fits ? Fault::kOriginalLength : Fault::kNone;
 }
 
 // How many blocks token t of sequence b, which has `count` tokens, chooses from.

@@ -125,7 +125,8 @@ PYBIND11_MODULE(_native, module) {
       "cuda_workspace_bytes",
       [](int64_t sequences, int64_t rows, bool ragged, int64_t heads, int64_t key_value_heads,
          int64_t value_size, int64_t page_size, int64_t pages_per_sequence, int64_t select_count,
-         int64_t compress_block_size, int64_t compress_stride, int64_t select_block_size) {
+         int64_t compress_block_size, int64_t compress_stride, int64_t select_block_size,
+         bool aligned) {
         jax_nsa::compress_attention::Problem problem = {};
         problem.sequences = sequences;
         problem.rows = rows;
@@ -136,13 +137,13 @@ PYBIND11_MODULE(_native, module) {
         problem.page_size = page_size;
         problem.pages_per_sequence = pages_per_sequence;
         problem.select_count = select_count;
-        problem.blocks = {compress_block_size, compress_stride, select_block_size};
+        problem.blocks = {compress_block_size, compress_stride, select_block_size, aligned};
         return jax_nsa::cuda::WorkspaceBytes(problem);
       },
       py::kw_only(), py::arg("sequences"), py::arg("rows"), py::arg("ragged"), py::arg("heads"),
       py::arg("key_value_heads"), py::arg("value_size"), py::arg("page_size"),
       py::arg("pages_per_sequence"), py::arg("select_count"), py::arg("compress_block_size"),
-      py::arg("compress_stride"), py::arg("select_block_size"),
+      py::arg("compress_stride"), py::arg("select_block_size"), py::arg("aligned"),
       "Size of the CUDA kernel's last result, which is its workspace.");
   module.def(
       "cuda_select_workspace_bytes",

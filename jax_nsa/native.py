@@ -203,4 +203,5 @@ def workspace_bytes(call: Call) -> int:
         compress_block_size=problem.blocks.compress_block_size,
         compress_stride=problem.blocks.compress_stride,
         select_block_size=problem.blocks.select_block_size,
+        aligned=problem.aligned,
     )

@@ -11,7 +11,7 @@ import jaxlib.version
 import pytest
 
 pytest.register_assert_rewrite(
-    "agreement", "contract", "compress.contract", "select_attention.contract"
+    "agreement", "choices", "contract", "compress.contract", "select_attention.contract"
 )
 
 # Tests of sharding need several devices.

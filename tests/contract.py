@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 from agreement import ATTENTION_TOLERANCE, assert_agrees
+from choices import ChoicesOfBlocks
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import WINDOWS, Domain, Geometry, build, geometries
@@ -38,7 +39,7 @@ USUAL = Geometry(lengths=(150, 33, 97), head_size=24, value_size=12, page=16, k=
 SEVERAL_TOKENS = replace(USUAL, token_counts=(3, 1, 4))
 
 
-class CompressAttentionContract:
+class CompressAttentionContract(ChoicesOfBlocks):
     """What every implementation must do, each test on the calls within its domain."""
 
     implementation: str
@@ -152,48 +153,6 @@ class CompressAttentionContract:
     def test_any_legal_call(self, data):
         geometry = data.draw(geometries(self.domain))
         self.check(geometry, data.draw(st.sampled_from(FORMS)))
-
-    # The selection.
-
-    def test_initial_and_local_blocks_lead(self):
-        geometry = self.usual(lengths=(150, 97), k=5)
-        _, indices = self.check(geometry)
-        for b, blocks in enumerate(geometry.num_blocks):
-            leading = np.asarray(indices)[b, :, :3].tolist()
-            assert leading == [[0, blocks - 2, blocks - 1]] * 2
-
-    @pytest.mark.parametrize(("length", "blocks"), [(1, [0]), (4, [0, 1]), (8, [0, 1, 2])])
-    def test_few_blocks(self, length, blocks):
-        _, indices = self.check(self.usual(lengths=(length,), k=len(blocks)))
-        assert np.asarray(indices)[0, 0].tolist() == blocks
-
-    def test_equals_in_ascending_order(self, dtype):
-        # Equal scores over a power of two of positions: probabilities, and their sums, are exact.
-        for scale, page, window in ((0.0, 16, (32, 16, 64)), (0.0, 128, (16, 16, 16))):
-            geometry = Geometry(
-                dtype=dtype, lengths=(256,), scale=scale, page=page, window=window, k=9
-            )
-            self.require(geometry)
-            arguments = build(geometry)
-            results = self.call(arguments)
-            self.assert_agrees(results, arguments)
-            blocks = geometry.num_blocks[0]
-            want = [0, blocks - 2, blocks - 1, 1, 2, 3, 4, 5, 6]
-            assert np.asarray(results[1]).tolist() == [[want] * 2]
-
-    def test_blocks_without_weight_tie(self):
-        # One position takes all probability, the others' is exactly zero.
-        geometry = self.usual(lengths=(128,), group=1, scale=1.0, k=33)
-        self.require(geometry)
-        arguments = build(geometry)
-        arguments["query"][:] = 32.0
-        arguments["key"][:] = -8.0
-        arguments["key"][arguments["block_table"][0, 4], 6] = 8.0  # position 70
-        results = self.call(arguments)
-        self.assert_agrees(results, arguments)
-        # Score j sums positions 4j to 4j + 4, so 70 counts for block 17 alone.
-        rest = [j for j in range(1, 31) if j != 17]
-        assert np.asarray(results[1])[0, 0].tolist() == [0, 31, 32, 17, *rest]
 
     # Numbers.
 

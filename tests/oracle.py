@@ -56,13 +56,21 @@ def compress_attention(
     *,
     layout="TND",
     return_lse=False,
+    importance="cann",
+    init_blocks=1,
+    local_blocks=2,
 ) -> Expected:
     """Computes all results of a call with the operator's own arguments."""
     del return_lse
     query, key, value = (np.asarray(a).astype(np.float64) for a in (query, key, value))
     sequences, slots = np.shape(block_table)
     value_size = value.shape[2] // key_value_head_num
+    aligned = importance == "aligned"
+    # Original tokens that as many positions cover as the block table can name: at least, or where
+    # tokens past the last position count, too, at most.
     capacity = (slots * page_block_size - 1) * compress_stride + compress_block_size
+    if aligned:
+        capacity += compress_stride - 1
     max_blocks = math.ceil(capacity / select_block_size)
 
     leading = query.shape[:-2]
@@ -90,21 +98,28 @@ def compress_attention(
                 covered = (length - 1) * compress_stride + compress_block_size
                 if tokens - 1 - t > int(actual_sel_seq_kvlen[b]) - covered:
                     visible = length - 1
+            # The original tokens that are divided into blocks.
+            divided = (length - 1) * compress_stride + compress_block_size if length else 0
+            if aligned:
+                divided = int(actual_sel_seq_kvlen[b])
+                if atten_mask is not None:
+                    divided = max(0, divided - (tokens - 1 - t))
             for h in range(key_value_head_num):
                 _attend_group(
                     expected, row, h,
                     query=query[row], key=key, value=value, table=block_table[b],
-                    length=length, visible=visible, scale=scale_value,
-                    group=head_num // key_value_head_num, page=page_block_size,
-                    stride=compress_stride, compress=compress_block_size, select=select_block_size,
+                    visible=visible, scale=scale_value, group=head_num // key_value_head_num,
+                    page=page_block_size, stride=compress_stride, compress=compress_block_size,
+                    select=select_block_size, num_blocks=math.ceil(divided / select_block_size),
+                    aligned=aligned, init_blocks=init_blocks, local_blocks=local_blocks,
                 )  # fmt: skip
         first_row += tokens
     return expected
 
 
 def _attend_group(
-    expected, row, h, *, query, key, value, table, length, visible, scale, group, page, stride,
-    compress, select,
+    expected, row, h, *, query, key, value, table, visible, scale, group, page, stride, compress,
+    select, num_blocks, aligned, init_blocks, local_blocks,
 ):  # fmt: skip
     """Fills in one token's results for key/value head `h` and the query heads that share it."""
     heads = slice(h * group, (h + 1) * group)
@@ -130,25 +145,21 @@ def _attend_group(
         expected.attention_size[row][heads] = np.sqrt((p**2 @ v**2).sum(axis=1))
         expected.score_size[row][heads] = abs(scale) * (abs(q) @ abs(k).T).max(axis=1)
 
-    # Step 5: scores of the blocks, equation 9 of the paper.
-    if length == 0:
-        return
-    num_blocks = math.ceil(((length - 1) * stride + compress) / select)
-    score = np.zeros((group, num_blocks))
+    # Step 5: scores of the blocks, equation 9 of the paper, which counts blocks from 1.
+    score = expected.block_scores[row][heads]
     for j in range(num_blocks):
         for m in range(select // stride):
             for n in range(compress // stride):
-                i = select // stride * (j + 1) - m - n
+                # By the aligned rule M j + m - n, by CANN's M (j + 1) - m - n.
+                i = select // stride * (j if aligned else j + 1) + (m if aligned else -m) - n
                 if 0 <= i < visible:
                     score[:, j] += p[:, i]
-    expected.block_scores[row][heads, :num_blocks] = score
 
-    # Steps 6 and 7: importance, the initial and the two local blocks forced.
+    # Steps 6 and 7: importance, the first and the last blocks forced.
     importance = expected.importance[row][h]
-    importance[:num_blocks] = score.sum(axis=0)
-    for j in (0, num_blocks - 2, num_blocks - 1):
-        if j >= 0:
-            importance[j] = np.inf
+    for j in range(num_blocks):
+        forced = j < init_blocks or j + local_blocks >= num_blocks
+        importance[j] = np.inf if forced else score[:, j].sum()
 
     # Step 8: the most important ones, descending, the lower index first among equals.
     order = sorted(range(num_blocks), key=lambda j: (-importance[j], j))

@@ -40,9 +40,12 @@ class Geometry:
         lengths: compressed positions of each sequence.
         tokens: the S of layout BSND; unused with TND.
         token_counts: tokens of each sequence; None stands for one (TND) or `tokens` (BSND).
-        slack: for `masked`, original tokens of each sequence past its last compressed position's
-            window, at most `stride - 1`.
+        slack: original tokens of each sequence past its last compressed position's window, at most
+            `stride - 1`, or of one without positions, at most `compress - 1`. They count where
+            tokens are `masked` or blocks are aligned.
         masked: whether to pass an atten_mask.
+        importance: whose rule ranks the blocks; with init_blocks and local_blocks, those that are
+            always chosen.
         group: query heads of a key/value head.
         spare_slots: columns of block_table beyond what the longest sequence needs.
         shared_pages: whether sequences may name the same pages.
@@ -65,6 +68,9 @@ class Geometry:
     spare_slots: int = 1
     window: tuple[int, int, int] = (32, 16, 64)
     k: int = 4
+    importance: str = "cann"
+    init_blocks: int = 1
+    local_blocks: int = 2
     scale: float = 0.25
     return_lse: bool = False
     shared_pages: bool = False
@@ -80,13 +86,29 @@ class Geometry:
         return (1 if self.layout == "TND" else self.tokens,) * len(self.lengths)
 
     @property
-    def num_blocks(self) -> tuple[int, ...]:
-        """Select blocks of each sequence."""
-        compress, stride, select = self.window
+    def original_lengths(self) -> tuple[int, ...]:
+        """Original tokens of each sequence."""
+        compress, stride, _ = self.window
+        slack = self.slack or (0,) * len(self.lengths)
         return tuple(
-            -(-((length - 1) * stride + compress) // select) if length else 0
-            for length in self.lengths
+            (length - 1) * stride + compress + rest if length else rest
+            for length, rest in zip(self.lengths, slack, strict=True)
         )
+
+    @property
+    def num_blocks(self) -> tuple[int, ...]:
+        """Select blocks of each sequence, for its last token."""
+        if self.importance == "aligned":
+            tokens = self.original_lengths
+        else:
+            covered = dataclasses.replace(self, slack=None)
+            tokens = covered.original_lengths
+        return tuple(-(-n // self.window[2]) for n in tokens)
+
+    @property
+    def is_canns(self) -> bool:
+        """Whether blocks are chosen as CANN's kernel does."""
+        return (self.importance, self.init_blocks, self.local_blocks) == ("cann", 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +121,7 @@ class Domain:
     most_tokens: int | None = None
     pads_selection: bool = True  # k may exceed the blocks of a sequence
     returns_lse: bool = True
+    only_canns_choice: bool = False  # of blocks
     hostile: bool = True
 
     def contains(self, geometry: Geometry) -> bool:
@@ -110,6 +133,7 @@ class Domain:
             and (self.most_tokens is None or max(geometry.counts) <= self.most_tokens)
             and (self.pads_selection or geometry.k <= min(geometry.num_blocks))
             and (self.returns_lse or not geometry.return_lse)
+            and (geometry.is_canns or not self.only_canns_choice)
         )
 
 
@@ -168,19 +192,16 @@ def build(geometry: Geometry) -> dict[str, Any]:
         "actual_cmp_seq_kvlen": np.array(g.lengths, np.int32),
         "layout": g.layout,
         "return_lse": g.return_lse,
+        "importance": g.importance,
+        "init_blocks": g.init_blocks,
+        "local_blocks": g.local_blocks,
     }
     if g.token_counts is not None:
         arguments["actual_seq_qlen"] = np.array(g.token_counts, np.int32)
     if g.masked:
-        slack = g.slack or (0,) * sequences
         arguments["atten_mask"] = np.zeros((1, 1), bool)
-        arguments["actual_sel_seq_kvlen"] = np.array(
-            [
-                (n - 1) * stride + compress + s if n else s
-                for n, s in zip(g.lengths, slack, strict=True)
-            ],
-            np.int32,
-        )
+    if g.masked or g.importance == "aligned":
+        arguments["actual_sel_seq_kvlen"] = np.array(g.original_lengths, np.int32)
     return arguments
 
 
@@ -208,6 +229,13 @@ def geometries(draw: st.DrawFn, domain: Domain) -> Geometry:
         if layout == "TND" and not any(token_counts):
             token_counts = (1, *token_counts[1:])
     masked = draw(st.booleans())
+    importance, init_blocks, local_blocks = "cann", 1, 2
+    if not domain.only_canns_choice and draw(st.booleans()):
+        importance = draw(pick(["cann", "aligned"]))
+        forced = integers(0, 4) | pick([0, 1, 2, 2**31 - 1])
+        init_blocks, local_blocks = draw(forced), draw(forced)
+    # Few tokens past the last position let early ones see one position less.
+    most_slack = window[1] - 1 if importance == "aligned" else min(window[1] - 1, 6)
 
     head_size = draw(pick([1, 64, 128, 192]) | integers(1, 192))
     value_size = draw(pick([1, min(128, head_size)]) | integers(1, min(128, head_size)))
@@ -219,7 +247,10 @@ def geometries(draw: st.DrawFn, domain: Domain) -> Geometry:
         tokens=tokens,
         token_counts=token_counts,
         masked=masked,
-        slack=per_sequence(0, min(window[1] - 1, 6)) if masked else None,
+        slack=per_sequence(0, most_slack) if masked or importance == "aligned" else None,
+        importance=importance,
+        init_blocks=init_blocks,
+        local_blocks=local_blocks,
         key_value_heads=draw(integers(1, max(1, min(4, 128 // group)))),
         group=group,
         head_size=head_size,

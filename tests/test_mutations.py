@@ -27,6 +27,51 @@ MUTANTS = {
         "(block == num_blocks - problem.local_blocks)",
         "initial_and_local_blocks_lead",
     ),
+    "initial blocks are one": (
+        "(block < problem.init_blocks) |",
+        "(block < 1) |",
+        "no_forced_block",
+    ),
+    "local blocks are two": (
+        "(block >= num_blocks - problem.local_blocks)",
+        "(block >= num_blocks - 2)",
+        "no_forced_block",
+    ),
+    "aligned blocks scored by CANN's rule": (
+        "latest = m_count - 1 if problem.aligned else m_count",
+        "latest = m_count",
+        "peak",
+    ),
+    "aligned blocks scored two positions early": (
+        "latest = m_count - 1 if problem.aligned else m_count",
+        "latest = m_count - 2 if problem.aligned else m_count",
+        "peak",
+    ),
+    "blocks counted by compress blocks": (
+        "universe(jnp.maximum(select_lengths[:, None] - later, 0))",
+        "num_blocks(lengths[:, None] - 0 * later)",
+        "a_block_that_no_position_reaches",
+    ),
+    "no block before any position": (
+        "universe(jnp.maximum(select_lengths[:, None] - later, 0))",
+        "universe(jnp.maximum(select_lengths[:, None] - later, 0)) * (lengths > 0)[:, None]",
+        "before_any_position",
+    ),
+    "each token counts all blocks": (
+        "jnp.where(problem.causal, counts[:, None] - 1 - token, 0)",
+        "0 * token",
+        "each_token_counts_the_blocks_that_it_sees",
+    ),
+    "tokens that are not causal count fewer blocks": (
+        "jnp.where(problem.causal, counts[:, None] - 1 - token, 0)",
+        "counts[:, None] - 1 - token",
+        "tokens_that_are_not_causal_count_all_blocks",
+    ),
+    "original lengths of aligned blocks unchecked": (
+        "bad |= (select_lengths < 0)",
+        "bad &= (select_lengths < 0)",
+        "aligned_faults",
+    ),
     "equals in descending order": (
         "jnp.argsort(importance, axis=-1,",
         "importance.shape[-1] - 1 - jnp.argsort(importance[..., ::-1], axis=-1,",
@@ -114,6 +159,9 @@ class Contract(CompressAttentionContract):
         with_arguments = {
             "dtype": lambda: self.test_dtype("float32"),
             "equals_in_ascending_order": lambda: self.test_equals_in_ascending_order("float32"),
+            "no_forced_block": lambda: self.test_forced_blocks_lead("cann", (0, 0)),
+            "peak": lambda: self.test_the_block_that_holds_a_peak_is_chosen("NSA-1B"),
+            "aligned_faults": lambda: self.test_faulty_length_of_aligned_blocks(0, 1, 33),
             "masked_tokens": lambda: self.test_mask("jit, arrays", "TND"),
             "padding": lambda: self.test_padded_tokens("jit, arrays"),
             "faults": lambda: self.test_faulty_sequence("actual_cmp_seq_kvlen", 1, -1, ""),

@@ -25,13 +25,13 @@ REFERENCE = (
 )
 
 
-@pytest.fixture(params=[*KERNELS, "reference"])
+@pytest.fixture(params=[*KERNELS, "reference", pytest.param("cuda", marks=pytest.mark.cuda)])
 def implementation(request, monkeypatch):
     """Names an implementation; the CPU kernel with each instruction set that this machine has."""
     name, _, isa = request.param.partition("-")
     if isa:
         monkeypatch.setenv("JAX_NSA_CPU_ISA", isa)
-    elif request.node.callspec.id not in REFERENCE:
+    elif name == "reference" and request.node.callspec.id not in REFERENCE:
         pytest.skip("the reference is slow; its other cases stand for this one")
     jax.clear_caches()  # programs keep the instruction set that they were compiled for
     yield name

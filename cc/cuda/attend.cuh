@@ -120,7 +120,7 @@ class WarpRows {
   __device__ void LoadQuery() {
     const int column = 2 * (lane() % 4);
     const T* rows[2] = {query_row_[0] + column, query_row_[1] + column};
-    if (params_.aligned && params_.head_size == kHeadSize) {
+    if (params_.aligned_rows && params_.head_size == kHeadSize) {
 #pragma unroll
       for (int i = 0; i < 4 * kSteps; ++i) {
         query_[i / 4][i % 4] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + 8 * (i / 2));
@@ -260,12 +260,11 @@ class WarpRows {
       if (exists[0]) row[0] = maxima[0];
       if (exists[1]) row[8] = maxima[1];
     }
-    const int m = params_.block_positions;
-    const int first_slot = params_.by_block_positions(first_position + m - 1);  // its block, plus 1
+    const int first_block = params_.FirstBlock(first_position);
 #pragma unroll 1
     for (int slots = 0; slots < params_.plan.slots; slots += 8) {
-      const uint32_t* pair =
-          weights + kWeightsBefore + m * (first_slot + slots + g) - first_position - 2 * t;
+      const int offset = params_.LastPosition(first_block + slots + g) - first_position;
+      const uint32_t* pair = weights + kWeightsBefore + offset - 2 * t;
       float block[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -43,8 +43,8 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
   while (true) {
     const bool more = work.Next(&part);
     if (!more && !has_last) return;
-    if (more && !part.sequence.loads) {
-      FillTokens(params, part, 0, part.sequence.owned, part.sequence.faulty);
+    if (more && !part.sequence.loads()) {
+      FillTokens(params, part, 0, part.sequence.owned, part.sequence.is_faulty());
       continue;
     }
     if (!more) part = shared.last;
@@ -83,8 +83,7 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       }
     } else {
       AwaitFlags(params, part);
-      MergeNorms(params, part, shared.state,
-                 [&] { records.Fetch(0, 0, 0, min(records.BatchTiles(), part.sequence.tiles)); });
+      MergeNorms(params, part, shared.state, [&] { records.Fetch(records.FirstBatch()); });
       BarrierArrive(&ring.barriers->norms);
       SyncConsumers();
       LowerFlags(params, part);
@@ -154,6 +153,9 @@ const Kernel& ChooseKernel(const Problem& problem) {
   std::abort();  // Decode() has seen to it
 }
 
+// Positions, tokens and blocks that the kernel can count, in 32 bits, to spare.
+constexpr int64_t kMost = int64_t{1} << 30;
+
 // Of keys and values on their way to a multiprocessor, that keep memory busy.
 constexpr int kBusyBytes = 64 << 10;
 
@@ -195,10 +197,6 @@ cudaError_t FindDevice(const Device** found) {
 }  // namespace
 
 const char* Refuses(const Problem& problem) {
-  if (problem.blocks.aligned || problem.forced.first != 1 || problem.forced.last != 2) {
-    return "another choice of blocks than CANN's";
-  }
-  constexpr int64_t kMost = int64_t{1} << 30;
   if (problem.capacity() > kMost || MaxEntries(problem) > kMost ||
       problem.num_pages * problem.page_size * problem.key_value_heads > 2 * kMost ||
       problem.rows > kMost) {
@@ -228,26 +226,31 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.value_columns = static_cast<int32_t>(CeilDiv(problem.value_size, 4) * 4);
   while (1 << params.group_log2 < problem.group()) ++params.group_log2;
   while (1 << params.tokens_log2 < params.plan.tokens_per_chunk) ++params.tokens_log2;
-  const Blocks& window = problem.blocks;
-  params.block_positions = static_cast<int32_t>(window.strides_per_select_block());
-  params.taps = static_cast<int32_t>(window.num_taps());
+  const Blocks& blocks = problem.blocks;
+  params.block_positions = static_cast<int32_t>(blocks.strides_per_select_block());
+  params.last_position = static_cast<int32_t>(blocks.LastPosition(0));
+  params.first_block_rest = 2 * params.block_positions - 1 - params.last_position;
+  params.taps = static_cast<int32_t>(blocks.num_taps());
+  params.init_blocks = static_cast<int32_t>(std::min(problem.forced.first, kMost));
+  params.local_blocks = static_cast<int32_t>(std::min(problem.forced.last, kMost));
   params.max_blocks = static_cast<int32_t>(problem.max_blocks());
   params.sequences_each = static_cast<int32_t>(CeilDiv(problem.sequences, kThreads));
   params.page_size = static_cast<int32_t>(problem.page_size);
   params.by_page_size = Divider::By(params.page_size);
   params.by_block_positions = Divider::By(params.block_positions);
+  params.by_select_block_size = Divider::By(static_cast<int>(blocks.select_block_size));
   // NumBlocks grows by one with every block_positions positions: next where it grows first.
   int64_t length = 1;
-  while (window.NumBlocks(length + 1) == window.NumBlocks(1)) ++length;
-  params.block_shift =
-      static_cast<int32_t>(window.NumBlocks(length + 1) * params.block_positions - (length + 1));
+  while (blocks.NumBlocks(length + 1) == blocks.NumBlocks(1)) ++length;
+  params.num_blocks_rest =
+      static_cast<int32_t>(blocks.NumBlocks(length + 1) * params.block_positions - (length + 1));
   const Kernel& kernel = ChooseKernel(problem);
   const auto aligned = [&](const void* array, int64_t size) {
     return reinterpret_cast<uintptr_t>(array) % 16 == 0 && size * element % 16 == 0;
   };
-  params.aligned = aligned(arrays.key, problem.head_size) &&
-                   aligned(arrays.value, problem.value_size) &&
-                   aligned(arrays.query, problem.head_size);
+  params.aligned_rows = aligned(arrays.key, problem.head_size) &&
+                        aligned(arrays.value, problem.value_size) &&
+                        aligned(arrays.query, problem.head_size);
   params.by_record_rows = Divider::By(1 + params.plan.slots);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
   if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
@@ -264,6 +267,12 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.ring_floats = room / static_cast<int>(sizeof(float));
   params.shared_floats =
       (room - params.stages * kernel.stage_bytes) / static_cast<int>(sizeof(float));
+
+  // Each batch may begin with the last tile of the one before.
+  params.batch_tiles = std::min(
+      kMaxBatchTiles, params.ring_floats / 2 /
+                          BatchTileFloats(static_cast<int>(problem.group()), params.plan.slots));
+  if (params.batch_tiles < (params.taps > 1 ? 2 : 1)) return cudaErrorInvalidConfiguration;
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile) * params.plan.items;
   params.discards = tiles * params.plan.record_floats > kFewRecordBytes / 4;

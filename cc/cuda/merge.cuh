@@ -233,8 +233,8 @@ __device__ inline void LowerFlags(const Params& params, const Part& part) {
   }
 }
 
-// Results of tokens [first, end) of the sequence without any attention: NaN and -1 if faulty, 0, -1
-// and -inf if there is nothing to attend to.
+// Results of tokens [first, end) of the sequence without any attention: NaN and -1 if faulty, 0 and
+// -inf if there is nothing to attend to.
 __device__ inline void FillTokens(const Params& params, const Part& part, int first, int end,
                                   bool faulty) {
   const int group = params.group();
@@ -255,9 +255,16 @@ __device__ inline void FillTokens(const Params& params, const Part& part, int fi
       fill(static_cast<uint16_t*>(params.arrays.attention) + at, size,
            static_cast<uint16_t>(faulty ? 0x7fff : 0));
     }
+    // A token that comes before any position may have a block all the same, but not two of them.
+    const bool holds_token = !faulty && token < part.sequence.count;
+    const int num_blocks = holds_token ? part.sequence.NumBlocks(params, token) : 0;
     const int count = static_cast<int>(params.problem.select_count);
-    fill(params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count, count,
-         -1);
+    int32_t* indices =
+        params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count;
+#pragma unroll 1
+    for (int i = ThreadIndex(); i < count; i += kComputeThreads) {
+      indices[i] = i < num_blocks ? i : -1;
+    }
     if (params.arrays.lse) fill(params.arrays.lse + first_head, group, faulty ? nan : -INFINITY);
     if (params.arrays.block_scores) {
       fill(params.arrays.block_scores + first_head * params.max_blocks,

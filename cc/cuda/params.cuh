@@ -38,23 +38,37 @@ struct Params {
   int32_t stages;         // of the pipeline
   int32_t ring_floats;    // of the ring and
   int32_t shared_floats;  // of the records in shared memory, that lie behind it
+  int32_t batch_tiles;    // of a batch of records, at most; two fit in the ring's memory
   bool discards;          // whether records in the workspace are so many that they cost time
-  bool aligned;           // rows of keys, values and query start at multiples of 16 bytes
+  bool aligned_rows;      // rows of keys, values and query start at multiples of 16 bytes
   float scale_log2;       // makes powers of two of scores
   int32_t heads, key_value_heads, head_size, value_size;
-  int32_t value_columns;    // value_size rounded up to a multiple of 4
-  int32_t group_log2;       // of group(), a power of two
-  int32_t tokens_log2;      // of plan.tokens_per_chunk
-  int32_t block_positions;  // M of selection.h's Blocks
-  int32_t taps;             // its num_taps()
-  int32_t block_shift;      // its NumBlocks(n) = (n + block_shift) / block_positions, for n > 0
+  int32_t value_columns;  // value_size rounded up to a multiple of 4
+  int32_t group_log2;     // of group(), a power of two
+  int32_t tokens_log2;    // of plan.tokens_per_chunk
+  // Of the blocks, as blocks.h has them, in 32 bits.
+  int32_t block_positions;   // M, the positions from one block's last to the next one's
+  int32_t last_position;     // LastPosition(0)
+  int32_t taps;              // num_taps()
+  int32_t num_blocks_rest;   // NumBlocks(n) = (n + num_blocks_rest) / M, for n > 0
+  int32_t first_block_rest;  // FirstBlock(i) = (i + first_block_rest) / M - 1, below
+  int32_t init_blocks, local_blocks;
   int32_t max_blocks;
   int32_t sequences_each;  // that a thread counts entries of
-  Divider by_page_size, by_block_positions;
+  Divider by_page_size, by_block_positions, by_select_block_size;
   Divider by_record_rows;  // 1 + plan.slots
   int32_t page_size;
 
   __device__ int group() const { return 1 << group_log2; }
+  // The last position that adds to a block.
+  __device__ int LastPosition(int block) const { return block_positions * block + last_position; }
+  // The first position that adds to a block; may be negative.
+  __device__ int FirstPosition(int block) const { return LastPosition(block) - (taps - 1); }
+  // The first block that a position adds to. By CANN's rule it is -1 for position 0, which would be
+  // the last one of a block before the first.
+  __device__ int FirstBlock(int position) const {
+    return by_block_positions(position + first_block_rest) - 1;
+  }
 
   // One flag for each region.
   __device__ uint64_t* flags() const { return reinterpret_cast<uint64_t*>(workspace); }

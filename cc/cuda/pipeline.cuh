@@ -155,7 +155,7 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   Part part;
 #pragma unroll 1
   while (work.Next(&part)) {
-    if (!part.sequence.loads) continue;
+    if (!part.sequence.loads()) continue;
     has_last |= part.is_last();
     const int32_t* table = params.arrays.block_table + part.sequence.b * problem.pages_per_sequence;
     int tile = part.begin + turn;
@@ -189,7 +189,7 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
       }
       // These stores, on a sequence's last tile, come before the copies' arrival.
       if (row < 0 || faulty) __threadfence_block();
-      if (params.aligned) {
+      if (params.aligned_rows) {
         if (params.head_size == kHeadSize && params.value_size == kValueSize) {
           CopyTile<true>(params, stage, row, policy);
         } else {

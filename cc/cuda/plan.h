@@ -95,6 +95,14 @@ JAX_NSA_HOST_DEVICE constexpr int RecordFloats(int rows, int slots) {
 }
 constexpr int kRecordGap = 4;
 
+// The records of an item that is in several parts are read in batches, of one token's rows and
+// those beside them that share 16 bytes, of so many tiles at most.
+constexpr int kMaxBatchTiles = 128;
+JAX_NSA_HOST_DEVICE constexpr int BatchRows(int group) { return group > 4 ? group : 4; }
+JAX_NSA_HOST_DEVICE constexpr int BatchTileFloats(int group, int slots) {
+  return RecordFloats(BatchRows(group), slots) + kRecordGap;
+}
+
 // Entries of the list for an item of so many tiles: its tiles and, for the work at its end, some
 // more that stand for as much time.
 JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 12 + 7; }
@@ -156,7 +164,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
   plan.region_floats = int64_t{plan.region_tiles} * plan.record_floats;
   plan.importances =
-      problem.max_blocks() > kSharedBlocks ? CeilDiv(problem.max_blocks(), 2) * 4 : 0;
+      problem.max_blocks() > kSharedBlocks ? CeilDiv(problem.max_blocks(), 4) * 4 : 0;
   // The candidates of a selection are at most as many as the power of two that sorting pads to.
   const int64_t most =
       problem.select_count < problem.max_blocks() ? problem.select_count : problem.max_blocks();

@@ -16,8 +16,13 @@
 
 namespace jax_nsa::cuda {
 
-// Tiles of a cut item whose window sums are added up at a time, at most.
-constexpr int kBatchTiles = 128;
+// Tiles whose window sums of one token are added up at a time.
+struct Batch {
+  int number;
+  int token;       // of the chunk
+  int first, end;  // tiles
+  int fetched;     // the first that is there, which may be the last of the batch before
+};
 
 // The records of one item.
 class Records {
@@ -30,8 +35,7 @@ class Records {
         shared_(shared),
         rows_(RecordRows(part.rows(params))),
         tile_floats_(RecordFloats(rows_, params.plan.slots)),
-        shared_tiles_(part.is_cut() ? 0 : Quotient(shared_floats, tile_floats_ + kRecordGap)),
-        batch_floats_(shared_floats / 2 & ~3) {}
+        shared_tiles_(part.is_cut() ? 0 : Quotient(shared_floats, tile_floats_ + kRecordGap)) {}
 
   // Of a tile of this thread block's part.
   __device__ float* Own(int tile) const { return In(part_.own_region(), tile - part_.begin); }
@@ -43,31 +47,33 @@ class Records {
     return In(part_.Region(part), tile - part_.PartBegin(part));
   }
 
-  // Tiles of a batch, at most: all that there are, if the item is not cut.
-  __device__ int BatchTiles() const {
-    if (!part_.is_cut()) return part_.sequence.tiles;
-    return min(kBatchTiles, Quotient(batch_floats_, BatchTileFloats()));
+  // The batches of an item, token by token. One that is not cut is a batch for each token.
+  __device__ Batch FirstBatch() const { return BatchFrom(0, 0, 0); }
+  __device__ Batch After(const Batch& batch) const {
+    const bool more = batch.end < part_.sequence.tiles;
+    return BatchFrom(batch.number + 1, more ? batch.token : batch.token + 1, more ? batch.end : 0);
   }
 
-  // Begins to fetch a cut item's batch: of the records of tiles [first, end), the rows of `token`.
-  // Two batches fit at a time. By all consumers.
-  __device__ void Fetch(int batch, int token, int first, int end) const {
-    const int thread = ThreadIndex();
+  // Begins to fetch a cut item's batch: the rows of its token. Two batches fit at a time. By all
+  // consumers.
+  __device__ void Fetch(const Batch& batch) const {
+    const int thread = ThreadIndex(), first = batch.fetched, end = batch.end;
     const int quads_log2 = max(params_.group_log2, 2) - 2, rows_each = 1 + params_.plan.slots;
     const int first_part = part_.PartOf(first), last_part = part_.PartOf(end - 1);
     // So many lanes for each part: a warp, or more while there are fewer parts than warps.
     const int parts = last_part - first_part + 1;
     const int lanes_log2 = kComputeThreadsLog2 - (parts > 4 ? 3 : parts > 2 ? 2 : parts - 1);
     const int lane = thread & ((1 << lanes_log2) - 1);
-    const int quad = lane & ((1 << quads_log2) - 1), pitch = BatchTileFloats();
-    const uint32_t to = SharedAddress(shared_ + (batch & 1) * batch_floats_ + 4 * quad);
+    const int quad = lane & ((1 << quads_log2) - 1);
+    const int pitch = BatchTileFloats(params_.group(), params_.plan.slots);
+    const uint32_t to = SharedAddress(In(batch, first) + 4 * quad);
 #pragma unroll 1
     for (int part = first_part + (thread >> lanes_log2); part <= last_part;
          part += kComputeThreads >> lanes_log2) {
       const int part_begin = part_.PartBegin(part);
       const int begin = max(first, part_begin), last = min(end, part_.PartBegin(part + 1));
       const float* from = params_.tiles(part_.Region(part)) + (begin - part_begin) * tile_floats_ +
-                          FirstRow(token) + 4 * quad;
+                          FirstRow(batch.token) + 4 * quad;
       const uint32_t place = to + 4 * (begin - first) * pitch;
       const int rows = (last - begin) * rows_each;
 #pragma unroll 4
@@ -79,14 +85,14 @@ class Records {
     CommitCopies();
   }
 
-  // Where a tile's record begins for a token: its rows, or those beside them that share 16 bytes.
-  // Of a cut item, the tile is one of the batch that begins with tile `first` and has come.
-  __device__ const float* Read(int batch, int first, int token, int tile) const {
-    if (!part_.is_cut()) return Own(tile) + FirstRow(token);
-    return shared_ + (batch & 1) * batch_floats_ + (tile - first) * BatchTileFloats();
+  // Where a tile's record begins for a batch's token: its rows, or those beside them that share 16
+  // bytes. Of a cut item, the tile is one of the batch's, which has come.
+  __device__ const float* Read(const Batch& batch, int tile) const {
+    if (!part_.is_cut()) return Own(tile) + FirstRow(batch.token);
+    return In(batch, tile);
   }
   // From its maxima to its first slot's sums, and from there to the next slot's.
-  __device__ int slot_floats() const { return part_.is_cut() ? Width() : rows_; }
+  __device__ int slot_floats() const { return part_.is_cut() ? BatchRows(params_.group()) : rows_; }
 
   // Gives up all of them, once read, by `threads` threads of which this is one.
   __device__ void Discard(int thread, int threads) const {
@@ -108,10 +114,16 @@ class Records {
   }
 
  private:
-  // Rows of a batch's records: a token's, and those beside it that share 16 bytes.
-  __device__ int Width() const { return max(params_.group(), 4); }
-  __device__ int BatchTileFloats() const {
-    return RecordFloats(Width(), params_.plan.slots) + kRecordGap;
+  __device__ Batch BatchFrom(int number, int token, int first) const {
+    if (!part_.is_cut()) return {number, token, 0, part_.sequence.tiles, 0};
+    const int fetched = first > 0 && params_.taps > 1 ? first - 1 : first;
+    const int end = min(fetched + params_.batch_tiles, part_.sequence.tiles);
+    return {number, token, first, end, fetched};
+  }
+  // Where a tile of a batch lies.
+  __device__ float* In(const Batch& batch, int tile) const {
+    const int index = (batch.number & 1) * params_.batch_tiles + tile - batch.fetched;
+    return shared_ + index * BatchTileFloats(params_.group(), params_.plan.slots);
   }
   __device__ int FirstRow(int token) const { return token * params_.group() & ~3; }
 
@@ -126,7 +138,6 @@ class Records {
   const int rows_;
   const int tile_floats_;
   const int shared_tiles_;
-  const int batch_floats_;
 };
 
 }  // namespace jax_nsa::cuda

@@ -16,7 +16,7 @@
 namespace jax_nsa::cuda {
 
 struct SelectionScratch {
-  alignas(16) float importances[2 * kSharedBlocks];
+  alignas(16) float importances[kSharedBlocks];
   TopkScratch topk;
 };
 
@@ -27,19 +27,29 @@ struct alignas(16) RowNorms {
   float inverses[kMaxRows];
 };
 
-// Adds up tiles [first, end) of the sums over the heads of a token's scores of every block, in two
-// terms: those of even tiles at importances[j], those of odd ones at importances[num_blocks + j].
-// (A block has positions in two neighbouring tiles at most.) They are 0 before. Takes 4 * kSteps
-// heads at a time; where the group is smaller than 4, the other rows beside it count nothing.
+// Four heads' numbers.
+__device__ inline float4 operator*(float4 a, float4 b) {
+  return {a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w};
+}
+// a * b + c, rounded once.
+__device__ inline float4 Fused(float4 a, float4 b, float4 c) {
+  return {fmaf(a.x, b.x, c.x), fmaf(a.y, b.y, c.y), fmaf(a.z, b.z, c.z), fmaf(a.w, b.w, c.w)};
+}
+__device__ inline float Sum(float4 x) { return (x.x + x.y) + (x.z + x.w); }
+
+// Adds to importances[j] the scores of block j, summed over the heads of the batch's token, for the
+// blocks whose last position is in tiles [first, end) of the batch or past the sequence. They are 0
+// before. Takes 4 * kSteps heads at a time; where the group is smaller than 4, the other rows
+// beside it count nothing.
 template <int kSteps>
-__device__ inline void SumImportances(const Params& params, const Records& records, int batch,
-                                      int token, int first, int end, int num_blocks,
+__device__ inline void SumImportances(const Params& params, const Part& part,
+                                      const Records& records, const Batch& batch, int num_blocks,
                                       const RowNorms& norms, float* importances) {
-  const int thread = ThreadIndex(), slots = params.plan.slots, m = params.block_positions;
-  const int group = params.group(), row = token * group, tiles = end - first;
-  // So many threads share a tile, each with its own slots.
+  const int thread = ThreadIndex(), tiles = batch.end - batch.first;
+  const int group = params.group(), row = batch.token * group;
+  // So many threads share a tile, each with its own blocks.
   const int sharers_log2 = tiles <= 16 ? 4 : tiles <= 32 ? 3 : tiles <= 64 ? 2 : 1;
-  const int sharers = 1 << sharers_log2, first_slot = thread & (sharers - 1);
+  const int sharers = 1 << sharers_log2;
   const int slot_floats = records.slot_floats();
   const auto load = [](const float* from, int step) {
     return *reinterpret_cast<const float4*>(from + 4 * step);
@@ -56,38 +66,59 @@ __device__ inline void SumImportances(const Params& params, const Records& recor
   for (int head = 0; head < group; head += 4 * kSteps) {
     const float* maxima = norms.maxima + (row & ~3) + head;
     const float* inverses = norms.inverses + (row & ~3) + head;
+    // What makes a tile's sums relative to the greatest scores of all tiles.
+    const auto shrink = [&](const float* record, int step) {
+      const float4 own = load(record, step), maximum = load(maxima, step);
+      return float4{Exp2(own.x - maximum.x), Exp2(own.y - maximum.y), Exp2(own.z - maximum.z),
+                    Exp2(own.w - maximum.w)};
+    };
+    // Blocks all of whose positions are in one tile.
 #pragma unroll 1
     for (int i = thread >> sharers_log2; i < tiles; i += kComputeThreads >> sharers_log2) {
-      const int tile = first + i;
-      const float* record = records.Read(batch, first, token, tile) + head;
+      const int tile = batch.first + i, position = tile * kTile;
+      const float* record = records.Read(batch, tile) + head;
       float4 factors[kSteps];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        const float4 own = load(record, step), maximum = load(maxima, step);
-        const float4 inverse = load(inverses, step);
-        factors[step] =
-            masked({Exp2(own.x - maximum.x) * inverse.x, Exp2(own.y - maximum.y) * inverse.y,
-                    Exp2(own.z - maximum.z) * inverse.z, Exp2(own.w - maximum.w) * inverse.w});
+        factors[step] = masked(shrink(record, step) * load(inverses, step));
       }
-      const int first_block = params.by_block_positions(tile * kTile + m - 1) - 1;
-      float* to = importances + (tile & 1) * num_blocks + first_block;
-      const int last_slot = min(slots, num_blocks - first_block);
-      const float* sums = record + (1 + first_slot) * slot_floats;
+      const bool is_last = tile + 1 == part.sequence.tiles;
+      const int first_block = params.FirstBlock(position);
+      const int begin = tile > 0 ? params.FirstBlock(position + params.taps - 1) : 0;
+      const int end = min(num_blocks, is_last ? first_block + params.plan.slots
+                                              : params.FirstBlock(position + kTile));
 #pragma unroll 2
-      for (int slot = first_slot; slot < last_slot; slot += sharers) {
+      for (int block = begin + (thread & (sharers - 1)); block < end; block += sharers) {
+        const float* sums = record + (1 + block - first_block) * slot_floats;
         float4 terms = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          const float4 sum = masked(load(sums, step));
-          terms.x += sum.x * factors[step].x;
-          terms.y += sum.y * factors[step].y;
-          terms.z += sum.z * factors[step].z;
-          terms.w += sum.w * factors[step].w;
+          terms = Fused(masked(load(sums, step)), factors[step], terms);
         }
-        // The first slot of the first tile is of no block.
-        if (slot + first_block >= 0) to[slot] += (terms.x + terms.y) + (terms.z + terms.w);
-        sums += sharers * slot_floats;
+        importances[block] += Sum(terms);
       }
+    }
+    // Blocks that have positions in the tile before, too: two of each tile at most. Both tiles'
+    // sums are added before they are divided by the row's total, as sums over one tile are, so that
+    // blocks whose sums are equal stay equal.
+#pragma unroll 1
+    for (int i = thread / 2; i < tiles; i += kComputeThreads / 2) {
+      const int tile = batch.first + i, position = tile * kTile;
+      const int first_block = params.FirstBlock(position), block = first_block + thread % 2;
+      if (tile == 0 || block >= num_blocks || params.FirstPosition(block) >= position) continue;
+      const float* here = records.Read(batch, tile) + head;
+      const float* before = records.Read(batch, tile - 1) + head;
+      const float* sums_here = here + (1 + thread % 2) * slot_floats;
+      const float* sums_before =
+          before + (1 + block - params.FirstBlock(position - kTile)) * slot_floats;
+      float4 terms = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const float4 sums = Fused(load(sums_here, step), shrink(here, step),
+                                  load(sums_before, step) * shrink(before, step));
+        terms = Fused(masked(sums), masked(load(inverses, step)), terms);
+      }
+      importances[block] += Sum(terms);
     }
   }
   SyncConsumers();
@@ -95,31 +126,27 @@ __device__ inline void SumImportances(const Params& params, const Records& recor
 
 // Writes each head's own scores of every block. Slow, and not often wanted.
 __device__ inline void StoreBlockScores(const Params& params, const Part& part,
-                                        const Records& records, int token, int num_blocks,
-                                        const RowNorms& norms) {
-  const int m = params.block_positions, group = params.group();
+                                        const Records& records, int token, const RowNorms& norms) {
+  const int group = params.group();
   const int record_rows = RecordRows(part.rows(params));
   const int64_t row = part.sequence.first_row + part.first_token + token;
   float* scores =
       params.arrays.block_scores + (row * params.heads + part.head * group) * params.max_blocks;
 #pragma unroll 1
   for (int j = ThreadIndex(); j < params.max_blocks; j += kComputeThreads) {
-    const int first = max(0, m * (j + 1) - (params.taps - 1));
-    const int last = min(part.sequence.length - 1, m * (j + 1));
+    const int first = max(0, params.FirstPosition(j));
+    const int last = min(part.sequence.length - 1, params.LastPosition(j));
 #pragma unroll 1
     for (int g = 0; g < group; ++g) {
       float score = 0.0f;
-      if (j < num_blocks) {
 #pragma unroll 1
-        for (int tile = first / kTile; first <= last && tile <= last / kTile; ++tile) {
-          const float* record = records.Of(tile) + token * group + g;
-          const int slot = j + 1 - params.by_block_positions(tile * kTile + m - 1);
-          score += record[(1 + slot) * record_rows] *
-                   Exp2(record[0] - norms.maxima[token * group + g]) *
-                   norms.inverses[token * group + g];
-        }
+      for (int tile = first / kTile; first <= last && tile <= last / kTile; ++tile) {
+        const float* record = records.Of(tile) + token * group + g;
+        const int slot = j - params.FirstBlock(tile * kTile);
+        score +=
+            record[(1 + slot) * record_rows] * Exp2(record[0] - norms.maxima[token * group + g]);
       }
-      scores[int64_t{g} * params.max_blocks + j] = score;
+      scores[int64_t{g} * params.max_blocks + j] = score * norms.inverses[token * group + g];
     }
   }
 }
@@ -129,31 +156,25 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part,
 __device__ inline void Select(const Params& params, const Part& part, const Records& records,
                               const RowNorms& norms, SelectionScratch& scratch,
                               uint64_t* records_read) {
-  const int tiles = part.sequence.tiles;
-  const int num_blocks = params.by_block_positions(part.sequence.length + params.block_shift);
   const int count = static_cast<int>(params.problem.select_count);
   uint64_t* spill = reinterpret_cast<uint64_t*>(params.selection());
   float* importances = params.plan.importances > 0
                            ? reinterpret_cast<float*>(spill + params.plan.sorted)
                            : scratch.importances;
-  const int most = records.BatchTiles();
-  int batch = 0;
+  Batch batch = records.FirstBatch();
 #pragma unroll 1
   for (int token = 0; token < part.tokens; ++token) {
+    const int num_blocks = part.sequence.NumBlocks(params, part.first_token + token);
 #pragma unroll 1
-    for (int i = 4 * ThreadIndex(); i < 2 * num_blocks; i += 4 * kComputeThreads) {
+    for (int i = 4 * ThreadIndex(); i < num_blocks; i += 4 * kComputeThreads) {
       *reinterpret_cast<float4*>(importances + i) = {0.0f, 0.0f, 0.0f, 0.0f};
     }
 #pragma unroll 1
-    for (int first = 0; first < tiles; ++batch) {
-      const int end = min(first + most, tiles);
+    for (; batch.token == token; batch = records.After(batch)) {
       if (part.is_cut()) {
         // The next batch comes while this one is added up.
-        if (end < tiles) {
-          records.Fetch(batch + 1, token, end, min(end + most, tiles));
-          WaitForCopies<1>();
-        } else if (token + 1 < part.tokens) {
-          records.Fetch(batch + 1, token + 1, 0, min(most, tiles));
+        if (const Batch next = records.After(batch); next.token < part.tokens) {
+          records.Fetch(next);
           WaitForCopies<1>();
         } else {
           WaitForCopies<0>();
@@ -161,8 +182,7 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
       }
       SyncConsumers();
       const auto sum = [&](auto steps) {
-        SumImportances<steps()>(params, records, batch, token, first, end, num_blocks, norms,
-                                importances);
+        SumImportances<steps()>(params, part, records, batch, num_blocks, norms, importances);
       };
       switch (params.group_log2) {
         case 0:
@@ -177,14 +197,14 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
           sum(std::integral_constant<int, 4>());
           break;
       }
-      first = end;
     }
     if (params.arrays.block_scores) {
-      StoreBlockScores(params, part, records, token, num_blocks, norms);
+      StoreBlockScores(params, part, records, token, norms);
     }
     if (part.is_cut() && token + 1 == part.tokens) BarrierArrive(records_read);
     const int64_t row = part.sequence.first_row + part.first_token + token;
-    SelectBlocks(importances, num_blocks, count, spill, scratch.topk,
+    const int begin = params.init_blocks, end = max(begin, num_blocks - params.local_blocks);
+    SelectBlocks({importances, begin, end}, num_blocks, count, spill, scratch.topk,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);
     SyncConsumers();
   }

@@ -51,12 +51,12 @@ __device__ inline int BlockOf(uint64_t order) {
   return static_cast<int>(0xffffffffu - static_cast<uint32_t>(order));
 }
 
-// The blocks among which to choose: [1, end), all but those that are AlwaysChosen (selection.h).
-// Importances are the sums of two terms.
+// The blocks among which to choose: [begin, end), all but those that are Forced (selection.h).
 struct Candidates {
-  const float* even;
-  const float* odd;
-  int end;
+  const float* importances;
+  int begin, end;
+
+  __device__ int size() const { return end - begin; }
 };
 
 // A thread's share of the candidates is this one and every kComputeThreads-th after it.
@@ -65,9 +65,9 @@ struct Candidates {
 // that are important together are neighbours: neighbours are in different groups, so that the
 // groups' best are the best of all, and a warp's are in different banks. Any 32 consecutive blocks
 // from a multiple of 32 on, counted from the first, are in the 32 groups.
-__device__ inline int FirstBlock() {
+__device__ inline int FirstOfShare(const Candidates& candidates) {
   const int lane = ThreadIndex() % 32, warp = ThreadIndex() / 32;
-  return 1 + lane / 4 * 32 + (lane + 4 * warp) % 32;
+  return candidates.begin + lane / 4 * 32 + (lane + 4 * warp) % 32;
 }
 
 // A share of at most kEach candidates, in registers. Visit calls visit(key, block) for each, and
@@ -76,14 +76,13 @@ template <int kEach>
 class HeldShare {
  public:
   __device__ explicit HeldShare(const Candidates& candidates)
-      : HeldShare(candidates, FirstBlock()) {}
+      : HeldShare(candidates, FirstOfShare(candidates)) {}
   __device__ HeldShare(const Candidates& candidates, int first) : first_(first) {
-    const float* even = candidates.even + first;
-    const float* odd = candidates.odd + first;
+    const float* importances = candidates.importances + first;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int at = i * kComputeThreads;
-      keys_[i] = first + at < candidates.end ? ImportanceKey(even[at] + odd[at]) : 0;
+      keys_[i] = first + at < candidates.end ? ImportanceKey(importances[at]) : 0;
     }
   }
   template <typename Function>
@@ -105,7 +104,8 @@ class FetchedShare {
   __device__ void Visit(Function visit) const {
     constexpr int kTogether = 8;  // a global memory access takes long, eight hardly longer
 #pragma unroll 1
-    for (int first = FirstBlock(); first < candidates_.end; first += kTogether * kComputeThreads) {
+    for (int first = FirstOfShare(candidates_); first < candidates_.end;
+         first += kTogether * kComputeThreads) {
       HeldShare<kTogether>(candidates_, first).Visit(visit);
     }
   }
@@ -343,31 +343,29 @@ __device__ inline void Choose(const Share& share, int needed, uint64_t* spill, T
 }
 
 // Writes the `count` most important of num_blocks blocks, by all consumer warps, which have to
-// synchronise before and after. The importance of block j is the sum importances[j] +
-// importances[num_blocks + j].
-__device__ inline void SelectBlocks(const float* importances, int num_blocks, int count,
+// synchronise before and after.
+__device__ inline void SelectBlocks(const Candidates& candidates, int num_blocks, int count,
                                     uint64_t* spill, TopkScratch& scratch, int32_t* indices) {
-  const int thread = ThreadIndex();
-  // The blocks always chosen come first: their importance is infinite, that of no other is.
-  const int always = min(num_blocks, 3);
-  if (thread < min(always, count)) {
-    indices[thread] = thread == 0 ? 0 : num_blocks - always + thread;
+  const int thread = ThreadIndex(), size = candidates.size();
+  // The forced blocks, which are no candidates, come first, in the order of their indices.
+  const int forced = num_blocks - size;
+#pragma unroll 1
+  for (int i = thread; i < min(forced, count); i += kComputeThreads) {
+    indices[i] = i < candidates.begin ? i : size + i;
   }
   if (num_blocks < count) {
 #pragma unroll 1
     for (int i = num_blocks + thread; i < count; i += kComputeThreads) indices[i] = -1;
   }
-  const int needed = min(num_blocks, count) - always, size = num_blocks - 3;
+  const int needed = min(num_blocks, count) - forced;
   if (needed <= 0) return;
-  indices += always;
+  indices += forced;
 
-  const Candidates candidates = {importances, importances + num_blocks, num_blocks - 2};
   if (size <= (needed <= kFewNeeded ? kFewCandidates : kRanked)) {
     if (thread < kRanked) {
-      const int block = 1 + thread;
-      const float* even = candidates.even + block;
-      const float* odd = candidates.odd + block;
-      scratch.list[thread] = thread < size ? Order(ImportanceKey(*even + *odd), block) : 0;
+      const int block = candidates.begin + thread;
+      const float* importance = candidates.importances + block;
+      scratch.list[thread] = thread < size ? Order(ImportanceKey(*importance), block) : 0;
     }
     SyncConsumers();
     Rank(scratch.list, size, needed, indices);

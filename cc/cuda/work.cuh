@@ -24,18 +24,28 @@ __device__ inline int Quotient(int a, int b) {
 struct Sequence {
   int b;
   int first_row, owned, count, early;  // as in SequenceRows
-  int length;
-  int tiles;    // of one item
-  int entries;  // of one item
-  int chunks;   // of tokens
-  bool faulty;
-  bool loads;  // whether it needs its pages; otherwise its one tile only fills in the results
+  int length;                          // -1 if there is a fault
+  int original_length;                 // where blocks are aligned
+  int tiles;                           // of one item
+  int entries;                         // of one item
+  int chunks;                          // of tokens
 
+  __device__ bool is_faulty() const { return length < 0; }
+  // Whether it needs its pages; otherwise its one tile only fills in the results.
+  __device__ bool loads() const { return length > 0 && count > 0; }
   __device__ int TotalEntries(const Params& params) const {
     return entries * chunks * params.key_value_heads;
   }
   __device__ int Visible(int token) const {
     return static_cast<int>(SequenceRows{first_row, owned, count, early}.Visible(token, length));
+  }
+  // NumBlocks of compress_attention.h, in 32 bits.
+  __device__ int NumBlocks(const Params& params, int token) const {
+    if (!params.problem.blocks.aligned) {
+      return length > 0 ? params.by_block_positions(length + params.num_blocks_rest) : 0;
+    }
+    const int tokens = original_length - (params.problem.causal ? count - 1 - token : 0);
+    return tokens > 0 ? params.by_select_block_size(tokens - 1) + 1 : 0;
   }
 };
 
@@ -43,16 +53,17 @@ __device__ inline Sequence FindSequence(const Params& params, int b) {
   SequenceRows rows;
   Sequence sequence;
   sequence.b = b;
-  sequence.faulty = FindRows(params.problem, params.arrays, b, &rows) != Fault::kNone;
+  const bool faulty = FindRows(params.problem, params.arrays, b, &rows) != Fault::kNone;
   sequence.first_row = static_cast<int>(rows.first);
   sequence.owned = static_cast<int>(rows.owned);
   sequence.count = static_cast<int>(rows.count);
   sequence.early = static_cast<int>(rows.early);
-  sequence.length = params.arrays.lengths[b];
-  sequence.loads = !sequence.faulty && sequence.length > 0 && sequence.count > 0;
-  sequence.tiles = sequence.loads ? (sequence.length - 1) / kTile + 1 : 1;
-  sequence.entries = sequence.loads ? static_cast<int>(ItemEntries(sequence.tiles)) : 1;
-  sequence.chunks = sequence.loads ? ((sequence.count - 1) >> params.tokens_log2) + 1 : 1;
+  sequence.length = faulty ? -1 : params.arrays.lengths[b];
+  sequence.original_length = params.problem.blocks.aligned ? params.arrays.select_lengths[b] : 0;
+  const bool loads = sequence.loads();
+  sequence.tiles = loads ? (sequence.length - 1) / kTile + 1 : 1;
+  sequence.entries = loads ? static_cast<int>(ItemEntries(sequence.tiles)) : 1;
+  sequence.chunks = loads ? ((sequence.count - 1) >> params.tokens_log2) + 1 : 1;
   return sequence;
 }
 

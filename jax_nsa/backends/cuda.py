@@ -34,17 +34,11 @@ def unavailable(operator: Operator, platform: str) -> str | None:
 
 
 def refuses(call: Call, platform: str) -> str | None:
-    """The kernels serve every legal call whose shapes are known, but for the choice of blocks.
+    """The kernels serve every legal call whose shapes are known.
 
     Of positions beyond 2**30, which no memory holds, they say so when they run.
     """
     del platform
-    if not getattr(call.problem, "is_canns", True):
-        return (
-            "its kernel chooses blocks by CANN's rule only: importance='cann', init_blocks=1, "
-            f"local_blocks=2, got {call.problem.importance!r}, {call.problem.init_blocks}, "
-            f"{call.problem.local_blocks}"
-        )
     for operand in call.operands:
         if not all(isinstance(size, int) for size in operand.shape):
             return (

@@ -9,4 +9,5 @@ CANN = Domain(
     most_tokens=4,
     pads_selection=False,
     returns_lse=False,
+    only_canns_choice=True,
 )

@@ -114,7 +114,9 @@ struct Case {
   // Equal scores of some positions, lower ones of all others. With one position a block, those of
   // three of the groups in which topk.cuh looks for a bound.
   bool peaks = false;
-  bool wants_lse = true, wants_scores = false, aligned = true;
+  bool wants_lse = true, wants_scores = false, aligned_rows = true;
+  Forced forced = {1, 2};
+  bool causal = false;
   int bad_pages = 0;    // sequences that have one
   bool faults = false;  // of lengths and counts
   int nans = 0;         // heads of queries that are NaN
@@ -135,18 +137,18 @@ class Call {
         random_(first_seed + seed),
         lengths_(MakeLengths()),
         problem_(MakeProblem()),
-        query_(c.dtype, problem_.rows * problem_.heads * c.head_size, c.aligned),
+        query_(c.dtype, problem_.rows * problem_.heads * c.head_size, c.aligned_rows),
         key_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.head_size,
-             c.aligned),
+             c.aligned_rows),
         value_(c.dtype, problem_.num_pages * c.page_size * c.key_value_heads * c.value_size,
-               c.aligned),
+               c.aligned_rows),
         attention_(problem_.attention_dtype, problem_.rows * problem_.heads * c.value_size),
         indices_(4 * problem_.rows * c.key_value_heads * c.select_count),
         lse_(c.wants_lse ? 4 * problem_.rows * problem_.heads : 0),
         scores_(c.wants_scores ? 4 * problem_.rows * problem_.heads * problem_.max_blocks() : 0),
         table_(4 * c.sequences * c.pages),
         int_operands_{Buffer(4 * c.sequences), Buffer(4 * c.sequences), Buffer(4 * c.sequences),
-                      Buffer(4 * c.sequences)} {
+                      Buffer(4 * c.sequences), Buffer(4 * c.sequences)} {
     FillPages();
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < problem_.rows * problem_.heads * c.head_size; ++i) {
@@ -157,8 +159,9 @@ class Call {
       query_.Set(head * c.head_size, NAN);
       nan_heads_.insert(head);
     }
-    const std::vector<int>* operands[] = {&lengths_, &counts_, &early_, &first_rows_};
-    for (int i = 0; i < 4; ++i) {
+    const std::vector<int>* operands[] = {&lengths_, &counts_, &early_, &first_rows_,
+                                          &original_lengths_};
+    for (int i = 0; i < 5; ++i) {
       std::memcpy(int_operands_[i].data(), operands[i]->data(), 4 * c.sequences);
     }
   }
@@ -200,6 +203,7 @@ class Call {
     if (takes_counts) arrays.token_counts = int_operands_[1].as<int32_t>();
     if (takes_counts) arrays.early_counts = int_operands_[2].as<int32_t>();
     if (case_.ragged) arrays.first_rows = int_operands_[3].as<int32_t>();
+    if (case_.window.aligned) arrays.select_lengths = int_operands_[4].as<int32_t>();
     arrays.attention = attention_.buffer().data();
     arrays.topk_indices = indices_.as<int32_t>();
     if (case_.wants_lse) arrays.lse = lse_.as<float>();
@@ -265,6 +269,7 @@ class Call {
       lengths.push_back(equal ? capacity - capacity % 7
                               : case_.shortest + Random(capacity - case_.shortest + 1));
     }
+    if (case_.lengths == Lengths::kRagged && case_.shortest == 0) lengths[0] = 0;
     return lengths;
   }
 
@@ -282,6 +287,7 @@ class Call {
       owned_.push_back(owned);
       first_rows_.push_back(static_cast<int>(problem.rows));
       problem.rows += owned;
+      original_lengths_.push_back(DrawOriginalLength(lengths_[b]));
     }
     if (case_.faults) {
       // Each kind once; the sequences in between stay sound.
@@ -292,6 +298,14 @@ class Call {
       counts_[7] = -1;
       early_[9] = -1;
       for (int b = 1; b < 10; b += 2) faulty_[b] = kBadRows;
+      if (case_.window.aligned) {
+        const int size = static_cast<int>(case_.window.compress_block_size);
+        const int stride = static_cast<int>(case_.window.compress_stride);
+        original_lengths_[0] = lengths_[0] > 0 ? (lengths_[0] - 1) * stride + size - 1 : -1;
+        original_lengths_[2] = lengths_[2] * stride + size;
+        original_lengths_[4] = std::numeric_limits<int>::min();
+        for (int b = 0; b < 5; b += 2) faulty_[b] = kBadRows;
+      }
     }
     problem.dtype = case_.dtype;
     problem.attention_dtype = case_.wants_scores ? DataType::kFloat32 : case_.dtype;
@@ -307,7 +321,42 @@ class Call {
     problem.select_count = case_.select_count;
     problem.scale = case_.spread / std::sqrt(static_cast<float>(case_.head_size));
     problem.blocks = case_.window;
+    problem.forced = case_.forced;
+    problem.causal = case_.causal;
     return problem;
+  }
+
+  // Original tokens that compress to so many positions.
+  int DrawOriginalLength(int length) {
+    const int size = static_cast<int>(case_.window.compress_block_size);
+    const int stride = static_cast<int>(case_.window.compress_stride);
+    return length > 0 ? (length - 1) * stride + size + Random(stride) : Random(size);
+  }
+
+  // How many blocks a token chooses from.
+  int64_t NumBlocks(int b, int t) const {
+    const Blocks& w = case_.window;
+    if (!w.aligned) {
+      const int64_t covered = (lengths_[b] - 1) * w.compress_stride + w.compress_block_size;
+      return lengths_[b] > 0 ? CeilDiv(covered, w.select_block_size) : 0;
+    }
+    const int later = case_.causal ? counts_[b] - 1 - t : 0;
+    return CeilDiv(std::max(0, original_lengths_[b] - later), w.select_block_size);
+  }
+
+  // A head's score of a block, eq. 9 of the paper, in the one order of positions or the other.
+  double Score(const std::vector<double>& p, int64_t j) const {
+    const Blocks& w = case_.window;
+    const int64_t m_count = w.select_block_size / w.compress_stride;
+    const int64_t n_count = w.compress_block_size / w.compress_stride;
+    double score = 0;
+    for (int64_t m = 0; m < m_count; ++m) {
+      for (int64_t n = 0; n < n_count; ++n) {
+        const int64_t i = w.aligned ? m_count * j + m - n : m_count * (j + 1) - m - n;
+        if (i >= 0 && i < static_cast<int64_t>(p.size())) score += p[i];
+      }
+    }
+    return score;
   }
 
   // Pages in random order; what no sequence holds is NaN, and has illegal ids.
@@ -358,7 +407,7 @@ class Call {
     const bool absent = t >= counts_[b], faulty = faulty_[b] != kSound;
     const int length = lengths_[b];
     const int visible = absent || faulty ? 0 : length - (t < early_[b] && length > 0 ? 1 : 0);
-    const int64_t blocks = absent || faulty ? 0 : problem_.blocks.NumBlocks(length);
+    const int64_t blocks = absent || faulty ? 0 : NumBlocks(b, t);
     const double accuracy = case_.dtype == DataType::kBFloat16  ? 4e-3
                             : case_.dtype == DataType::kFloat16 ? 6e-4
                                                                 : 1e-5;
@@ -420,11 +469,7 @@ class Call {
             << lse;
       }
       for (int64_t j = 0; j < max_blocks; ++j) {
-        double score = 0;
-        for (int64_t o = 0; j < blocks && o < problem_.blocks.num_taps(); ++o) {
-          const int64_t i = problem_.blocks.LastPosition(j) - o;
-          if (i >= 0 && i < visible) score += problem_.blocks.Weight(o) * p[i];
-        }
+        const double score = Score(p, j);
         if (j < blocks) importance[j] += score;
         if (!case_.wants_scores) continue;
         const float got = scores_.as<float>()[head * max_blocks + j];
@@ -444,7 +489,8 @@ class Call {
     std::vector<bool> seen(blocks);
     for (int j = 0; j < blocks; ++j) {
       order[j] = j;
-      if (Forced{1, 2}.Has(j, blocks)) importance[j] = std::numeric_limits<double>::max();
+      const bool forced = j < case_.forced.first || j >= blocks - case_.forced.last;
+      if (forced) importance[j] = std::numeric_limits<double>::max();
     }
     std::stable_sort(order.begin(), order.end(),
                      [&](int i, int j) { return importance[i] > importance[j]; });
@@ -454,8 +500,9 @@ class Call {
       const bool legal = got >= 0 && got < blocks && !seen[got];
       if (legal) seen[got] = true;
       if (got == expected) continue;
-      // Importances that are equal by design have an exact order.
+      // Importances that are equal by design have an exact order, as those of nothing at all.
       EXPECT(legal && expected >= 0 && case_.spread > 0.0f && !case_.peaks &&
+             importance[expected] > 0.0 &&
              std::abs(importance[got] - importance[expected]) <= 1e-4 * importance[expected])
           << context << ": index " << n << " is " << got << ", expected " << expected;
     }
@@ -463,15 +510,18 @@ class Call {
 
   const Case case_;
   std::mt19937 random_;
-  std::vector<int> lengths_, counts_, early_, owned_, first_rows_;
+  std::vector<int> lengths_, counts_, early_, owned_, first_rows_, original_lengths_;
   std::vector<Faulty> faulty_;
   std::set<int64_t> nan_heads_;
   Problem problem_;
   Elements query_, key_, value_, attention_;
   Buffer indices_, lse_, scores_, table_;
-  Buffer int_operands_[4];
+  Buffer int_operands_[5];
   std::string flags_;  // in the workspace
 };
+
+// Few blocks, none, and more than there are.
+constexpr Forced kForced[] = {{1, 2}, {0, 1}, {0, 0}, {3, 0}, {300, 400}, {int64_t{1} << 40, 9}};
 
 std::vector<Case> Cases() {
   constexpr DataType kBf16 = DataType::kBFloat16, kF16 = DataType::kFloat16,
@@ -491,7 +541,7 @@ std::vector<Case> Cases() {
       cases.push_back(c);
       if (head != 64) continue;
       c.name += ", unaligned";
-      c.aligned = c.wants_lse = false;
+      c.aligned_rows = c.wants_lse = false;
       cases.push_back(c);
     }
   }
@@ -588,7 +638,76 @@ std::vector<Case> Cases() {
   records.bad_pages = 1;
   records.devices = 4;
   cases.push_back(records);
+  // Other blocks forced, in every way of choosing the rest.
+  const Blocks dense_aligned = {16, 16, 16, true};
+  for (const Forced& forced : kForced) {
+    const std::string name =
+        "forced " + std::to_string(forced.first) + " and " + std::to_string(forced.last);
+    for (const auto& [pages, count] : {std::pair(1, 4), {3, 20}, {9, 16}, {9, 100}, {18, 16}}) {
+      Case c = {name + ", pages " + std::to_string(pages) + ", choosing " + std::to_string(count),
+                kBf16,
+                1,
+                1,
+                2,
+                1,
+                16,
+                16,
+                128,
+                pages,
+                dense_aligned,
+                count,
+                kRagged,
+                100 * pages};
+      c.forced = forced;
+      c.devices = 7;
+      cases.push_back(c);
+      c.name += ", cann";
+      c.window.aligned = false;
+      cases.push_back(c);
+    }
+  }
+  for (const Case& c : std::vector<Case>(cases)) {
+    const bool wide = c.name == "wide, cut anywhere", tokens = c.name == "tokens, ragged";
+    if (!wide && !tokens && c.name != "bad rows" && c.name != "bad rows, ragged" &&
+        c.name != "long, unequal" && c.name != "1500 chosen" && c.name != "peaks" &&
+        c.name != "fewer ties" && c.name != "NaN queries") {
+      continue;
+    }
+    Case other = c;
+    other.name += ", aligned";
+    other.window.aligned = true;
+    other.causal = tokens || wide;
+    other.forced = {0, 1};
+    other.devices = 3;
+    cases.push_back(other);
+  }
+  // Ties of blocks in one tile and in two, in one batch of records and in two.
+  for (const Blocks& window : {usual, {48, 16, 96}, {128, 16, 128}, {48, 16, 96, true}}) {
+    for (int group : {2, 32, 128}) {
+      Case c = {"ties of " + std::to_string(window.num_taps()) + " positions, group " +
+                    std::to_string(group) + (window.aligned ? ", aligned" : ""),
+                kBf16,
+                2,
+                1,
+                group,
+                1,
+                16,
+                16,
+                128,
+                group > 2 ? 12 : 70,
+                window,
+                300,
+                kRagged,
+                100};
+      c.spread = 0.0f;
+      c.devices = 5;
+      cases.push_back(c);
+    }
+  }
+  cases.push_back(
+      {"wide, few in a batch", kBf16, 1, 1, 128, 1, 16, 16, 128, 8, {32, 16, 32}, 16, kEqual, 0});
   // All windows.
+  int windows = 0;
   for (int stride : {16, 32, 48, 64}) {
     for (int size = stride; size <= kMaxBlockSize; size += 16) {
       for (int select = size; select <= kMaxBlockSize; select += 16) {
@@ -599,6 +718,16 @@ std::vector<Case> Cases() {
         Case c = {name, kBf16, 2, 1, 4, 1, 32, 16, 16, 12, window, 6, kRagged, 1};
         c.wants_scores = true;
         c.devices = 11;
+        cases.push_back(c);
+        // Blocks counted by original tokens, of tokens that see fewer and fewer of them.
+        c.name += ", aligned";
+        c.sequences = 5;
+        c.tokens = 40;
+        c.shortest = 0;
+        c.select_count = 70;
+        c.window.aligned = true;
+        c.causal = windows % 4 != 3;
+        c.forced = kForced[windows++ % 6];
         cases.push_back(c);
       }
     }
