@@ -2,14 +2,13 @@
 
     python -m benchmarks.step                           every shape
     python -m benchmarks.step 20x64k 64x32k --repeat 20  some of them
-    python -m benchmarks.step --peer PATH               beside a checkout of mdy666's
-                                                        native-sparse-attention, where torch and
+    python -m benchmarks.step --peer PATH               beside a checkout of mdy666's Scalable-Flash-
+                                                        Native-Sparse-Attention, where torch and
                                                         triton are installed
 
 A program is a scan over decode steps that keeps all of their results, and what is timed is a step
 of it: with queries, gates and block tables of its own, over pools that exceed the caches. `loop` is
-the same scan around a body that only copies, so that what the scan itself costs can be seen. The
-peer's calls are timed as its own users time them, as a CUDA graph over the same bytes.
+the same scan around a body that only copies, so that what the scan itself costs can be seen.
 Figures are medians. Each run prints a table and writes a JSON file.
 """
 
@@ -30,9 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import measure
+from benchmarks import measure, step_peer
 from benchmarks.__main__ import RESULTS, machine
-from benchmarks.shapes import HEAD_SIZE, PAGE, VALUE_SIZE
 from jax_nsa import (
     PagedKV,
     nsa_compress_attention_infer,
@@ -40,6 +38,7 @@ from jax_nsa import (
     nsa_select_attention_infer,
 )
 
+HEAD_SIZE, VALUE_SIZE, PAGE = 192, 128, 128
 COMPRESS_BLOCK, STRIDE, SELECT_BLOCK, SELECT_COUNT, WINDOW = 32, 16, 64, 16, 512
 STEPS, PROGRAMS = 32, 4  # of a program, and programs that are dispatched at once
 ROTATED_BYTES = 256 << 20  # that the compressed caches hold, so that no cache does
@@ -75,8 +74,7 @@ class Shape:
 
     @property
     def floors(self) -> dict[str, int]:
-        """Bytes of keys and values that each part must read once: for tokens of a sequence that
-        read the same blocks, the fewest."""
+        """Bytes of keys and values that each part must read, once for all tokens of a sequence."""
         row = self.key_value_heads * (HEAD_SIZE + VALUE_SIZE) * 2
         chosen = min(self.length, SELECT_BLOCK * SELECT_COUNT) + min(self.length, WINDOW)
         compressed = self.sequences * self.compressed_length * row
@@ -194,3 +192,64 @@ def time_program(run: Callable[..., Any], operands: tuple[Arrays, Arrays], repea
         measure.seconds(lambda: [run(*operands) for _ in range(PROGRAMS)]) for _ in range(repeat)
     ]
     return statistics.median(samples) / (PROGRAMS * STEPS)
+
+
+def run(shape: Shape, repeat: int, peer: pathlib.Path | None) -> dict[str, Any]:
+    """Times one shape; returns its row of the results."""
+    operands = problem(shape)
+    seconds = {
+        name: time_program(program(part), operands, repeat) for name, part in parts(shape).items()
+    }
+    bandwidth = statistics.median(measure.DeviceBandwidth().sample() for _ in range(5))
+    row = {
+        "shape": dataclasses.asdict(shape),
+        "floor_bytes": shape.floors,
+        "read_bandwidth": bandwidth,
+        "seconds": seconds,
+    }
+    del operands
+    if peer is not None and shape.tokens == 1:
+        row["peer_seconds"] = step_peer.time_parts(peer, shape, STEPS, repeat)
+    return row
+
+
+def print_row(name: str, row: dict[str, Any]) -> None:
+    """One line for each part, in microseconds."""
+    for part, seconds in row["seconds"].items():
+        line = f"{name:18}{part:18}{seconds * 1e6:9.1f}"
+        if part in row["floor_bytes"]:
+            floor = row["floor_bytes"][part] / row["read_bandwidth"]
+            line += f"   floor {floor * 1e6:7.1f}, {floor / seconds:6.1%} of the read bandwidth"
+        if part in row.get("peer_seconds", {}):
+            line += f"   peer {row['peer_seconds'][part] * 1e6:7.1f}"
+        print(line, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", nargs="*", help=f"shapes among {', '.join(SHAPES)}")
+    parser.add_argument("--repeat", type=int, default=10, help="programs that a median is of")
+    parser.add_argument("--peer", type=pathlib.Path, metavar="PATH", help="a checkout to time too")
+    parser.add_argument("--output", metavar="JSON", help="where to write, not benchmarks/results")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.what) - set(SHAPES):
+        parser.error(f"no such shape: {', '.join(sorted(unknown))}; there are {', '.join(SHAPES)}")
+    report: dict[str, Any] = {"machine": machine(), "rows": {}}
+    print("  ".join(f"{what}: {value}" for what, value in report["machine"].items()))
+    for name in arguments.what or SHAPES:
+        report["rows"][name] = run(SHAPES[name], arguments.repeat, arguments.peer)
+        print_row(name, report["rows"][name])
+    if arguments.output:
+        path = pathlib.Path(arguments.output)
+    else:
+        RESULTS.mkdir(exist_ok=True)
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = RESULTS / f"step-{report['machine']['platform']}-{stamp}.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
