@@ -1,11 +1,10 @@
 """Times the whole decode step on a GPU, by parts and as one call, beside what memory allows.
 
-    python -m benchmarks.step                           every shape
+    python -m benchmarks.step                            every shape
     python -m benchmarks.step 20x64k 64x32k --repeat 20  some of them
-    python -m benchmarks.step --peer PATH               beside a checkout of mdy666's Scalable-Flash-
-                                                        Native-Sparse-Attention, where torch and
-                                                        triton are installed
+    python -m benchmarks.step --peer PATH                beside a checkout of flash_nsa
 
+The peer is mdy666's Scalable-Flash-Native-Sparse-Attention; it needs torch and triton.
 A program is a scan over decode steps that keeps all of their results, and what is timed is a step
 of it: with queries, gates and block tables of its own, over pools that exceed the caches. `loop` is
 the same scan around a body that only copies, so that what the scan itself costs can be seen.

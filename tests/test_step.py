@@ -25,6 +25,7 @@ from jax_nsa import (
     nsa_decode_step,
     nsa_select_attention_infer,
 )
+from jax_nsa.select_attention import gated
 
 ARRAYS = ("query", "gates", "compressed", "selected", "window")
 USUAL = Step()
@@ -217,6 +218,28 @@ class TestCpu(StepContract):
 @pytest.mark.cuda
 class TestCuda(StepContract):
     implementation = "cuda"
+
+
+# The contract can fail: each wrong sum turns it red.
+
+RIGHT = gated.add_branches
+NO_LSE = jnp.float32(0)
+WRONG_SUMS = {
+    "gates in another order": lambda g, c, s, w, lse: RIGHT(g[..., ::-1], c, s, w, lse),
+    "gates of another head": lambda g, c, s, w, lse: RIGHT(jnp.roll(g, 1, -2), c, s, w, lse),
+    "no window": lambda g, c, s, w, lse: RIGHT(g, c, s, 0 * w, lse),
+    "selected for compressed": lambda g, c, s, w, lse: RIGHT(g, s, s, w, lse),
+    "rows without a token by their gates": lambda g, c, s, w, lse: RIGHT(
+        g, c, s, w, jnp.maximum(lse, NO_LSE)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SUMS)
+def test_wrong_sum_is_caught(monkeypatch, wrong):
+    monkeypatch.setattr(gated, "add_branches", WRONG_SUMS[wrong])
+    with pytest.raises(AssertionError):
+        TestReference().check(TOKENS)
 
 
 # Transformations and devices.
