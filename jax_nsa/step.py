@@ -12,10 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nsa import checks
-from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
-from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
+from jax_nsa.select_attention import gated
+from jax_nsa.select_attention.door import (
+    gated_attention,
+    nsa_select_attention_infer,
+    nsa_window_attention_infer,
+)
 
 LAYOUTS = ("TND", "BSND")
 _CAUSAL = np.ones((1, 1), bool)  # that there is a mask is all that counts
@@ -152,30 +156,22 @@ def nsa_decode_step(
             "actual_seq_kvlen": cache.lengths,
         }  # fmt: skip
 
-    chosen = functools.partial(
-        nsa_select_attention_infer, query, selected.key, selected.value, indices, **shared,
-        **of_blocks, **original("selected", selected),
-    )  # fmt: skip
     if window is None:
-        of_selected, of_window = chosen(window_size=window_size)
-    else:
-        of_selected = chosen()
-        of_window = nsa_window_attention_infer(
-            query, window.key, window.value, window_size=window_size, **shared,
-            **original("window", window),
+        attention = gated_attention(
+            query, selected.key, selected.value, indices, gates=jnp.asarray(gates),
+            compressed=attention, select_block_size=select_block_size, window_size=window_size,
+            **shared, **original("selected", selected),
         )  # fmt: skip
-    return _gated_sum(gates, attention, of_selected, of_window), indices
-
-
-@jax.jit
-@with_usual_promotion
-def _gated_sum(gates: jax.Array, *attentions: jax.Array) -> jax.Array:
-    """The branches' sum, in float32, rounded once."""
-    total = sum(
-        gates[..., branch, None].astype(jnp.float32) * attention.astype(jnp.float32)
-        for branch, attention in enumerate(attentions)
-    )
-    return jnp.asarray(total, attentions[0].dtype)
+        return attention, indices
+    of_selected = nsa_select_attention_infer(
+        query, selected.key, selected.value, indices, **shared, **of_blocks,
+        **original("selected", selected),
+    )  # fmt: skip
+    of_window, window_lse = nsa_window_attention_infer(
+        query, window.key, window.value, window_size=window_size, return_lse=True, **shared,
+        **original("window", window),
+    )  # fmt: skip
+    return gated.add_branches(gates, attention, of_selected, of_window, window_lse), indices
 
 
 def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 from jax_nsa import backends, blocks, checks, paged, tokens
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.operator import FAULTS, Array, Operator
-from jax_nsa.select_attention import context, reference
+from jax_nsa.select_attention import arguments, context, gated, reference
 from jax_nsa.select_attention.problem import LAYOUTS, Problem, check_indices
 
 
 def _results(problem: Problem) -> tuple[Array, ...]:
     attention = jnp.float32 if problem.partial else None  # parts are merged in float32
-    present = (problem.select_block_size > 0, problem.window_size > 0)
+    present = (problem.select_block_size > 0, problem.window_size > 0 and not problem.gated)
     attentions = ("attention", "window_attention")
     lses = ("lse", "window_lse") if problem.return_lse else ()
     return (
@@ -48,10 +48,13 @@ OPERATOR = Operator(
         Array("topk_indices", "* h k"),
         Array("token_counts", "b", argument="actual_seq_qlen"),
         Array("first_rows", "b", argument="actual_seq_qlen", points_into="n"),
+        Array("compressed", "* (h g) e"),
+        Array("gates", "* (h g) s"),
     ),
     results=_results,
     sizes=lambda problem, sizes: {},
-    reference=reference.select_attention,
+    reference=functools.partial(gated.compose, reference.select_attention),
+    composed=gated.compose,
 )
 
 
@@ -245,17 +248,66 @@ def nsa_window_attention_infer(
     return (results[0], results[1]) if return_lse else results[0]
 
 
+def gated_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    topk_indices: jax.Array,
+    *,
+    gates: jax.Array,
+    compressed: jax.Array,
+    select_block_size: int,
+    window_size: int,
+    scale_value: float,
+    key_value_head_num: int,
+    actual_seq_qlen: IntegersLike | None,
+    actual_seq_kvlen: IntegersLike,
+    **further: Any,
+) -> jax.Array:
+    """The step from the compressed branch on: the gated sum of all three, in query's layout.
+
+    Args:
+        query: as `nsa_select_attention_infer` takes it, and so all that is not described here.
+        key: the pool of keys.
+        value: the pool of values.
+        topk_indices: the blocks that the compressed branch chose.
+        gates: `[B, S, N, 3]` or `[T, N, 3]`, query's dtype or float32.
+        compressed: the compressed branch's attention, in query's layout and dtype.
+        select_block_size: `l'`.
+        window_size: newest tokens of the window.
+        scale_value: the factor on products.
+        key_value_head_num: `Nkv`.
+        actual_seq_qlen: query tokens of each sequence, or None.
+        actual_seq_kvlen: original tokens of each sequence.
+        **further: as `_attend` takes it.
+    """
+    problem = Problem(
+        scale=checks.scale(scale_value),
+        key_value_heads=key_value_head_num,
+        select_block_size=select_block_size,
+        window_size=checks.count("window_size", window_size),
+        gated=True,
+    )
+    branches = {"compressed": compressed, "gates": gates}
+    chosen = (topk_indices, topk_indices.shape[-1])
+    return _attend(
+        query, key, value, chosen, problem, counts=actual_seq_qlen, lengths=actual_seq_kvlen,
+        branches=branches, **further,
+    )[0]  # fmt: skip
+
+
 def _attend(
     query: Any, key: Any, value: Any, chosen: tuple[Any, int] | None, problem: Problem, *,
     head_num: Any, page_block_size: Any, layout: Any, block_table: Any, counts: Any, lengths: Any,
     implementation: Any, context_axis: Hashable | None, on_fault: str | None,
+    branches: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """Checks the arguments of either door, and applies the operator."""
+    """Checks the arguments of any door, and applies the operator."""
     layout = checks.choice("layout", layout, LAYOUTS)
     on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
     page = paged.page_size(page_block_size)
-    query, key, value = _check_arrays(
+    query, key, value = arguments.check_arrays(
         query, key, value, problem, layout=layout, head_num=checks.count("head_num", head_num),
         page=page,
     )  # fmt: skip
@@ -271,17 +323,22 @@ def _attend(
     counted = token_counts.get("actual_seq_qlen")
     indices = None
     if chosen is not None:
-        indices = _check_chosen(chosen, query, problem, layout)
-        rows = _sequences_of_rows(counted, query.shape, sequences, packed=packed)
+        indices = arguments.check_chosen(chosen, query, problem, layout)
+        rows = arguments.sequences_of_rows(counted, query.shape, sequences, packed=packed)
         check_indices(indices, kv_lengths, rows, block=problem.select_block_size)
     if context_axis is None and indices is None:
-        _check_window_pages(table, kv_lengths, counted, problem, page=page, pages=key.shape[0])
+        arguments.check_window_pages(
+            table, kv_lengths, counted, problem, page=page, pages=key.shape[0]
+        )
 
+    of_rows = {"query": query, **(branches or {})}
     one_token_each = packed and counted is None
     if one_token_each:
-        query, packed = jax.lax.expand_dims(query, (1,)), False
+        packed = False
+        of_rows = {name: jax.lax.expand_dims(array, (1,)) for name, array in of_rows.items()}
+    query = of_rows["query"]
     operands = {
-        "query": query, "key": key, "value": value,
+        **of_rows, "key": key, "value": value,
         "block_table": table.array(), "lengths": kv_lengths.array(),
     }  # fmt: skip
     if indices is not None:
@@ -297,76 +354,9 @@ def _attend(
     if context_axis is None:
         results = bind(operands, problem=problem)
     else:
-        results = context.merge_parts(bind, operands, problem=problem, axis_name=context_axis)
+        merge = functools.partial(context.merge_parts, bind, axis_name=context_axis)
+        results = gated.compose(merge, operands, problem)
     return _in_layout(results, layout, one_token_each)
-
-
-def _check_arrays(
-    query: Any, key: Any, value: Any, problem: Problem, *, layout: str, head_num: int, page: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query as `[B, S, N, D]` or packed `[T, N, D]`, the pools as `[pages, page, Nkv * size]`."""
-    query = checks.floats("query", query)
-    key, value = (
-        checks.floats(name, array, like=("query", query))
-        for name, array in (("key", key), ("value", value))
-    )
-    if layout == "BSH":
-        shape = tuple(query.shape)
-        if len(shape) != 3 or shape[2] == 0 or shape[2] % head_num:
-            raise ValueError(
-                "query must have shape [B, S, heads * head_size] with layout BSH, its last axis a "
-                f"multiple of head_num ({head_num}), got {shape}"
-            )
-        query = query.reshape(*shape[:2], head_num, shape[2] // head_num)
-    axes = "[tokens, heads, head_size]" if layout == "TND" else "[B, S, heads, head_size]"
-    paged.query_shape(query, axes=axes)
-    key_value_heads = problem.key_value_heads
-    paged.heads(query.shape, stated=head_num, key_value_heads=key_value_heads)
-    key, value = paged.pools(
-        key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
-    )
-    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-
-
-def _check_chosen(
-    chosen: tuple[Any, int], query: jax.Array, problem: Problem, layout: str
-) -> checks.Integers:
-    """`topk_indices`, held to its shape."""
-    values, count = chosen
-    expected = (*query.shape[:-2], problem.key_value_heads, count)
-    shapes = [expected]
-    if layout != "TND" and query.shape[1] == 1:
-        shapes.append((expected[0], *expected[2:]))
-    indices = checks.Integers("topk_indices", values, rank=tuple(map(len, shapes)))
-    if indices.shape not in shapes:
-        raise ValueError(
-            "topk_indices must have shape "
-            f"{' or '.join(map(str, shapes))} (query's rows, key_value_head_num, "
-            f"select_block_count), got {indices.shape}"
-        )
-    return indices
-
-
-def _sequences_of_rows(
-    counts: checks.Integers | None, query_shape: tuple[Any, ...], sequences: Any, *, packed: bool
-) -> np.ndarray | None:
-    """The sequence of each of query's leading indices; None where only the program knows."""
-    if not isinstance(sequences, int):
-        return None
-    if not packed or counts is None:
-        return np.arange(sequences)
-    return None if counts.host is None else np.repeat(np.arange(sequences), counts.host)
-
-
-def _check_window_pages(
-    table: checks.Integers, lengths: checks.Integers, counts: checks.Integers | None,
-    problem: Problem, *, page: int, pages: Any,
-) -> None:  # fmt: skip
-    """Holds the page ids that a window needs, where the host knows which, to the pools."""
-    if table.host is None or lengths.host is None or counts is not None:
-        return
-    first = np.maximum(lengths.host - problem.window_size, 0)
-    paged.page_ids(table, lengths.host, page=page, pages=pages, first=first)
 
 
 def _in_layout(

@@ -1,0 +1,80 @@
+"""What the front doors hold their arguments to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_nsa import checks, paged
+from jax_nsa.select_attention.problem import Problem
+
+
+def check_arrays(
+    query: Any, key: Any, value: Any, problem: Problem, *, layout: str, head_num: int, page: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query as `[B, S, N, D]` or packed `[T, N, D]`, the pools as `[pages, page, Nkv * size]`."""
+    query = checks.floats("query", query)
+    key, value = (
+        checks.floats(name, array, like=("query", query))
+        for name, array in (("key", key), ("value", value))
+    )
+    if layout == "BSH":
+        shape = tuple(query.shape)
+        if len(shape) != 3 or shape[2] == 0 or shape[2] % head_num:
+            raise ValueError(
+                "query must have shape [B, S, heads * head_size] with layout BSH, its last axis a "
+                f"multiple of head_num ({head_num}), got {shape}"
+            )
+        query = query.reshape(*shape[:2], head_num, shape[2] // head_num)
+    axes = "[tokens, heads, head_size]" if layout == "TND" else "[B, S, heads, head_size]"
+    paged.query_shape(query, axes=axes)
+    key_value_heads = problem.key_value_heads
+    paged.heads(query.shape, stated=head_num, key_value_heads=key_value_heads)
+    key, value = paged.pools(
+        key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
+    )
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+
+
+def check_chosen(
+    chosen: tuple[Any, int], query: jax.Array, problem: Problem, layout: str
+) -> checks.Integers:
+    """`topk_indices`, held to its shape."""
+    values, count = chosen
+    expected = (*query.shape[:-2], problem.key_value_heads, count)
+    shapes = [expected]
+    if layout != "TND" and query.shape[1] == 1:
+        shapes.append((expected[0], *expected[2:]))
+    indices = checks.Integers("topk_indices", values, rank=tuple(map(len, shapes)))
+    if indices.shape not in shapes:
+        raise ValueError(
+            "topk_indices must have shape "
+            f"{' or '.join(map(str, shapes))} (query's rows, key_value_head_num, "
+            f"select_block_count), got {indices.shape}"
+        )
+    return indices
+
+
+def sequences_of_rows(
+    counts: checks.Integers | None, query_shape: tuple[Any, ...], sequences: Any, *, packed: bool
+) -> np.ndarray | None:
+    """The sequence of each of query's leading indices; None where only the program knows."""
+    if not isinstance(sequences, int):
+        return None
+    if not packed or counts is None:
+        return np.arange(sequences)
+    return None if counts.host is None else np.repeat(np.arange(sequences), counts.host)
+
+
+def check_window_pages(
+    table: checks.Integers, lengths: checks.Integers, counts: checks.Integers | None,
+    problem: Problem, *, page: int, pages: Any,
+) -> None:  # fmt: skip
+    """Holds the page ids that a window needs, where the host knows which, to the pools."""
+    if table.host is None or lengths.host is None or counts is not None:
+        return
+    first = np.maximum(lengths.host - problem.window_size, 0)
+    paged.page_ids(table, lengths.host, page=page, pages=pages, first=first)

@@ -1,0 +1,364 @@
+"""The whole decode step: each implementation against the operators' oracles, one after another."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from agreement import ATTENTION_TOLERANCE, SCORE_TOLERANCE, assert_indices
+from hypothesis import given
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from select_attention import oracle as select_oracle
+from step.problems import Step, arguments_of, steps
+
+from jax_nsa import (
+    PagedKV,
+    export_disabled_checks,
+    native,
+    nsa_compress_attention_infer,
+    nsa_decode_step,
+    nsa_select_attention_infer,
+)
+from jax_nsa.select_attention import gated
+
+ARRAYS = ("query", "gates", "compressed", "selected", "window")
+USUAL = Step()
+TOKENS = Step(replace(USUAL.original, layout="BSND", tokens=3, token_counts=(3, 1)))
+PACKED = Step(replace(USUAL.original, token_counts=(2, 3)))
+STEPS = {
+    "one token": USUAL,
+    "tokens and rows without one": TOKENS,
+    "packed": PACKED,
+    "a window of its own": replace(TOKENS, window_page=48),
+    "shorter than a window": Step(replace(TOKENS.original, lengths=(20, 3))),
+}
+
+
+def step_of(arguments, implementation, **options):
+    """The step as a function of its arrays, and these."""
+    static = {n: v for n, v in arguments.items() if n not in ARRAYS}
+    names = [n for n in ARRAYS if n in arguments]
+
+    def run(*arrays):
+        return nsa_decode_step(
+            **dict(zip(names, arrays, strict=True)), **static, implementation=implementation,
+            **options,
+        )  # fmt: skip
+
+    return run, [jax.tree.map(jnp.asarray, arguments[n]) for n in names]
+
+
+def assert_is_the_sum(attention, indices, step, arguments):
+    """Asserts that results are what the definition gives, in double precision."""
+    compressed, selected = arguments["compressed"], arguments["selected"]
+    window = arguments.get("window", selected)
+    counts, layout = arguments.get("actual_seq_qlen"), arguments["layout"]
+    common = {
+        n: arguments[n] for n in ("query", "scale_value", "head_num", "key_value_head_num")
+    } | {"layout": layout, "actual_seq_qlen": counts}
+    several = counts is not None or (layout == "BSND" and arguments["query"].shape[1] > 1)
+    first = oracle.compress_attention(
+        **common, key=compressed.key, value=compressed.value,
+        page_block_size=compressed.key.shape[1], block_table=compressed.block_table,
+        actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
+        atten_mask=True if several else None,
+        **{n: arguments[n] for n in ("select_block_size", "select_block_count",
+                                     "compress_block_size", "compress_stride")},
+    )  # fmt: skip
+    rounding = SCORE_TOLERANCE + 2.0**-24 * first.score_size
+    assert_indices(np.asarray(indices), first, ..., rounding)
+    branches = [(first.attention, first.attention_size, first.score_size)]
+    for cache, at in ((selected, 0), (window, 1)):
+        truth = select_oracle.select_attention(
+            **common, key=cache.key, value=cache.value, topk_indices=np.asarray(indices),
+            select_block_size=arguments["select_block_size"], block_table=cache.block_table,
+            page_block_size=cache.key.shape[1], actual_seq_kvlen=cache.lengths,
+            window_size=arguments["window_size"],
+        )  # fmt: skip
+        which = (truth.attention, truth.window_attention)[at]
+        branches.append((which, truth.sizes[at], truth.score_size))
+    gates = np.where(step.holds_token[..., None, None], arguments["gates"].astype(np.float64), 0)
+    expected = sum(gates[..., i, None] * branch[0] for i, branch in enumerate(branches))
+    tolerance = 2 * ATTENTION_TOLERANCE[arguments["query"].dtype.name]
+    slack = sum(
+        abs(gates[..., i])
+        * (tolerance * (size + np.linalg.norm(branch, axis=-1)) + 1e-5 * score * size)
+        for i, (branch, size, score) in enumerate(branches)
+    )
+    assert attention.dtype == arguments["query"].dtype
+    assert attention.shape == expected.shape
+    error = np.linalg.norm(np.asarray(attention, np.float64) - expected, axis=-1)
+    np.testing.assert_array_less(error, slack + 1e-12)
+    assert not np.any(np.asarray(attention)[~step.holds_token])
+
+
+class StepContract:
+    """What the step does by every implementation."""
+
+    implementation: str
+    fails_on_faults = False
+
+    def check(self, step, **options):
+        arguments = arguments_of(step)
+        run, arrays = step_of(arguments, self.implementation, **options)
+        assert_is_the_sum(*jax.jit(run)(*arrays), step, arguments)
+
+    @pytest.mark.parametrize("name", STEPS)
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+    def test_gated_sum(self, name, dtype):
+        step = STEPS[name]
+        self.check(replace(step, original=replace(step.original, dtype=dtype)))
+
+    @pytest.mark.parametrize("gates", ["bfloat16", "float32"])
+    def test_gates_of_either_dtype(self, gates):
+        self.check(Step(replace(TOKENS.original, dtype="bfloat16"), gates=gates))
+
+    def test_eager_with_host_integers(self):
+        arguments = arguments_of(PACKED)
+        results = nsa_decode_step(**arguments, implementation=self.implementation)
+        assert_is_the_sum(*results, PACKED, arguments)
+
+    @given(steps())
+    def test_any_step(self, step):
+        self.check(step)
+
+    def test_is_the_operators_one_after_another(self):
+        arguments = arguments_of(USUAL)
+        attention, indices = nsa_decode_step(**arguments, implementation=self.implementation)
+        compressed, selected = arguments["compressed"], arguments["selected"]
+        common = {
+            n: arguments[n]
+            for n in ("query", "scale_value", "head_num", "key_value_head_num", "layout",
+                      "select_block_size", "select_block_count")
+        } | {"implementation": self.implementation}  # fmt: skip
+        first, same_indices = nsa_compress_attention_infer(
+            key=compressed.key, value=compressed.value, page_block_size=compressed.key.shape[1],
+            block_table=compressed.block_table, actual_cmp_seq_kvlen=compressed.lengths,
+            compress_block_size=32, compress_stride=16, **common,
+        )  # fmt: skip
+        others = nsa_select_attention_infer(
+            key=selected.key, value=selected.value, page_block_size=selected.key.shape[1],
+            block_table=selected.block_table, actual_seq_kvlen=selected.lengths,
+            topk_indices=indices, window_size=arguments["window_size"], **common,
+        )  # fmt: skip
+        np.testing.assert_array_equal(indices, same_indices)
+        branches = np.stack([first, *others], axis=-1)
+        expected = (branches * arguments["gates"][:, :, None]).sum(axis=-1)
+        np.testing.assert_allclose(attention, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("layout", ["TND", "BSND"])
+    def test_vmap(self, layout):
+        original = replace(USUAL.original, layout=layout, tokens=2, token_counts=(2, 1))
+        problems = [Step(replace(original, seed=seed)) for seed in (0, 9)]
+        every = [arguments_of(problem) for problem in problems]
+        run, arrays = step_of(every[0], self.implementation)
+        _, others = step_of(every[1], self.implementation)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), arrays, others)
+        attention, indices = jax.jit(jax.vmap(run))(*stacked)
+        for i, (problem, arguments) in enumerate(zip(problems, every, strict=True)):
+            assert_is_the_sum(attention[i], indices[i], problem, arguments)
+
+    def test_vmap_over_gates_alone(self):
+        arguments = arguments_of(TOKENS)
+        run, (query, gates, *caches) = step_of(arguments, self.implementation)
+        scaled = jax.vmap(lambda g: run(query, g, *caches)[0])(jnp.stack([gates, 2 * gates]))
+        np.testing.assert_allclose(scaled[1], 2 * scaled[0], rtol=1e-5, atol=1e-6)
+
+    def test_scan_that_keeps_and_uses_results(self):
+        arguments = arguments_of(USUAL)
+        run, (query, *arrays) = step_of(arguments, self.implementation)
+
+        def body(carry, factor):
+            attention, indices = run(query * factor, *arrays)
+            return carry + indices.sum(), (attention, indices)
+
+        total, kept = jax.jit(lambda q: jax.lax.scan(body, jnp.int32(0), q))(jnp.array([1.0, -0.5]))
+        assert total == kept[1].sum()
+        for i, factor in enumerate((1.0, -0.5)):
+            attention, indices = run(query * factor, *arrays)
+            np.testing.assert_array_equal(kept[1][i], indices)
+            np.testing.assert_allclose(kept[0][i], attention, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("separate", [False, True])
+    def test_a_bad_length_spoils_its_sequence_alone(self, separate):
+        step = replace(USUAL, window_page=16 if separate else None)
+        arguments = arguments_of(step)
+        truth = nsa_decode_step(**arguments, implementation=self.implementation)
+        selected = arguments["selected"]
+        bad = replace(selected, lengths=np.array([100, 1000], np.int32))
+        run, arrays = step_of(arguments | {"selected": bad}, self.implementation)
+        if self.fails_on_faults:
+            with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="actual_seq_kvlen"):
+                jax.block_until_ready(jax.jit(run)(*arrays))
+        run, arrays = step_of(arguments | {"selected": bad}, self.implementation, on_fault="nan")
+        attention, _ = jax.jit(run)(*arrays)
+        np.testing.assert_allclose(attention[0], truth[0][0], rtol=1e-5, atol=1e-6)
+        assert np.all(np.isnan(np.asarray(attention)[1]))
+
+
+class TestReference(StepContract):
+    implementation = "reference"
+
+
+@pytest.mark.skipif(
+    native.unavailable("cpu", "select_attention") is not None,
+    reason=f"{native.unavailable('cpu', 'select_attention')}",
+)
+class TestCpu(StepContract):
+    implementation = "cpu"
+    fails_on_faults = True
+
+
+@pytest.mark.cuda
+class TestCuda(StepContract):
+    implementation = "cuda"
+
+
+# The contract can fail: each wrong sum turns it red.
+
+RIGHT = gated.add_branches
+NO_LSE = jnp.float32(0)
+WRONG_SUMS = {
+    "gates in another order": lambda g, c, s, w, lse: RIGHT(g[..., ::-1], c, s, w, lse),
+    "gates of another head": lambda g, c, s, w, lse: RIGHT(jnp.roll(g, 1, -2), c, s, w, lse),
+    "no window": lambda g, c, s, w, lse: RIGHT(g, c, s, 0 * w, lse),
+    "selected for compressed": lambda g, c, s, w, lse: RIGHT(g, s, s, w, lse),
+    "rows without a token by their gates": lambda g, c, s, w, lse: RIGHT(
+        g, c, s, w, jnp.maximum(lse, NO_LSE)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SUMS)
+def test_wrong_sum_is_caught(monkeypatch, wrong):
+    monkeypatch.setattr(gated, "add_branches", WRONG_SUMS[wrong])
+    with pytest.raises(AssertionError):
+        TestReference().check(TOKENS)
+
+
+# Transformations and devices.
+
+
+def test_gradient_is_that_of_the_composition():
+    arguments = arguments_of(Step(replace(USUAL.original, hostile=False)))
+    run, arrays = step_of(arguments, "reference")
+    separate, more = step_of(arguments | {"window": arguments["selected"]}, "reference")
+
+    def loss(f, *arrays):
+        return (f(*arrays)[0] ** 2).sum()
+
+    together = jax.grad(functools.partial(loss, run), argnums=(0, 1))(*arrays)
+    apart = jax.grad(functools.partial(loss, separate), argnums=(0, 1))(*more)
+    for gradient, right in zip(together, apart, strict=True):
+        assert np.any(np.asarray(gradient))
+        np.testing.assert_allclose(gradient, right, rtol=1e-4, atol=1e-6)
+    small = 1e-2
+    direction = jnp.ones_like(arrays[1])
+    moved = [loss(run, arrays[0], arrays[1] + s * small, *arrays[2:]) for s in (1, -1)]
+    slope = float((moved[0] - moved[1]) / (2 * small))
+    assert slope == pytest.approx(float(jnp.vdot(together[1], direction)), rel=1e-2)
+
+
+SHARDINGS = {
+    "sequences": {"query": ("x",), "gates": ("x",), "cache": ((), (), ("x",), ("x",))},
+    "heads": {
+        "query": (None, None, "x"), "gates": (None, None, "x"),
+        "cache": ((None, None, "x"), (None, None, "x"), (), ()),
+    },
+    "heads, gates whole": {
+        "query": (None, None, "x"), "gates": (),
+        "cache": ((None, None, "x"), (None, None, "x"), (), ()),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("implementation", ["reference", None])
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("split", SHARDINGS)
+def test_devices_share_a_step(split, axis, implementation):
+    arguments = arguments_of(Step(replace(USUAL.original, layout="BSND", tokens=2, hostile=False)))
+    run, arrays = step_of(arguments, implementation)
+    truth = jax.jit(run)(*arrays)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(axis,), devices=jax.devices()[:2])
+    specs = SHARDINGS[split]
+
+    def put(array, spec):
+        return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+    query, gates, *caches = arrays
+    placed = [
+        put(query, specs["query"]),
+        put(gates, specs["gates"]),
+        *(PagedKV(*map(put, (c.key, c.value, c.block_table, c.lengths), specs["cache"]))
+          for c in caches),
+    ]  # fmt: skip
+    with jax.set_mesh(mesh):
+        results = jax.jit(run)(*placed)
+    for result, right in zip(results, truth, strict=True):
+        np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-6)
+    assert tuple(results[0].sharding.spec)[: len(specs["query"])] == specs["query"]
+
+
+def test_caches_split_over_positions():
+    """Each device holds the pages of its columns of every block table."""
+    original = replace(
+        USUAL.original, lengths=(128, 100), layout="BSND", tokens=2, page=32, spare_slots=0,
+        hostile=False,
+    )  # fmt: skip
+    step = Step(original, compressed_page=16)
+    arguments = arguments_of(step)
+    run, (query, gates, compressed, selected) = step_of(arguments, "reference")
+    truth = run(query, gates, compressed, selected)
+    run, _ = step_of(arguments, "reference", context_axis="x")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    odd = compressed.block_table.shape[1] % 2
+    compressed = replace(
+        compressed, block_table=jnp.pad(compressed.block_table, ((0, 0), (0, odd)))
+    )
+    cache = PagedKV(P(), P(), P(None, "x"), P())
+    results = jax.shard_map(
+        run, mesh=mesh, in_specs=(P(), P(), cache, cache), out_specs=(P(), P())
+    )(query, gates, compressed, selected)
+    np.testing.assert_array_equal(results[1], truth[1])
+    np.testing.assert_allclose(results[0], truth[0], rtol=1e-5, atol=1e-6)
+
+
+def test_export():
+    arguments = arguments_of(TOKENS)
+    run, arrays = step_of(arguments, None)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    # The caches as their arrays: an exported program knows no classes of ours.
+    caches = [(c.key, c.value, c.block_table, c.lengths) for c in shapes[2:]]
+    exported = jax.export.export(
+        jax.jit(lambda q, g, *caches: run(q, g, *(PagedKV(*c) for c in caches))),
+        disabled_checks=export_disabled_checks(),
+    )(*shapes[:2], *caches)
+    again = jax.export.deserialize(exported.serialize())
+    given = [(c.key, c.value, c.block_table, c.lengths) for c in arrays[2:]]
+    for result, right in zip(again.call(*arrays[:2], *given), run(*arrays), strict=True):
+        np.testing.assert_array_equal(result, right)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"gates": np.ones((2, 4, 2), np.float32)}, ValueError, r"gates must have shape \(2, 4, 3"),
+        ({"gates": np.ones((2, 4, 3), np.float16)}, TypeError, "gates must have query's dtype"),
+        ({"compressed": None}, TypeError, "compressed must be a PagedKV"),
+        ({"window": ()}, TypeError, "window must be a PagedKV"),
+        ({"window_size": 0}, ValueError, "window_size must be"),
+        ({"layout": "BSH"}, ValueError, "layout must be one of"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        nsa_decode_step(**arguments_of(USUAL) | changes)
