@@ -77,8 +77,8 @@ def nsa_compress_infer(
 
     It is pure. The result may take over the memory of `cache`: where the program owns it, as under
     `jax.jit(..., donate_argnames=...)` or in the carry of `jax.lax.scan`, nothing is copied. (XLA
-    copies a cache that is reshaped on its way to a kernel, and so do `jax.vmap` and a pair of caches
-    in different shapes: give it as the program keeps it.)
+    copies a cache that is reshaped on its way to a kernel, and `jax.vmap` reshapes it, as do two
+    caches of different shapes: give it as the program keeps it.)
 
     Keys and values are compressed in one call by giving pairs: `nsa_compress_infer((key, value),
     (key_weight, value_weight), ..., cache=(key_cache, value_cache))` returns both caches. Their
