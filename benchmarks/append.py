@@ -123,10 +123,17 @@ def main() -> None:
             return (write(caches, lengths + 1, rows), lengths + 1), None
 
         return jax.jit(
-            lambda caches: jax.lax.scan(one, (caches, lengths), new)[0][0], donate_argnums=0
+            lambda caches: jax.lax.scan(one, (caches, lengths), new, unroll=True)[0][0],
+            donate_argnums=0,
         )
 
-    stepping = jax.jit(lambda caches: jax.lax.map(lambda q: step(caches, lengths, q), queries))
+    @jax.jit
+    def stepping(caches: Caches) -> jax.Array:
+        def one(_: None, query: jax.Array) -> Any:
+            return None, step(caches, lengths, query)
+
+        return jax.lax.scan(one, None, queries, unroll=True)[1]
+
     writes = {
         "rows": decode(write_rows),
         "windows": decode(lambda caches, lengths, rows: write_windows(caches, lengths)),

@@ -76,7 +76,9 @@ def nsa_compress_infer(
     with `x` the sequence's tokens, accumulated in float32 and rounded once. Nothing else changes.
 
     It is pure. The result may take over the memory of `cache`: where the program owns it, as under
-    `jax.jit(..., donate_argnames=...)` or in the carry of `jax.lax.scan`, nothing is copied.
+    `jax.jit(..., donate_argnames=...)` or in the carry of `jax.lax.scan`, nothing is copied. (XLA
+    copies a cache that is reshaped on its way to a kernel, and `jax.vmap` reshapes it, as do two
+    caches of different shapes: give it as the program keeps it.)
 
     Keys and values are compressed in one call by giving pairs: `nsa_compress_infer((key, value),
     (key_weight, value_weight), ..., cache=(key_cache, value_cache))` returns both caches. Their

@@ -239,6 +239,29 @@ class CompressContract:
             own = {n: v[i] if n in FLOATS else v for n, v in arguments.items()}
             np.testing.assert_array_equal(bits(self.call(own)), bits(cache))
 
+    @pytest.mark.parametrize("others", [("rows", "pages"), ("pages of heads", "rows")])
+    def test_caches_of_two_shapes(self, others):
+        arguments = build(PAIR)
+        caches = [build(replace(PAIR, cache=cache))["cache"][i] for i, cache in enumerate(others)]
+        given = arguments | {"cache": tuple(caches)}
+        self.assert_agrees(self.call(given, "jit, arrays"), given)
+
+    @pytest.mark.parametrize("names", [("cache",), ("input", "cache")], ids=str)
+    def test_one_array_as_several(self, names):
+        """Two caches are one array, or inputs and caches are: what is read is what was given."""
+        arguments = build(replace(USUAL, head_sizes=(5, 5), cache="pages", hostile=False))
+        array = arguments[names[0]][0]
+        given = arguments | dict.fromkeys(names, (array, array))
+
+        def run(array):
+            return nsa_compress_infer(
+                **given | dict.fromkeys(names, (array, array)),
+                implementation=self.implementation,
+            )
+
+        results = jax.jit(run, donate_argnums=0)(jnp.array(array))
+        self.assert_agrees(results, given)
+
     # Transformations.
 
     def test_vmap(self):
