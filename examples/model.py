@@ -6,7 +6,7 @@ both are one model: the same greedy bytes, the same logits within rounding. Its 
 the released NSA-1B, scaled down: windows, strides and blocks of 16 tokens, gates from the hidden
 state; the compression is learned.
 
-    python examples/model.py --steps 300 --picture blocks.png
+    python examples/model.py --steps 400 --picture blocks.png
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ BATCH, TRAINED_TOKENS, LEARNING_RATE = 8, 256, 3e-3
 
 Params = dict[str, Any]
 Cache = tuple[PageTables, list[PagePools]]
+product = functools.partial(jnp.matmul, precision="highest")
 Attend = Callable[[int, Params, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 # The model. What differs between training and decoding is how a layer attends.
@@ -86,7 +87,7 @@ def transformer(params: Params, tokens: jax.Array, position: jax.Array, attend: 
     for i, layer in enumerate(params["layers"]):
         seen = norm(x)
         query, key, value, gates = (
-            (seen @ layer[name]).reshape(*tokens.shape, heads, -1)
+            product(seen, layer[name]).reshape(*tokens.shape, heads, -1)
             for name, heads in (
                 ("query", HEADS), ("key", KEY_VALUE_HEADS), ("value", KEY_VALUE_HEADS),
                 ("gates", HEADS),
@@ -94,9 +95,9 @@ def transformer(params: Params, tokens: jax.Array, position: jax.Array, attend: 
         )  # fmt: skip
         query, key = rotate(norm(query), position), rotate(norm(key), position)
         attention = attend(i, layer, query, key, value, jax.nn.sigmoid(gates))
-        x = x + attention.reshape(*tokens.shape, -1) @ layer["out"]
-        x = x + jax.nn.gelu(norm(x) @ layer["up"]) @ layer["down"]
-    return norm(x) @ params["logits"]
+        x = x + product(attention.reshape(*tokens.shape, -1), layer["out"])
+        x = x + product(jax.nn.gelu(product(norm(x), layer["up"])), layer["down"])
+    return product(norm(x), params["logits"])
 
 
 def attend_densely(layer: Params, query: jax.Array, key: jax.Array, value: jax.Array,
@@ -336,10 +337,9 @@ def draw(params: Params, text: np.ndarray, path: str | pathlib.Path) -> None:
 
 
 def main(
-    steps: int = 300, new: int = 64, picture: str | pathlib.Path = "model_blocks.png"
+    steps: int = 400, new: int = 64, picture: str | pathlib.Path = "model_blocks.png"
 ) -> float:
     """Trains, decodes, draws; returns the largest difference of logits between both ways."""
-    jax.config.update("jax_default_matmul_precision", "highest")
     text = sources()
     kept = len(text) * 9 // 10
     params = train(text[:kept], steps)
@@ -352,7 +352,7 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--new", type=int, default=64, help="bytes to continue each text by")
     parser.add_argument("--picture", default="model_blocks.png", help="where to draw")
     main(**vars(parser.parse_args()))

@@ -174,7 +174,6 @@ def main(
     requests: int = 24, slots: int = 4, pages: int = 36, speculate: int = 1, steps: int = 0
 ) -> Server:
     """Serves requests to the end; returns the server."""
-    jax.config.update("jax_default_matmul_precision", "highest")
     coming = arrivals(requests)
     assert max(r.wanted for r in coming) <= min(pages * model.PAGE, model.MAX_TOKENS)
     params = model.train(model.sources(), steps) if steps else model.init()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import pathlib
+import sys
 from dataclasses import replace
 
 import pytest
@@ -79,3 +81,52 @@ def test_sharded(capsys):
     assert "4 devices: 1 parts of the sequences, 4 of the heads" in printed
     assert "collectives in the compiled step: 0" in printed
     assert "the same bits as on one device" in printed
+
+
+def test_model(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="install the extra: pip install '.[examples]'")
+    picture = tmp_path / "picture.png"
+    assert load("model").main(steps=2, new=20, picture=picture) < 1e-4
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "step    2 of 2" in printed
+    assert "greedy bytes are those of the training forward" in printed
+
+
+def test_model_tells_of_a_missing_matplotlib(capsys, monkeypatch, tmp_path):
+    example = load("model")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    example.draw(example.init(), example.sources()[:40], tmp_path / "picture.png")
+    assert "pip install 'jax_nsa[examples]'" in capsys.readouterr().out
+
+
+def test_model_notices_another_attention(monkeypatch):
+    example = load("model")
+    step = example.nsa_decode_step
+    monkeypatch.setattr(
+        example, "nsa_decode_step", lambda *a, **o: step(*a, **{**o, "window_size": 16})
+    )
+    text = example.sources()
+    with pytest.raises(AssertionError):
+        example.check(example.init(), [text[:100], text[:30]], 5)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # it imports its neighbour
+    yield importlib.import_module("serve")
+    for name in ("serve", "model"):
+        sys.modules.pop(name)
+
+
+def test_serve_makes_place(serve, capsys):
+    server = serve.main(requests=8, slots=3, pages=20)
+    assert server.preempted > 0
+    assert server.traces == {"join": 1, "step": 1, "cut": 1}
+    assert "all texts are the training forward's" in capsys.readouterr().out
+
+
+def test_serve_writes_the_same_with_drafts(serve):
+    server = serve.main(requests=3, slots=2, pages=40, speculate=4)
+    assert server.preempted == 0
+    assert server.traces == {"join": 1, "step": 1, "cut": 1}
