@@ -38,6 +38,15 @@ def check_stride(compress_block_size: int, compress_stride: int) -> None:
         )
 
 
+def compressed_length(tokens: Any, compress_block_size: int, compress_stride: int) -> Any:
+    """Compressed positions of `tokens` original ones: `(tokens - l)//d + 1`, from `l` on.
+
+    Works on ints, NumPy and JAX arrays alike; `tokens >= 0`.
+    """
+    windows = (tokens - compress_block_size) // compress_stride + 1
+    return windows * (tokens >= compress_block_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """How original tokens, compressed positions and select blocks lie over each other.
@@ -92,9 +101,7 @@ class Blocks:
 
         Works on ints, NumPy and JAX arrays alike; `tokens >= 0`.
         """
-        return ((tokens - self.compress_block_size) // self.compress_stride + 1) * (
-            tokens >= self.compress_block_size
-        )
+        return compressed_length(tokens, self.compress_block_size, self.compress_stride)
 
     def num_blocks(self, length: Any) -> Any:
         """Select blocks of `length` compressed positions, `ceil(original_length / l')`.

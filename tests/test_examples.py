@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import pathlib
+import sys
+from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
@@ -27,53 +28,31 @@ def test_seed_call(capsys):
     assert "blocks for sequence 0, key/value head 0: 0 255 256" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("implementation", ["reference", "cpu"])
+@pytest.mark.parametrize("implementation", [None, "reference"])
 def test_decode_loop(implementation):
     # Long enough for a second page, and for sequences that joined late.
-    assert load("decode_loop").main(2, 420, implementation) < 5e-3
+    assert load("decode_loop").main(2, 420, implementation) < 1e-4
 
 
-def test_decode_loop_notices_a_wrong_selection():
+def test_decode_loop_notices_a_wrong_selection(monkeypatch):
     example = load("decode_loop")
-    call = example.jax_nsa.nsa_compress_attention_infer
-
-    def wrong(*arguments, **options):
-        attention, blocks = call(*arguments, **options)
-        return attention, blocks.at[..., 3].set(1)
-
-    example.jax_nsa = type("jax_nsa", (), {"nsa_compress_attention_infer": staticmethod(wrong)})
+    wrong = functools.partial(example.nsa_decode_step, local_blocks=1)
+    monkeypatch.setattr(example, "nsa_decode_step", wrong)
     with pytest.raises(AssertionError):
-        example.main(1, 600, "reference")
-
-
-def test_decode_loop_takes_pages_when_they_are_needed():
-    """Two sequences, the second 16 tokens late; a page holds 16 positions of 16 tokens."""
-    example = load("decode_loop")
-    key = np.zeros((2, example.KEY_VALUE_HEADS, example.HEAD_SIZE), jnp.bfloat16)
-    value = np.zeros((2, example.KEY_VALUE_HEADS, example.VALUE_SIZE), jnp.bfloat16)
-    append = jax.jit(example.append)
-    cache = example.empty_cache(2)
-    taken = {}
-    for step in range(1, 321):
-        cache = append(cache, key, value, np.array([True, step > 16]))
-        taken[step] = int(cache.pages_taken)
-    assert [taken[s] for s in (31, 32, 47, 48, 287, 288, 303, 304)] == [0, 1, 1, 2, 2, 3, 3, 4]
-    np.testing.assert_array_equal(cache.block_table, [[0, 2, -1, -1], [1, 3, -1, -1]])
-    np.testing.assert_array_equal(cache.tokens, [320, 304])
-    np.testing.assert_array_equal(cache.lengths, [19, 18])
+        example.main(1, 420)
 
 
 def test_decode_loop_notices_a_wrong_page(monkeypatch):
     example = load("decode_loop")
-    append = example.append
+    step = example.decode_step
 
-    def wrong(cache, *token):
-        grown = append(cache, *token)
-        return grown._replace(key_pages=grown.key_pages.at[0, 3].set(1))
+    def wrong(*arguments, **options):
+        (tables, pools), attention = step(*arguments, **options)
+        return (tables, replace(pools, key=pools.key.at[3, 5].set(1))), attention
 
-    monkeypatch.setattr(example, "append", wrong)
+    monkeypatch.setattr(example, "decode_step", wrong)
     with pytest.raises(AssertionError):
-        example.main(1, 200, "reference")
+        example.main(1, 200)
 
 
 def test_speculative(capsys):
@@ -102,3 +81,52 @@ def test_sharded(capsys):
     assert "4 devices: 1 parts of the sequences, 4 of the heads" in printed
     assert "collectives in the compiled step: 0" in printed
     assert "the same bits as on one device" in printed
+
+
+def test_model(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="install the extra: pip install '.[examples]'")
+    picture = tmp_path / "picture.png"
+    assert load("model").main(steps=2, new=20, picture=picture) < 1e-4
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "step    2 of 2" in printed
+    assert "greedy bytes are those of the training forward" in printed
+
+
+def test_model_tells_of_a_missing_matplotlib(capsys, monkeypatch, tmp_path):
+    example = load("model")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    example.draw(example.init(), example.sources()[:40], tmp_path / "picture.png")
+    assert "pip install 'jax_nsa[examples]'" in capsys.readouterr().out
+
+
+def test_model_notices_another_attention(monkeypatch):
+    example = load("model")
+    step = example.nsa_decode_step
+    monkeypatch.setattr(
+        example, "nsa_decode_step", lambda *a, **o: step(*a, **{**o, "window_size": 16})
+    )
+    text = example.sources()
+    with pytest.raises(AssertionError):
+        example.check(example.init(), [text[:100], text[:30]], 5)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # it imports its neighbour
+    yield importlib.import_module("serve")
+    for name in ("serve", "model"):
+        sys.modules.pop(name)
+
+
+def test_serve_makes_place(serve, capsys):
+    server = serve.main(requests=8, slots=3, pages=20)
+    assert server.preempted > 0
+    assert server.traces == {"join": 1, "step": 1, "cut": 1}
+    assert "all texts are the training forward's" in capsys.readouterr().out
+
+
+def test_serve_writes_the_same_with_drafts(serve):
+    server = serve.main(requests=3, slots=2, pages=40, speculate=4)
+    assert server.preempted == 0
+    assert server.traces == {"join": 1, "step": 1, "cut": 1}

@@ -1,0 +1,254 @@
+"""A paged cache that grows: the rows that a layer keeps of the sequences in a batch's slots.
+
+    tables = PageTables.empty(
+        slots=8, pages=512, pages_per_slot=128, page_block_size=32,
+        compress_block_size=32, compress_stride=16)
+    layers = [PagePools.empty(tables, key_value_head_num, head_size) for _ in range(num_layers)]
+
+    tables, fits = tables.allocate(counts)                  # once a step
+    pools = pools.append(tables, key, value, weight)        # in each layer
+    attention, _ = nsa_decode_step(query, gates, *pools.views(tables), ...)
+
+A prompt is a step of many tokens, a speculative step one of several. Under `jax.jit` all shapes are
+fixed, whichever sequences come and go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_nsa import checks
+from jax_nsa._compat import with_usual_promotion
+from jax_nsa.checks import ArrayLike, IntegersLike
+from jax_nsa.compress.door import nsa_compress_infer
+from jax_nsa.compress.window import completed_window, pages_of, window_slots
+from jax_nsa.pages import PageTables
+from jax_nsa.step import PagedKV
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "compressed_key", "compressed_value"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class PagePools:
+    """The pages of rows that one layer keeps; a pytree. Whose they are, a `PageTables` tells.
+
+    Attributes:
+        key: bfloat16, float16 or float32 `[pages, page, Nkv, D]` or `[pages, page, Nkv * D]`, rows
+            of original tokens.
+        value: the same with `Dv`.
+        compressed_key: the same as `key` with pages of its own, rows of compressed positions.
+        compressed_value: the same with `Dv`.
+    """
+
+    key: Any
+    value: Any
+    compressed_key: Any
+    compressed_value: Any
+
+    @classmethod
+    def empty(
+        cls, tables: PageTables, key_value_head_num: int, head_size: int,
+        value_size: int | None = None, dtype: Any = jnp.bfloat16,
+    ) -> PagePools:  # fmt: skip
+        """Returns pools of zeros.
+
+        Args:
+            tables: what tells how many pages there are, and how large.
+            key_value_head_num: `Nkv`.
+            head_size: `D`.
+            value_size: `Dv`; None: `D`.
+            dtype: bfloat16, float16 or float32.
+
+        Raises:
+            TypeError: an argument of the wrong type.
+            ValueError: an argument out of its range.
+        """
+        heads = checks.count("key_value_head_num", key_value_head_num)
+        sizes = [checks.count("head_size", head_size)]
+        sizes += sizes if value_size is None else [checks.count("value_size", value_size)]
+        name = checks.choice("dtype", jnp.dtype(dtype).name, checks.FLOATS)
+        return cls(*(
+            jnp.zeros((len(pages.free), tables.page_block_size, heads, size), name)
+            for pages in (tables.original, tables.compressed) for size in sizes
+        ))  # fmt: skip
+
+    def append(
+        self,
+        tables: PageTables,
+        key: ArrayLike,
+        value: ArrayLike,
+        weight: tuple[ArrayLike, ArrayLike] | None,
+        bias: tuple[ArrayLike | None, ArrayLike | None] | None = None,
+        *,
+        slots: IntegersLike | None = None,
+        implementation: str | Sequence[str] | None = None,
+        on_fault: str | None = None,
+    ) -> PagePools:
+        """Writes the rows of the tokens that `tables.allocate` brought, and the windows they end.
+
+        Nothing else changes. Pools that the program owns, as under `jax.jit(...,
+        donate_argnames=...)` or in the carry of `jax.lax.scan`, are updated in place. (XLA for the
+        CPU copies those of bfloat16 before JAX 0.12.)
+
+        Args:
+            tables: the tables that `allocate` returned.
+            key: the pools' dtype `[n, S, Nkv, D]`. Row `[i, j]` is token `j` of those that slot `i`
+                got; rows behind them are not read. `S` is at least as many as any slot got.
+            value: the pools' dtype `[n, S, Nkv, Dv]`.
+            weight: for keys and for values, `[l, Nkv]`, the pools' dtype or float32, as
+                `nsa_compress_infer` takes them; `1 / l` everywhere is the mean. None: compressed
+                rows stay, for a model that compresses in a way of its own.
+            bias: for keys and for values, `[Nkv, D]` and `[Nkv, Dv]`, or None.
+            slots: integers `[n]`, which slots the rows are of, each named once; negative: the row
+                is padding. None: all, in order.
+            implementation: as `nsa_compress_infer` takes it.
+            on_fault: as `nsa_compress_infer` takes it.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: an argument with an illegal value or shape.
+        """
+        self._check(tables)
+        if slots is not None:
+            tables = _rows_of(tables, _checked_slots(slots, len(tables.lengths)))
+        key = _check_rows("key", key, self.key, len(tables.lengths))
+        value = _check_rows("value", value, self.value, len(tables.lengths))
+        tokens = key.shape[1]
+        if value.shape[1] != tokens:
+            raise ValueError(
+                f"key and value must have as many tokens, got {tokens} and {value.shape[1]}"
+            )
+        original = _write(self.key, key, tables), _write(self.value, value, tables)
+        compressed = self.compressed_key, self.compressed_value
+        if weight is not None:
+            compress = functools.partial(
+                _compress, tables=tables, original=original, weight=weight, bias=bias,
+                implementation=implementation, on_fault=on_fault,
+            )  # fmt: skip
+            parts = -(-tokens // tables.compress_stride)
+            if parts == 1:
+                compressed = compress(compressed, 0)
+            else:
+                compressed, _ = lax.scan(
+                    lambda caches, part: (compress(caches, part), None),
+                    compressed, jnp.arange(parts, dtype=jnp.int32),
+                )  # fmt: skip
+        return PagePools(*original, *compressed)
+
+    def views(self, tables: PageTables) -> tuple[PagedKV, PagedKV]:
+        """Returns the compressed and the original cache, as `nsa_decode_step` takes them."""
+        self._check(tables)
+        return (
+            PagedKV(
+                self.compressed_key, self.compressed_value, tables.compressed.block_table,
+                tables.compressed_lengths,
+            ),
+            PagedKV(self.key, self.value, tables.original.block_table, tables.lengths),
+        )  # fmt: skip
+
+    def _check(self, tables: PageTables) -> None:
+        if not isinstance(tables, PageTables):
+            raise TypeError(f"tables must be a PageTables, got {type(tables).__name__}")
+        for field in dataclasses.fields(self):
+            pages = tables.compressed if field.name.startswith("compressed") else tables.original
+            expected = (len(pages.free), tables.page_block_size)
+            shape = jnp.shape(getattr(self, field.name))
+            if len(shape) not in (3, 4) or shape[:2] != expected:
+                raise ValueError(
+                    f"{field.name} must have {expected[0]} pages of {expected[1]} rows, as tables "
+                    f"has, and shape [pages, page, heads * size] or [pages, page, heads, size], "
+                    f"got {shape}"
+                )
+
+
+def _check_rows(name: str, rows: ArrayLike, pool: jax.Array, slots: int) -> ArrayLike:
+    rows = checks.floats(name, rows, like=(f"pools' {name}", pool))
+    shape, row = tuple(rows.shape), pool.shape[2:]
+    fits = shape[2:] == row or (len(row) == 1 and math.prod(shape[2:]) == row[0])
+    if len(shape) != 4 or shape[0] != slots or shape[1] == 0 or not fits:
+        raise ValueError(
+            f"{name} must have shape [{slots}, tokens, heads, size], with heads of a pool of "
+            f"shape {pool.shape}, got {shape}"
+        )
+    return rows
+
+
+def _checked_slots(slots: IntegersLike, count: int) -> jax.Array:
+    """Slots as an index in which padding lies past the end, where JAX finds and writes nothing."""
+    integers = checks.Integers("slots", slots, rank=1)
+    if integers.host is not None:
+        named = integers.host[integers.host >= 0]
+        if (named >= count).any() or len(np.unique(named)) < len(named):
+            raise ValueError(
+                f"slots must be different numbers below {count}, got {integers.host.tolist()}"
+            )
+    array = integers.array()
+    return jnp.where(array < 0, jnp.int32(count), array)
+
+
+@with_usual_promotion
+def _rows_of(tables: PageTables, slots: jax.Array) -> PageTables:
+    """The tables of these slots only; beyond the last slot lie empty ones."""
+
+    def rows(array: jax.Array) -> jax.Array:
+        return array.at[slots].get(mode="fill", fill_value=0)
+
+    original, compressed = (
+        dataclasses.replace(pages, block_table=rows(pages.block_table))
+        for pages in (tables.original, tables.compressed)
+    )
+    return dataclasses.replace(
+        tables, lengths=rows(tables.lengths), counts=rows(tables.counts),
+        original=original, compressed=compressed,
+    )  # fmt: skip
+
+
+@with_usual_promotion
+def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables) -> jax.Array:
+    """Writes each slot's newest tokens; the pool."""
+    token = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    position = (tables.lengths - tables.counts)[:, None] + token
+    pages = pages_of(tables.original.block_table, position // tables.page_block_size)
+    # Where there is no token, past the end: JAX drops it.
+    pages = jnp.where(token < tables.counts[:, None], pages, len(pool))
+    new = jnp.asarray(rows).reshape(*rows.shape[:2], *pool.shape[2:])
+    return pool.at[pages, position % tables.page_block_size].set(new, mode="drop")
+
+
+@with_usual_promotion
+def _compress(
+    caches: tuple[jax.Array, jax.Array],
+    part: jax.Array | int,
+    *,
+    tables: PageTables,
+    original: tuple[jax.Array, jax.Array],
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes the windows that tokens `[part * d, (part + 1) * d)` of each slot's newest end."""
+    page, stride = tables.page_block_size, tables.compress_stride
+    sizes: dict[str, Any] = {
+        "compress_block_size": tables.compress_block_size, "compress_stride": stride,
+    }  # fmt: skip
+    done = jnp.minimum(part * stride, tables.counts)
+    counts = jnp.minimum(tables.counts - done, stride)
+    lengths = tables.lengths - tables.counts + done + counts
+    window = completed_window(lengths, counts, **sizes)
+    key, value = nsa_compress_infer(
+        original, options.pop("weight"),
+        window_slots(window, tables.compressed.block_table, page_block_size=page),
+        page_block_size=page, block_table=tables.original.block_table, actual_seq_len=lengths,
+        actual_seq_qlen=counts, cache=caches, **sizes, **options,
+    )  # fmt: skip
+    return key, value

@@ -1,0 +1,445 @@
+"""The cache that grows, against lists of rows: nothing is lost, doubled or written elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_nsa import PagePools, PageTables, native, nsa_attention, nsa_compress, nsa_decode_step
+
+HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 4, 2, 8, 4
+PROMPT = 70  # tokens that a prompt is padded to
+SIZES = {"slots": 3, "pages": 9, "pages_per_slot": 5, "page_block_size": 16}
+WINDOWS = [(16, 16), (32, 16), (48, 32), (64, 64)]
+IMPLEMENTATIONS = [
+    "reference",
+    pytest.param(
+        "cpu",
+        marks=pytest.mark.skipif(
+            native.unavailable("cpu", "compress") is not None,
+            reason=f"{native.unavailable('cpu', 'compress')}",
+        ),
+    ),
+]
+
+
+def weights(size, seed=5):
+    random = np.random.default_rng(seed)
+    return tuple(random.normal(size=(size, KEY_VALUE_HEADS)).astype(np.float32) for _ in range(2))
+
+
+def empty(block, stride, dtype="float32", **sizes):
+    tables = PageTables.empty(
+        **SIZES | sizes, compress_block_size=block, compress_stride=stride
+    )  # fmt: skip
+    return tables, PagePools.empty(tables, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE, dtype)
+
+
+class Programs:
+    """What a server compiles: once each, whatever comes and goes."""
+
+    def __init__(self, block, stride):
+        weight = weights(block)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(tables, pools, counts, key, value):
+            tables, fits = tables.allocate(counts)
+            return tables, pools.append(tables, key, value, weight), fits
+
+        self.step = step
+        self.truncate = jax.jit(lambda tables, lengths: tables.truncate(lengths), donate_argnums=0)
+        self.free = jax.jit(lambda tables, slots: tables.free(slots), donate_argnums=0)
+
+    def compiled(self):
+        return [f._cache_size() for f in (self.step, self.truncate, self.free)]
+
+
+PROGRAMS = functools.cache(Programs)
+
+
+class Lists:
+    """The cache as a dict of lists, and what may be asked of it."""
+
+    def __init__(self, block, stride, slots, pages, pages_per_slot, page_block_size):
+        self.block, self.stride, self.page = block, stride, page_block_size
+        self.pages, self.columns = pages, pages_per_slot
+        self.rows = {slot: [] for slot in range(slots)}
+
+    def held(self, tokens):
+        return sum(1 for first in range(0, tokens, self.page))
+
+    def step(self, counts, key, value):
+        left = self.pages - sum(self.held(len(rows)) for rows in self.rows.values())
+        asked, fits = 0, []
+        for slot, rows in self.rows.items():
+            many = len(rows) + counts[slot]
+            if self.held(many) > self.columns:
+                fits.append(False)
+                continue
+            new = self.held(many) - self.held(len(rows))
+            asked += new
+            fits.append(new == 0 or asked <= left)
+        for slot in np.flatnonzero(fits):
+            self.rows[slot] += [(key[slot, j], value[slot, j]) for j in range(counts[slot])]
+        return fits
+
+    def windows(self, slot):
+        """Pairs of compressed rows, in float64."""
+        rows = self.rows[slot]
+        found = []
+        for end in range(self.block, len(rows) + 1, self.stride):
+            pair = zip(*rows[end - self.block : end], strict=True)
+            found.append([
+                sum(np.float64(row) * w[:, None] for row, w in zip(side, weight, strict=True))
+                for side, weight in zip(pair, weights(self.block), strict=True)
+            ])  # fmt: skip
+        return found
+
+
+def check(model, tables, pools):
+    tables, pools = jax.tree.map(np.asarray, (tables, pools))
+    lengths = [len(rows) for rows in model.rows.values()]
+    assert tables.lengths.tolist() == lengths
+    windows = [model.windows(slot) for slot in model.rows]
+    for pages, held in ((tables.original, lengths), (tables.compressed, map(len, windows))):
+        names = []
+        for row, count in zip(pages.block_table, map(model.held, held), strict=True):
+            names += row[:count].tolist()
+            assert np.all(row[count:] == -1)
+        assert 0 <= pages.free_count <= len(pages.free)
+        names += pages.free[: pages.free_count].tolist()
+        assert sorted(names) == list(range(len(pages.free))), "a page is lost or named twice"
+    for slot, rows in model.rows.items():
+        for i, expected in enumerate(rows):
+            page = tables.original.block_table[slot, i // model.page]
+            np.testing.assert_array_equal(pools.key[page, i % model.page], expected[0])
+            np.testing.assert_array_equal(pools.value[page, i % model.page], expected[1])
+        for i, expected in enumerate(windows[slot]):
+            page = tables.compressed.block_table[slot, i // model.page]
+            for pool, row in zip((pools.compressed_key, pools.compressed_value), expected,
+                                 strict=True):  # fmt: skip
+                np.testing.assert_allclose(pool[page, i % model.page], row, rtol=1e-4, atol=1e-4)
+
+
+@st.composite
+def events(draw):
+    slots = SIZES["slots"]
+    kind = draw(st.sampled_from(["step", "step", "prompt", "prompt", "truncate", "free"]))
+    if kind == "free":
+        return kind, draw(st.lists(st.booleans(), min_size=slots, max_size=slots))
+    most = {"step": 1, "prompt": PROMPT, "truncate": 90}[kind]
+    some = st.integers(0, most) | st.sampled_from([0, most])
+    return kind, draw(st.lists(some, min_size=slots, max_size=slots))
+
+
+@given(
+    window=st.sampled_from(WINDOWS),
+    history=st.lists(events(), min_size=1, max_size=14),
+    seed=st.integers(0, 99),
+)
+def test_any_history_leaves_what_lists_hold(window, history, seed):
+    random = np.random.default_rng(seed)
+    programs, model = PROGRAMS(*window), Lists(*window, **SIZES)
+    tables, pools = empty(*window)
+    # A whole pool may lie anywhere: what no sequence owns must not matter.
+    pools = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), pools)
+    for kind, numbers in history:
+        if kind == "free":
+            tables = programs.free(tables, np.array(numbers))
+            for slot in np.flatnonzero(numbers):
+                model.rows[slot] = []
+        elif kind == "truncate":
+            tables = programs.truncate(tables, np.array(numbers, np.int32))
+            for slot, rows in model.rows.items():
+                del rows[numbers[slot] :]
+        else:
+            shape = (SIZES["slots"], PROMPT if kind == "prompt" else 1, KEY_VALUE_HEADS)
+            key = random.normal(size=(*shape, HEAD_SIZE)).astype(np.float32)
+            value = random.normal(size=(*shape, VALUE_SIZE)).astype(np.float32)
+            counts = np.array(numbers, np.int32)
+            tables, pools, fits = programs.step(tables, pools, counts, key, value)
+            expected = model.step(numbers, key, value)
+            assert fits.tolist() == expected
+            assert tables.counts.tolist() == [
+                n if fit else 0 for n, fit in zip(numbers, expected, strict=True)
+            ]
+        check(model, tables, pools)
+    # One program for prompts and one for single tokens.
+    assert all(most >= n for n, most in zip(programs.compiled(), (2, 1, 1), strict=True))
+
+
+def sequences(tokens, block, stride, seed=0):
+    """Whole sequences of random rows, one for each slot, and their dense attention."""
+    random = np.random.default_rng(seed)
+    slots = SIZES["slots"]
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=(slots, tokens, *shape)), jnp.float32)
+
+    arrays = {
+        "query": normal(HEADS, HEAD_SIZE),
+        "key": normal(KEY_VALUE_HEADS, HEAD_SIZE),
+        "value": normal(KEY_VALUE_HEADS, VALUE_SIZE),
+        "gates": jax.nn.sigmoid(normal(HEADS, 3)),
+    }
+    for name, weight in zip(("key", "value"), weights(block), strict=True):
+        arrays[f"compressed_{name}"] = jnp.stack(
+            [nsa_compress(array, weight, block, stride) for array in arrays[name]]
+        )
+    options = {
+        "scale_value": 0.3, "compress_block_size": block, "compress_stride": stride,
+        "select_block_size": 64, "select_block_count": 2, "window_size": 20,
+        "importance": "aligned", "init_blocks": 0, "local_blocks": 1,
+    }  # fmt: skip
+    return arrays, nsa_attention(**arrays, **options), options
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("window", [(32, 16), (48, 32)], ids=str)
+@pytest.mark.parametrize("several", [1, 3])
+def test_decoding_over_it_is_dense_attention(implementation, window, several):
+    """Prompts of different lengths, the last one later; drafts of which some tokens are refused."""
+    arrays, attention, options = sequences(140, *window)
+    arrays = jax.tree.map(np.asarray, arrays)
+    tables, pools = empty(*window, pages=27, pages_per_slot=9)
+    weight = weights(window[0])
+
+    def rows(name, first, many):
+        """Each slot's rows from its `first` on."""
+        return np.stack([row[at : at + many] for row, at in zip(arrays[name], first, strict=True)])
+
+    @jax.jit
+    def step(tables, pools, counts, query, key, value, gates):
+        tables, fits = tables.allocate(counts)
+        pools = pools.append(tables, key, value, weight, implementation=implementation)
+        attention, _ = nsa_decode_step(
+            query, gates, *pools.views(tables), head_num=HEADS,
+            key_value_head_num=KEY_VALUE_HEADS, layout="BSND", actual_seq_qlen=tables.counts,
+            implementation=implementation, **options,
+        )  # fmt: skip
+        return tables, pools, fits, attention
+
+    prompts, late = np.array([17, 64, 40], np.int32), 2
+    tables, _ = tables.allocate(np.where(np.arange(3) == late, 0, prompts))
+    zeros = np.zeros(3, int)
+    pools = pools.append(tables, rows("key", zeros, 70), rows("value", zeros, 70), weight)
+    random = np.random.default_rng(2)
+    for number in range(24):
+        if number == 5:
+            tables, _ = tables.allocate([0, 0, int(prompts[late])])
+            key, value = arrays["key"][late:, :50], arrays["value"][late:, :50]
+            # The second row is padding.
+            key, value = (np.concatenate([a, a]) for a in (key, value))
+            pools = pools.append(tables, key, value, weight, slots=[late, -1])
+        first = np.asarray(tables.lengths)
+        there = np.array([True, True, number >= 5])
+        counts = np.where(there, random.integers(1, several + 1, 3), 0).astype(np.int32)
+        names = ("query", "key", "value", "gates")
+        tables, pools, fits, decoded = step(
+            tables, pools, counts, *(rows(name, first, several) for name in names)
+        )
+        assert np.all(fits)
+        for slot in range(3):
+            dense = attention[slot, first[slot] : first[slot] + counts[slot]]
+            np.testing.assert_allclose(decoded[slot, : len(dense)], dense, rtol=1e-4, atol=1e-5)
+        # The next step writes other rows over those that were refused.
+        kept = first + np.maximum(np.minimum(counts, 1), counts - random.integers(0, 2, 3))
+        tables = tables.truncate(np.where(there, kept, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, PROMPT])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_owned_pools_are_not_copied(dtype, tokens, scanned):
+    if dtype == "bfloat16" and jax.__version_info__ < (0, 12):
+        pytest.skip("XLA's float normalization for the CPU converts bfloat16 pools before JAX 0.12")
+    tables, pools = empty(32, 16, dtype, pages=301)
+    shape = (SIZES["slots"], tokens, KEY_VALUE_HEADS)
+    key, value = jnp.ones((*shape, HEAD_SIZE), dtype), jnp.ones((*shape, VALUE_SIZE), dtype)
+
+    def step(tables, pools):
+        tables, _ = tables.allocate(jnp.full(shape[0], tokens, jnp.int32))
+        return tables, pools.append(tables, key, value, weights(32))
+
+    def steps(tables, pools):
+        return jax.lax.scan(lambda carry, _: (step(*carry), None), (tables, pools), length=3)[0]
+
+    run = jax.jit(steps if scanned else step, donate_argnums=(0, 1))
+    compiled = run.lower(tables, pools).compile()
+    sizes = {pool.size for pool in jax.tree.leaves(pools)}
+    for line in compiled.as_text().splitlines():
+        if found := re.search(r"= \w+\[([\d,]*)\]\S* (copy|convert)\(", line):
+            size = np.prod([int(n) for n in found[1].split(",") if n])
+            assert size not in sizes, f"a pool is copied: {line}"
+    aliased = compiled.memory_analysis().alias_size_in_bytes
+    assert aliased >= sum(pool.nbytes for pool in jax.tree.leaves(pools))
+
+
+def test_a_full_pool_refuses_and_changes_nothing():
+    tables, _ = empty(32, 16)  # 9 pages of 16, 5 to a slot
+    tables, fits = tables.allocate([80, 50, 0])
+    assert fits.tolist() == [True, True, True]
+    assert int(tables.original.free_count) == 0
+    before = jax.tree.map(np.asarray, tables)
+    # Too long for any slot; within its last page; a page that is not there.
+    after, fits = tables.allocate([1, 14, 1])
+    assert fits.tolist() == [False, True, False]
+    assert after.counts.tolist() == [0, 14, 0]
+    assert after.lengths.tolist() == [80, 64, 0]
+    np.testing.assert_array_equal(after.original.block_table, before.original.block_table)
+    # Who comes first is served first, also where who comes later asks for less.
+    freed, _ = after.free([True, False, False]).allocate([0, 0, 16])
+    assert int(freed.original.free_count) == 4
+    assert freed.allocate([65, 0, 1])[1].tolist() == [False, True, False]
+    assert freed.allocate([64, 0, 1])[1].tolist() == [True, True, False]
+    assert freed.allocate([64, 0, 0])[1].tolist() == [True, True, True]
+    assert freed.truncate([0, 48, 16]).allocate([65, 0, 0])[1].tolist() == [True, True, True]
+
+
+@pytest.mark.parametrize("count", [-1, -(2**31), 2**31 - 1, 81])
+def test_counts_that_only_the_program_knows_change_nothing_where_they_cannot_be(count):
+    tables, _ = empty(32, 16)
+    tables, _ = tables.allocate([0, 3, 0])
+    after, fits = jax.jit(lambda t, c: t.allocate(c))(tables, jnp.array([count, count, 5]))
+    assert fits.tolist() == [False, False, True]
+    assert after.lengths.tolist() == [0, 3, 5]
+    cut = jax.jit(lambda t, c: t.truncate(c))(after, jnp.array([0, count, 4]))
+    assert cut.lengths.tolist() == [0, 3, 4]
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_pools_may_be_flat_and_compression_ones_own(flat):
+    tables, pools = empty(32, 16)
+    if flat:
+        pools = jax.tree.map(lambda pool: pool.reshape(*pool.shape[:2], -1), pools)
+    tables, _ = tables.allocate([40, 0, 0])
+    key, value = (np.ones((3, 40, KEY_VALUE_HEADS, n), np.float32) for n in (8, 4))
+    written = pools.append(tables, key, value, None)
+    assert jax.tree.map(jnp.shape, written) == jax.tree.map(jnp.shape, pools)
+    assert written.key.sum() == 40 * KEY_VALUE_HEADS * HEAD_SIZE
+    assert written.compressed_key.sum() == 0
+    bias = (np.full((KEY_VALUE_HEADS, HEAD_SIZE), 2, np.float32), None)
+    both = pools.append(tables, key, value, [w * 0 for w in weights(32)], bias)
+    assert both.compressed_key.sum() == 2 * KEY_VALUE_HEADS * HEAD_SIZE
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_numpy_dtype_promotion", "strict"),
+        ("jax_enable_x64", True),
+    ],
+)
+def test_takes_any_promotion(name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        tables, pools = empty(32, 16)
+        key, val = (jnp.ones((3, 40, KEY_VALUE_HEADS, n), jnp.float32) for n in (8, 4))
+
+        @jax.jit
+        def step(tables, pools, counts):
+            tables, fits = tables.allocate(counts)
+            pools = pools.append(tables, key, val, weights(32), slots=jnp.array([2, 0, -1]))
+            return tables.free(~fits).truncate(jnp.array([1, 1, 1])), pools
+
+        after = step(tables, pools, jnp.array([40, 3, 33]))
+        for old, new in zip(*map(jax.tree.leaves, ((tables, pools), after)), strict=True):
+            assert old.dtype == new.dtype
+        assert after[0].lengths.tolist() == [1, 1, 1]
+    finally:
+        jax.config.update(name, before)
+
+
+def rows(slots=3, tokens=1, heads=KEY_VALUE_HEADS, size=HEAD_SIZE, dtype=np.float32):
+    return np.zeros((slots, tokens, heads, size), dtype)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"key": rows(2)}, ValueError, r"key must have shape \[3, tokens, heads, size\]"),
+        ({"key": rows(heads=4, size=4)}, ValueError, "heads of a pool of shape"),
+        ({"key": rows()[:, 0]}, ValueError, "key must have shape"),
+        ({"key": rows(tokens=0)}, ValueError, "key must have shape"),
+        ({"key": rows(tokens=2)}, ValueError, "as many tokens, got 2 and 1"),
+        ({"key": rows(dtype=np.float16)}, TypeError, "pools' key and key must have the same dtype"),
+        ({"value": [1.0]}, TypeError, "value must be a JAX or NumPy array"),
+        ({"weight": weights(16)}, ValueError, r"weight\[0\] must have shape"),
+        ({"weight": weights(32)[0]}, TypeError, "weight must be a sequence of 2"),
+        ({"slots": [0, 1, 3]}, ValueError, "slots must be different numbers below 3"),
+        ({"slots": [0, 1, 1]}, ValueError, r"slots must be .* got \[0, 1, 1\]"),
+        ({"slots": [0.5, 1, 2]}, TypeError, "slots must hold integers"),
+        ({"slots": [0, 1]}, ValueError, r"key must have shape \[2, tokens"),
+        ({"tables": None}, TypeError, "tables must be a PageTables, got NoneType"),
+        ({"tables": empty(32, 16, pages=8)[0]}, ValueError, "key must have 8 pages of 16 rows"),
+        ({"tables": empty(32, 16, page_block_size=32)[0]}, ValueError, "9 pages of 32 rows"),
+        ({"implementation": "tpu"}, ValueError, "implementation"),
+    ],
+)
+def test_append_refuses(changes, error, message):
+    tables, pools = empty(32, 16)
+    good = {
+        "tables": tables, "key": rows(), "value": rows(size=VALUE_SIZE), "weight": weights(32),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        pools.append(**good | changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "argument", "error", "message"),
+    [
+        ("allocate", [1, 2], ValueError, "counts must have an entry for each of 3 slots"),
+        ("allocate", [1, -2, 0], ValueError, r"counts\[1\] must be at least 0, got -2"),
+        ("allocate", [0.5, 1, 1], TypeError, "counts must hold integers"),
+        ("allocate", None, ValueError, "counts is required"),
+        ("truncate", [[1], [2], [3]], ValueError, "lengths must have rank 1"),
+        ("truncate", [-1, 0, 0], ValueError, r"lengths\[0\] must be at least 0"),
+        ("free", [0, 1, 2], TypeError, "slots must hold bools, got dtype int32"),
+        ("free", [True], ValueError, r"slots must have shape \(3,\), got \(1,\)"),
+    ],
+)
+def test_tables_refuse(method, argument, error, message):
+    with pytest.raises(error, match=message):
+        getattr(empty(32, 16)[0], method)(argument)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"slots": 0}, ValueError, r"slots must be in \[1, "),
+        ({"pages": 2.0}, TypeError, "pages must be a Python integer"),
+        ({"page_block_size": 24}, ValueError, "page_block_size must be a multiple of 16"),
+        (
+            {"pages_per_slot": 2**28},
+            ValueError,
+            "pages_per_slot \\* page_block_size must be at most",
+        ),
+        ({"compress_stride": 24}, ValueError, "compress_stride must be one of"),
+        ({"compress_block_size": 40}, ValueError, "compress_block_size must be a multiple of 16"),
+    ],
+)
+def test_empty_tables_refuse(changes, error, message):
+    with pytest.raises(error, match=message):
+        PageTables.empty(**SIZES | {"compress_block_size": 32, "compress_stride": 16} | changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((0, 8), ValueError, "key_value_head_num must be in"),
+        ((2, 8, 4, "float64"), ValueError, "dtype must be one of"),
+        ((2, 8.5), TypeError, "head_size must be a Python integer"),
+    ],
+)
+def test_empty_pools_refuse(arguments, error, message):
+    with pytest.raises(error, match=message):
+        PagePools.empty(empty(32, 16)[0], *arguments)
