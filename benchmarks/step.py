@@ -199,14 +199,14 @@ def run(shape: Shape, repeat: int, peer: pathlib.Path | None) -> dict[str, Any]:
     seconds = {
         name: time_program(program(part), operands, repeat) for name, part in parts(shape).items()
     }
-    bandwidth = statistics.median(measure.DeviceBandwidth().sample() for _ in range(5))
+    bandwidth = measure.DeviceBandwidth()
     row = {
         "shape": dataclasses.asdict(shape),
         "floor_bytes": shape.floors,
-        "read_bandwidth": bandwidth,
+        "read_bandwidth": statistics.median(bandwidth.sample() for _ in range(5)),
         "seconds": seconds,
     }
-    del operands
+    del operands, bandwidth
     if peer is not None and shape.tokens == 1:
         row["peer_seconds"] = step_peer.time_parts(peer, shape, STEPS, repeat)
     return row
