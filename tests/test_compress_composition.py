@@ -11,7 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress.contract import copies
+from compress.calls import copies
 from compress.problems import CACHES, Geometry, build
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
