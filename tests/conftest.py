@@ -11,7 +11,14 @@ import jaxlib.version
 import pytest
 
 pytest.register_assert_rewrite(
-    "agreement", "choices", "contract", "compress.contract", "select_attention.contract"
+    "agreement",
+    "choices",
+    "contract",
+    "compress.calls",
+    "compress.contract",
+    "compress.faults",
+    "compress.transformations",
+    "select_attention.contract",
 )
 
 # Tests of sharding need several devices.

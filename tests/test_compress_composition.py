@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress.problems import Geometry, build
+from compress.calls import copies
+from compress.problems import CACHES, Geometry, build
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -76,6 +78,23 @@ def test_heads_split_without_a_collective(implementation, axis_type, devices):
     text = compiled.as_text()
     assert not [name for name in COLLECTIVES if re.search(rf"\b{name}", text)]
     assert_same(results, expected)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_donated_cache_that_is_split_is_not_copied(implementation, cache, axis_type):
+    call, arrays = operator(replace(GEOMETRY, cache=cache), implementation)
+    expected = call(arrays)
+    by_heads = BY_HEADS | {"cache": P(None, "x") if cache == "rows" else P(None, None, "x")}
+    mesh = jax.make_mesh((2,), ("x",), (axis_type,), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        placed = put(mesh, arrays, by_heads)
+        caches = placed.pop("cache")
+        run = jax.jit(lambda cache, rest: call(rest | {"cache": cache}), donate_argnums=0)
+        compiled = run.lower(caches, placed).compile()
+        assert copies(compiled, {c.size // 2 for c in caches}) == []
+        assert compiled.memory_analysis().alias_size_in_bytes >= sum(c.nbytes // 2 for c in caches)
+        assert_same(compiled(caches, placed), expected)
 
 
 def test_sequences_that_are_split_are_gathered(implementation):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress.contract import COUNTED, CompressContract
+from compress.calls import COUNTED, Calls
 from compress.problems import Geometry, build
 
 from jax_nsa import native, nsa_compress_infer
@@ -20,12 +20,8 @@ REASON = native.unavailable("cpu", "compress")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-class Contract(CompressContract):
-    """The contract's checks, to be called from here."""
-
+class Cpu(Calls):
     implementation = "cpu"
-    fails_on_faults = True
-    __test__ = False
 
 
 # Which instruction set.
@@ -49,7 +45,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize("weight_dtype", [None, "float32"])
 def test_head_size(isa, dtype, weight_dtype, size):
     del isa
-    Contract().check(
+    Cpu().check(
         replace(COUNTED, dtype=dtype, weight_dtype=weight_dtype, head_sizes=(size, 3), heads=3)
     )
 
@@ -63,7 +59,7 @@ def test_forced_instruction_set_is_in_the_program(isa):
 def test_program_for_a_missing_instruction_set_fails(monkeypatch):
     monkeypatch.setattr(cpu, "configuration", lambda call: {"isa": "mmx"})
     with pytest.raises(jax.errors.JaxRuntimeError, match='no CPU kernel "mmx"'):
-        Contract().call(build(COUNTED), "jit, arrays")
+        Cpu().call(build(COUNTED), "jit, arrays")
 
 
 # Threads.
@@ -72,7 +68,7 @@ def test_program_for_a_missing_instruction_set_fails(monkeypatch):
 def test_as_much_as_threads_share():
     """16 MB of windows, of sequences that all complete one."""
     lengths = tuple(128 + 16 * int(i) for i in np.random.default_rng(0).integers(0, 4, 64))
-    Contract().check(
+    Cpu().check(
         Geometry(
             dtype="bfloat16", lengths=lengths, heads=4, head_sizes=(160, 96), page=32,
             window=(128, 16),

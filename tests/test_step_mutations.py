@@ -5,7 +5,8 @@ import types
 from dataclasses import replace
 
 import pytest
-from compress.contract import COUNTED, CompressContract
+from compress.calls import COUNTED
+from compress.contract import CompressContract
 from select_attention.contract import USUAL, SelectAttentionContract
 
 import jax_nsa.compress.door
