@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ascend.device_route import DEVICE, DeviceRoute
-from ascend.standin import StandIn, build_operators
+from ascend.standin import OPERATORS, StandIn, build_operators
 from problems import Geometry, build
 
 from jax_nsa import native, nsa_compress_attention_infer
@@ -353,12 +353,11 @@ def variants(standin_libraries, tmp_path_factory):
         "split": directory("split", *runtime),
         "home": directory("home"),
     }
-    missing = "-DSTANDIN_WITHOUT_OPERATOR"
-    build_operators(variants["old"], "libopapi.so", missing)
-    build_operators(variants["custom"], "libcust_opapi.so")
-    build_operators(variants["split"], "libopapi.so", missing)
-    build_operators(variants["split"], "libopapi_math.so", missing)
-    build_operators(variants["split"], "libopapi_transformer.so")
+    build_operators(variants["old"], "libopapi.so", ())
+    build_operators(variants["custom"], "libcust_opapi.so", OPERATORS)
+    build_operators(variants["split"], "libopapi.so", ())
+    build_operators(variants["split"], "libopapi_math.so", ())
+    build_operators(variants["split"], "libopapi_transformer.so", OPERATORS)
     os.symlink(variants["split"], variants["home"] / "lib64")
     return variants
 
@@ -366,7 +365,7 @@ def variants(standin_libraries, tmp_path_factory):
 class TestLoading:
     """How CANN is found, each time in a process of its own."""
 
-    QUESTION = "print(native.module().ascend_unavailable())"
+    QUESTION = 'print(native.module().ascend_unavailable("compress_attention"))'
     CALL = """
         from problems import Geometry, build
         import jax.numpy as jnp
@@ -445,7 +444,7 @@ class TestLoading:
         script = textwrap.dedent(self.CALL) + textwrap.dedent(
             """
             standin.plan_fault("aclInit", 100042)
-            print(native.module().ascend_unavailable())
+            print(native.module().ascend_unavailable("compress_attention"))
             call(); call()
             print(standin.counter("aclInit"))
             """

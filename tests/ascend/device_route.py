@@ -1,4 +1,4 @@
-"""Runs the device route's handler where no JAX platform has device buffers.
+"""Runs the device route's handlers where no JAX platform has device buffers.
 
 The operands of a call go to the stand-in's device memory, XLA's part is played by
 `call_frame.h`, and the results come back. As an implementation beside the others, so that whatever
@@ -36,16 +36,15 @@ class HandlerError(Exception):
 
 
 class Harness:
-    """The handler of the device route, on a stream of the stand-in."""
+    """The handlers of the device route, on a stream of the stand-in."""
 
     def __init__(self, library: pathlib.Path, standin: StandIn) -> None:
         self.frames = ctypes.CDLL(str(library))
         self.frames.frame_new.restype = ctypes.c_void_p
         self.standin = standin
         self.acl = standin.runtime
-        self.handler = _pointer(
-            native.module().registrations()["ascend"]["jax_nsa_compress_attention_ascend"][1]
-        )
+        targets = native.module().registrations()["ascend"]
+        self.handlers = {name: _pointer(capsule) for name, (_, capsule) in targets.items()}
         self.lock = threading.RLock()  # a hook below may run another call
         # What a test does right before and after the handler runs.
         self.on_entry: Callable[[], None] | None = None
@@ -65,7 +64,7 @@ class Harness:
     def run(
         self, call: Call, operands: Sequence[np.ndarray], results: Sequence[jax.ShapeDtypeStruct]
     ) -> tuple[np.ndarray, ...]:
-        """Runs the handler once; HandlerError with its message if it fails."""
+        """Runs the call's handler once; HandlerError with its message if it fails."""
         with self.lock, self._frame() as frame, contextlib.ExitStack() as memory:
             assert self.acl.aclrtSetDevice(DEVICE) == 0
 
@@ -89,7 +88,7 @@ class Harness:
                     self.frames.frame_problem_float(frame, name.encode(), ctypes.c_float(value))
                 else:
                     self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
-            lengths = dict(call.constants).get("lengths", ())
+            lengths = ascend.configuration(call)["host_lengths"].tolist()
             self.frames.frame_integers(
                 frame, b"host_lengths", ctypes.c_int64(len(lengths)), _int64s(lengths)
             )
@@ -97,14 +96,15 @@ class Harness:
             message = ctypes.create_string_buffer(4096)
             if self.on_entry:
                 self.on_entry()
-            call = functools.partial(
-                self.frames.frame_run, frame, self.handler, message, ctypes.c_size_t(len(message))
+            handler = self.handlers[native.target_name("ascend", call.operator.target)]
+            handle = functools.partial(
+                self.frames.frame_run, frame, handler, message, ctypes.c_size_t(len(message))
             )
             if self.in_new_thread:
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                    code = pool.submit(call).result()
+                    code = pool.submit(handle).result()
             else:
-                code = call()
+                code = handle()
             if self.on_exit:
                 self.on_exit()
             synchronized = self.acl.aclrtSynchronizeStream(self.stream)
@@ -165,13 +165,17 @@ class DeviceRoute:
         return ascend.configuration(call)
 
     def compute(self, call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
-        """A callback to the harness."""
-        results = tuple(call.results())
+        """What the program does on the device, with callbacks to the harness."""
 
-        def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-            return self.harness.run(call, [np.asarray(a) for a in arrays], results)
+        def run(call: Call, operands: Sequence[jax.Array]) -> Sequence[jax.Array]:
+            results = tuple(call.results())
 
-        return jax.pure_callback(run, results, *operands)
+            def handle(*arrays: Any) -> tuple[np.ndarray, ...]:
+                return self.harness.run(call, [np.asarray(a) for a in arrays], results)
+
+            return jax.pure_callback(handle, results, *operands)
+
+        return ascend.on_device(call, operands, run)
 
 
 def _pointer(capsule: Any) -> ctypes.c_void_p:
