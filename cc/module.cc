@@ -9,8 +9,10 @@
 #include <string>
 #include <tuple>
 
+#include "ascend/compress_abi.h"
 #include "ascend/compress_attention_abi.h"
 #include "ascend/compress_attention_request.h"
+#include "ascend/compress_launch.h"
 #include "ascend/context.h"
 #include "ascend/runtime.h"
 #include "ascend/select_attention_abi.h"
@@ -35,6 +37,8 @@ XLA_FFI_Error* jax_nsa_select_attention_cuda(XLA_FFI_CallFrame*);
 #endif
 XLA_FFI_Error* jax_nsa_compress_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_attention_ascend_host(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_ascend(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_ascend_host(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_ascend_host(XLA_FFI_CallFrame*);
 }
@@ -57,6 +61,8 @@ py::dict Registrations() {
   ascend["jax_nsa_compress_attention_ascend"] = Target("ASCEND", jax_nsa_compress_attention_ascend);
   ascend["jax_nsa_compress_attention_ascend_host"] =
       Target("cpu", jax_nsa_compress_attention_ascend_host);
+  ascend["jax_nsa_compress_ascend"] = Target("ASCEND", jax_nsa_compress_ascend);
+  ascend["jax_nsa_compress_ascend_host"] = Target("cpu", jax_nsa_compress_ascend_host);
   ascend["jax_nsa_select_attention_ascend"] = Target("ASCEND", jax_nsa_select_attention_ascend);
   ascend["jax_nsa_select_attention_ascend_host"] =
       Target("cpu", jax_nsa_select_attention_ascend_host);
@@ -76,8 +82,15 @@ py::dict Registrations() {
 // Limits of CANN's kernels by operator, for refusing a call when it is traced.
 std::map<std::string, std::map<std::string, int64_t>> AscendLimits() {
   namespace ascend = jax_nsa::ascend;
+  using Compress = ascend::CompressLimits;
   using Select = ascend::SelectAttentionLimits;
   return {
+      {"compress",
+       {{"window", Compress::kMaxWindow},
+        {"heads", Compress::kMaxHeads},
+        {"head_size_granule", Compress::kHeadSizeGranule},
+        {"small_page", Compress::kSmallPage},
+        {"large_page", Compress::kLargePage}}},
       {"compress_attention",
        {{"page", ascend::kMaxPageSize},
         {"sequences", ascend::kMaxSequences},
@@ -99,6 +112,7 @@ std::optional<std::string> AscendUnavailable(const std::string& target) {
   namespace ascend = jax_nsa::ascend;
   static const std::map<std::string, std::optional<std::string> (*)()> operators = {
       {"compress_attention", &ascend::Unavailable<ascend::CompressAttentionApi>},
+      {"compress", &ascend::Unavailable<ascend::CompressApi>},
       {"select_attention", &ascend::Unavailable<ascend::SelectAttentionApi>},
   };
   const auto found = operators.find(target);
@@ -189,6 +203,7 @@ PYBIND11_MODULE(_native, module) {
              "Why CANN or an NPU cannot serve an operator on this machine; None if it can.");
   module.def("ascend_release", &AscendRelease, py::call_guard<py::gil_scoped_release>(),
              "Gives back the device memory and streams kept for further calls.");
-  module.def("ascend_limits", [](const std::string& target) { return AscendLimits().at(target); },
-             py::arg("target"), "Limits of CANN's kernel of an operator.");
+  module.def(
+      "ascend_limits", [](const std::string& target) { return AscendLimits().at(target); },
+      py::arg("target"), "Limits of CANN's kernel of an operator.");
 }

@@ -51,19 +51,6 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
 
 constexpr int64_t kGatheredBlock = 64;  // positions
 
-// Copies `rows` rows from one array into another whose rows have another size: those of the smaller
-// are padded with zeros or cut.
-void CopyRows(const void* from, int64_t from_size, int64_t rows, int64_t to_size, void* to) {
-  const auto* in = static_cast<const std::byte*>(from);
-  auto* out = static_cast<std::byte*>(to);
-  const size_t in_bytes = from_size * kElementSize, out_bytes = to_size * kElementSize;
-  const size_t used = std::min(in_bytes, out_bytes);
-  for (int64_t i = 0; i < rows; ++i, in += in_bytes, out += out_bytes) {
-    std::memcpy(out, in, used);
-    std::memset(out + used, 0, out_bytes - used);
-  }
-}
-
 // The readings as the device sees them: CANN's sequences, as many for each reading as its query
 // heads exceed what the kernel takes at once.
 Problem OnDevice(const Problem& call, const Readings& readings) {
@@ -88,6 +75,8 @@ ffi::Error RunStaged(const SelectAttentionApi& functions, const Call& call,
   const Problem& host_problem = call.problem;
   const Problem problem = OnDevice(host_problem, readings);
   const int64_t group = host_problem.group(), parts = group / problem.heads;
+  const size_t query_bytes = host_problem.head_size * kElementSize;
+  const size_t attention_bytes = host_problem.value_size * kElementSize;
   Pieces pieces;
   const size_t query = pieces.Add(problem.rows * problem.heads * problem.head_size * kElementSize);
   const size_t table = pieces.Add(problem.sequences * problem.pages_per_sequence * sizeof(int32_t));
@@ -108,8 +97,8 @@ ffi::Error RunStaged(const SelectAttentionApi& functions, const Call& call,
   auto* next_index = reinterpret_cast<int32_t*>(host + indices);
   for (const Reading& reading : readings.all()) {
     const int64_t first_head = (reading.row * host_problem.key_value_heads + reading.head) * group;
-    CopyRows(static_cast<const uint16_t*>(call.arrays.query) + first_head * host_problem.head_size,
-             host_problem.head_size, group, problem.head_size, next_query);
+    CopyRows(static_cast<const std::byte*>(call.arrays.query) + first_head * query_bytes,
+             query_bytes, group, problem.head_size * kElementSize, next_query);
     next_query += group * problem.head_size;
     for (int64_t part = 0; part < parts; ++part) {
       lengths.push_back(reading.size);
@@ -147,8 +136,8 @@ ffi::Error RunStaged(const SelectAttentionApi& functions, const Call& call,
   const auto* result = reinterpret_cast<const uint16_t*>(host + attention);
   for (const Reading& reading : readings.all()) {
     const int64_t first_head = (reading.row * host_problem.key_value_heads + reading.head) * group;
-    CopyRows(result, problem.value_size, group, host_problem.value_size,
-             static_cast<uint16_t*>(reading.attention) + first_head * host_problem.value_size);
+    CopyRows(result, problem.value_size * kElementSize, group, attention_bytes,
+             static_cast<std::byte*>(reading.attention) + first_head * attention_bytes);
     result += group * problem.value_size;
   }
   return ffi::Error::Success();

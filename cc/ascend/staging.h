@@ -35,6 +35,9 @@ ffi::Error Reserve(const Pieces& pieces, Context& context);
 ffi::Error CopyIn(size_t begin, size_t end, Context& context);
 ffi::Error CopyOut(size_t begin, size_t end, Context& context);
 
+// Copies `rows` rows of `from_bytes` each into as many of `to_bytes`, padded with zeros or cut.
+void CopyRows(const void* from, size_t from_bytes, int64_t rows, size_t to_bytes, void* to);
+
 // An array of integers, null where a call has none.
 struct Integers {
   const int32_t** array;

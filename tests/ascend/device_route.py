@@ -68,30 +68,42 @@ class Harness:
         with self.lock, self._frame() as frame, contextlib.ExitStack() as memory:
             assert self.acl.aclrtSetDevice(DEVICE) == 0
 
-            def add(name: str, array: np.ndarray, is_result: bool) -> ctypes.c_void_p:
-                pointer = memory.enter_context(self._device_copy(array))
+            def add(
+                name: str,
+                array: np.ndarray,
+                is_result: bool,
+                pointer: ctypes.c_void_p | None = None,
+            ) -> ctypes.c_void_p:
+                pointer = pointer or memory.enter_context(self._device_copy(array))
                 self.frames.frame_buffer(
                     frame, name.encode(), int(is_result), FFI_TYPES[array.dtype.name],
                     ctypes.c_int64(array.ndim), _int64s(array.shape), pointer,
                 )  # fmt: skip
                 return pointer
 
-            for name, operand in zip(call.names, operands, strict=True):
-                add(name, np.ascontiguousarray(operand), False)
+            inputs = {
+                name: add(name, np.ascontiguousarray(operand), False)
+                for name, operand in zip(call.names, operands, strict=True)
+            }
             outputs = [np.empty(r.shape, r.dtype) for r in results]
             names = [result.name for result in call.operator.results(call.problem)]
             pointers = [
-                add(name, output, True) for name, output in zip(names, outputs, strict=True)
+                # A result of an operand's name lies in its memory.
+                add(name, output, True, inputs.get(name))
+                for name, output in zip(names, outputs, strict=True)
             ]
             for name, value in call.problem.scalars().items():
                 if isinstance(value, float):
                     self.frames.frame_problem_float(frame, name.encode(), ctypes.c_float(value))
                 else:
                     self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
+            self.frames.frame_string(frame, b"faults", call.on_fault.encode())
+            self.frames.frame_integer(frame, b"pool_maps", ctypes.c_int64(call.pool_maps))
             lengths = ascend.configuration(call)["host_lengths"].tolist()
-            self.frames.frame_integers(
-                frame, b"host_lengths", ctypes.c_int64(len(lengths)), _int64s(lengths)
-            )
+            for name, values in (("host_lengths", lengths), ("maps", call.maps)):
+                self.frames.frame_integers(
+                    frame, name.encode(), ctypes.c_int64(len(values)), _int64s(values)
+                )
             self.frames.frame_stream(frame, self.stream, DEVICE)
             message = ctypes.create_string_buffer(4096)
             if self.on_entry:
@@ -129,7 +141,8 @@ class Harness:
     def _device_copy(self, array: np.ndarray) -> Iterator[ctypes.c_void_p]:
         pointer = ctypes.c_void_p()
         size = ctypes.c_size_t(array.nbytes)
-        assert self.acl.aclrtMalloc(ctypes.byref(pointer), size, 0) == 0
+        room = ctypes.c_size_t(max(array.nbytes, 1))  # CANN allocates no nothing
+        assert self.acl.aclrtMalloc(ctypes.byref(pointer), room, 0) == 0
         self.acl.standin_poke(pointer, ctypes.c_void_p(array.ctypes.data), size)
         try:
             yield pointer

@@ -18,7 +18,7 @@ CC = ROOT / "cc"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 INCLUDES = (f"-I{CC}", f"-I{HERE}", "-isystem", jax.ffi.include_dir())
 LIBRARIES = ("libascendcl.so", "libnnopbase.so", "libopapi.so")
-OPERATORS = ("compress_attention", "select_attention")
+OPERATORS = ("compress", "compress_attention", "select_attention")
 
 
 def compiler() -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 from jax_nsa import native
 from jax_nsa.backends import Call
-from jax_nsa.backends.ascend import compress_attention, select_attention
+from jax_nsa.backends.ascend import compress, compress_attention, select_attention
 
 if TYPE_CHECKING:
     from jax_nsa.operator import Operator
@@ -46,6 +46,7 @@ class Part(Protocol):
 
 
 _PARTS: dict[str, Part] = {
+    "compress": compress,
     "compress_attention": compress_attention,
     "select_attention": select_attention,
 }
