@@ -9,10 +9,14 @@
 #include <string>
 #include <tuple>
 
+#include "ascend/compress_abi.h"
 #include "ascend/compress_attention_abi.h"
+#include "ascend/compress_attention_request.h"
+#include "ascend/compress_launch.h"
 #include "ascend/context.h"
-#include "ascend/request.h"
 #include "ascend/runtime.h"
+#include "ascend/select_attention_abi.h"
+#include "ascend/select_attention_launch.h"
 #include "cpu/isa.h"
 #ifdef JAX_NSA_CUDA
 #include "cuda/plan.h"
@@ -33,6 +37,10 @@ XLA_FFI_Error* jax_nsa_select_attention_cuda(XLA_FFI_CallFrame*);
 #endif
 XLA_FFI_Error* jax_nsa_compress_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_attention_ascend_host(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_ascend(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_compress_ascend_host(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_select_attention_ascend(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_select_attention_ascend_host(XLA_FFI_CallFrame*);
 }
 
 namespace {
@@ -53,6 +61,11 @@ py::dict Registrations() {
   ascend["jax_nsa_compress_attention_ascend"] = Target("ASCEND", jax_nsa_compress_attention_ascend);
   ascend["jax_nsa_compress_attention_ascend_host"] =
       Target("cpu", jax_nsa_compress_attention_ascend_host);
+  ascend["jax_nsa_compress_ascend"] = Target("ASCEND", jax_nsa_compress_ascend);
+  ascend["jax_nsa_compress_ascend_host"] = Target("cpu", jax_nsa_compress_ascend_host);
+  ascend["jax_nsa_select_attention_ascend"] = Target("ASCEND", jax_nsa_select_attention_ascend);
+  ascend["jax_nsa_select_attention_ascend_host"] =
+      Target("cpu", jax_nsa_select_attention_ascend_host);
   py::dict all;
   all["cpu"] = cpu;
 #ifdef JAX_NSA_CUDA
@@ -66,15 +79,32 @@ py::dict Registrations() {
   return all;
 }
 
-// Limits of CANN's kernel, for refusing a call when it is traced.
-py::dict AscendLimits() {
-  py::dict limits;
-  limits["page"] = jax_nsa::ascend::kMaxPageSize;
-  limits["sequences"] = jax_nsa::ascend::kMaxSequences;
-  limits["tokens"] = jax_nsa::ascend::kMaxTokens;
-  limits["length"] = jax_nsa::ascend::kMaxLength;
-  limits["blocks"] = jax_nsa::ascend::kMaxBlocks;
-  return limits;
+// Limits of CANN's kernels by operator, for refusing a call when it is traced.
+std::map<std::string, std::map<std::string, int64_t>> AscendLimits() {
+  namespace ascend = jax_nsa::ascend;
+  using Compress = ascend::CompressLimits;
+  using Select = ascend::SelectAttentionLimits;
+  return {
+      {"compress",
+       {{"window", Compress::kMaxWindow},
+        {"heads", Compress::kMaxHeads},
+        {"head_size_granule", Compress::kHeadSizeGranule},
+        {"small_page", Compress::kSmallPage},
+        {"large_page", Compress::kLargePage}}},
+      {"compress_attention",
+       {{"page", ascend::kMaxPageSize},
+        {"sequences", ascend::kMaxSequences},
+        {"tokens", ascend::kMaxTokens},
+        {"length", ascend::kMaxLength},
+        {"blocks", ascend::kMaxBlocks}}},
+      {"select_attention",
+       {{"heads", Select::kKeyValueHeads},
+        {"group", Select::kMaxGroup},
+        {"head_size", Select::kHeadSize},
+        {"value_size", Select::kValueSize},
+        {"small_page", Select::kSmallPage},
+        {"large_page", Select::kLargePage}}},
+  };
 }
 
 // Why CANN cannot serve an operator on this machine; nothing if it can.
@@ -82,6 +112,8 @@ std::optional<std::string> AscendUnavailable(const std::string& target) {
   namespace ascend = jax_nsa::ascend;
   static const std::map<std::string, std::optional<std::string> (*)()> operators = {
       {"compress_attention", &ascend::Unavailable<ascend::CompressAttentionApi>},
+      {"compress", &ascend::Unavailable<ascend::CompressApi>},
+      {"select_attention", &ascend::Unavailable<ascend::SelectAttentionApi>},
   };
   const auto found = operators.find(target);
   if (found == operators.end()) return "jax_nsa calls no operator of CANN for " + target;
@@ -168,9 +200,11 @@ PYBIND11_MODULE(_native, module) {
       py::arg("select_block_size"), py::arg("select_count"), py::arg("window_size"),
       py::arg("gated"), "The same of the selected branch's kernel.");
 #endif
-  module.def("ascend_unavailable", &AscendUnavailable, py::arg("target") = "compress_attention",
+  module.def("ascend_unavailable", &AscendUnavailable, py::arg("target"),
              "Why CANN or an NPU cannot serve an operator on this machine; None if it can.");
   module.def("ascend_release", &AscendRelease, py::call_guard<py::gil_scoped_release>(),
              "Gives back the device memory and streams kept for further calls.");
-  module.def("ascend_limits", &AscendLimits, "Limits of CANN's kernel.");
+  module.def(
+      "ascend_limits", [](const std::string& target) { return AscendLimits().at(target); },
+      py::arg("target"), "Limits of CANN's kernel of an operator.");
 }

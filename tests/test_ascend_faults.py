@@ -1,11 +1,7 @@
-"""CANN fails under the Ascend route, is absent or in odd places, and is held to its own rules.
-
-The stand-in for CANN injects errors into every call, and must itself notice what CANN forbids.
-"""
+"""CANN is absent or in odd places, and the stand-in for it must notice what CANN forbids."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
 import os
 import subprocess
@@ -13,187 +9,12 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from ascend.device_route import DEVICE, DeviceRoute
-from ascend.standin import StandIn, build_operators
-from problems import Geometry, build
-
-from jax_nsa import native, nsa_compress_attention_infer
+from ascend.standin import OPERATORS, StandIn, build_operators
 
 pytest_plugins = ("ascend.fixtures",)
-
-# Several tokens and a mask: such a call makes every kind of CANN call there is.
-GEOMETRY = Geometry(
-    dtype="bfloat16", lengths=(40, 33), token_counts=(3, 2), masked=True, k=2, group=2,
-)  # fmt: skip
-STATUS = 507899
-# JAX raises the one or the other, as the program is new or known.
-ERRORS = (ValueError, jax.errors.JaxRuntimeError)
-# Its failure is an answer: the thread has no current device.
-ANSWERS = ("aclrtGetDevice",)
-CREATORS = (
-    "aclrtCreateStream", "aclrtMalloc", "aclrtMallocHost", "aclCreateTensor", "aclCreateIntArray",
-    "aclnnNsaCompressAttentionInferGetWorkspaceSize",
-)  # fmt: skip
-FUNCTIONS = (
-    *CREATORS, "aclrtGetDevice", "aclrtSetDevice", "aclrtSynchronizeStream", "aclrtMemcpyAsync",
-    "aclrtMemsetAsync", "aclDestroyTensor", "aclDestroyIntArray", "aclnnNsaCompressAttentionInfer",
-)  # fmt: skip
-
-
-def call(implementation="ascend", geometry=GEOMETRY):
-    arguments = build(geometry)
-    arrays = {n: jnp.asarray(v) if isinstance(v, np.ndarray) else v for n, v in arguments.items()}
-    return jax.block_until_ready(
-        nsa_compress_attention_infer(**arrays, implementation=implementation)
-    )
-
-
-def call_from_a_new_thread():
-    """Calls from a thread that has set no device."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(call).result()
-
-
-def assert_nothing_leaked(standin: StandIn, streams: int) -> None:
-    native.module().ascend_release()
-    live = standin.live()
-    assert live.pop("stream") == streams
-    assert not any(live.values()), live
-
-
-@pytest.mark.usefixtures("standin")
-class TestInjectedErrors:
-    """Every CANN call of a cold call fails, one at a time."""
-
-    @pytest.fixture(autouse=True)
-    def _cold(self, standin):
-        native.module().ascend_release()
-
-    @pytest.mark.parametrize("null", [False, True], ids=["status", "null"])
-    @pytest.mark.parametrize("function", FUNCTIONS)
-    def test_host_route(self, standin, function, null):
-        if null and function not in CREATORS:
-            pytest.skip("gives no object")
-        self.fail_each(standin, function, null=null, streams=standin.live()["stream"])
-
-    @pytest.mark.parametrize("function", ["aclrtGetDevice", "aclrtSetDevice", "aclrtMalloc"])
-    def test_host_route_beside_another_user_of_cann(self, standin, function):
-        """The calling thread has a device of its own, which is left and put back."""
-        standin.runtime.aclrtSetDevice(DEVICE)
-        streams = standin.live()["stream"]
-        self.fail_each(standin, function, null=False, streams=streams, call=call)
-
-    def fail_each(self, standin, function, *, null, streams, call=call_from_a_new_thread):
-        expected = call()
-        native.module().ascend_release()
-        before = standin.counter(function)
-        call()
-        calls = standin.counter(function) - before
-        assert calls > 0
-        for nth in range(1, calls + 1):
-            native.module().ascend_release()
-            standin.plan_fault(function, STATUS, call=nth, null=null)
-            try:
-                call()
-            except ERRORS as error:
-                text = str(error)
-                assert f"injected fault in {function}" in text
-                said = f"{function} returned null" if null else f"{function} failed with status"
-                if function in ("aclCreateTensor", "aclCreateIntArray"):
-                    said = f"{function} returned null"  # they have no status
-                assert said in text
-                assert null or "returned null" in text or str(STATUS) in text
-            else:
-                # Putting back the caller's device comes after the results.
-                assert function in ANSWERS or (function == "aclrtSetDevice" and nth == calls > 1)
-            assert standin.clear_faults() == 0
-            assert_nothing_leaked(standin, streams)
-            for one, other in zip(expected, call(), strict=True):
-                np.testing.assert_array_equal(one, other)
-
-    @pytest.mark.parametrize(
-        "function", [f for f in FUNCTIONS if f not in ("aclrtCreateStream", "aclrtGetDevice")]
-    )
-    def test_device_route(self, standin, harness, function):
-        """The harness's own calls come first and last, so only some of all are the handler's."""
-        expected = call(DeviceRoute.NAME)
-        problem_calls = self.handler_calls(standin, harness, function)
-        for nth in range(1, problem_calls + 1):
-            native.module().ascend_release()
-            harness.on_entry = lambda nth=nth: standin.plan_fault(function, STATUS, call=nth)
-            with pytest.raises(ERRORS, match=f"injected fault in {function}"):
-                call(DeviceRoute.NAME)
-            harness.on_entry = None
-            assert standin.clear_faults() == 0
-            assert_nothing_leaked(standin, streams=1)
-            for one, other in zip(expected, call(DeviceRoute.NAME), strict=True):
-                np.testing.assert_array_equal(one, other)
-
-    def handler_calls(self, standin, harness, function):
-        counts = []
-        native.module().ascend_release()
-        harness.on_entry = harness.on_exit = lambda: counts.append(standin.counter(function))
-        call(DeviceRoute.NAME)
-        harness.on_entry = harness.on_exit = None
-        return counts[1] - counts[0]
-
-    @pytest.mark.parametrize(
-        "function",
-        ["aclrtSetDevice", "aclrtSynchronizeStream", "aclrtFree", "aclrtFreeHost",
-         "aclrtDestroyStream"],
-    )  # fmt: skip
-    def test_release(self, standin, function):
-        streams = standin.live()["stream"]
-        call()
-        standin.plan_fault(function, STATUS)
-        with pytest.raises(RuntimeError, match=f"{function} failed with status {STATUS}"):
-            native.module().ascend_release()
-        if function == "aclrtSetDevice":
-            # Without its device a context could only be dropped; its destructor tried once more.
-            standin.take_violations(expected=True)
-        assert_nothing_leaked(standin, streams)
-        call()
-
-    def test_growing(self, standin):
-        """Memory that is replaced by larger memory fails to go."""
-        streams = standin.live()["stream"]
-        for function in ("aclrtSynchronizeStream", "aclrtFree", "aclrtFreeHost"):
-            native.module().ascend_release()
-            call()
-            standin.plan_fault(function, STATUS)
-            with pytest.raises(ERRORS, match=f"{function} failed"):
-                call(geometry=replace(GEOMETRY, lengths=(150, 120)))
-            assert_nothing_leaked(standin, streams)
-
-    def test_every_call_at_once_from_many_threads(self, standin):
-        """Errors of one call are no other's."""
-        streams = standin.live()["stream"]
-        call()
-        outcomes = []
-
-        def work():
-            for _ in range(4):
-                try:
-                    call()
-                    outcomes.append(True)
-                except ERRORS:
-                    outcomes.append(False)
-
-        standin.plan_fault("aclnnNsaCompressAttentionInfer", STATUS, call=3)
-        standin.plan_fault("aclrtMemcpyAsync", STATUS, call=9)
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert outcomes.count(False) == 2
-        assert_nothing_leaked(standin, streams)
 
 
 class TestStandInIsStrict:
@@ -353,12 +174,11 @@ def variants(standin_libraries, tmp_path_factory):
         "split": directory("split", *runtime),
         "home": directory("home"),
     }
-    missing = "-DSTANDIN_WITHOUT_OPERATOR"
-    build_operators(variants["old"], "libopapi.so", missing)
-    build_operators(variants["custom"], "libcust_opapi.so")
-    build_operators(variants["split"], "libopapi.so", missing)
-    build_operators(variants["split"], "libopapi_math.so", missing)
-    build_operators(variants["split"], "libopapi_transformer.so")
+    build_operators(variants["old"], "libopapi.so", ())
+    build_operators(variants["custom"], "libcust_opapi.so", OPERATORS)
+    build_operators(variants["split"], "libopapi.so", ())
+    build_operators(variants["split"], "libopapi_math.so", ())
+    build_operators(variants["split"], "libopapi_transformer.so", OPERATORS)
     os.symlink(variants["split"], variants["home"] / "lib64")
     return variants
 
@@ -366,7 +186,7 @@ def variants(standin_libraries, tmp_path_factory):
 class TestLoading:
     """How CANN is found, each time in a process of its own."""
 
-    QUESTION = "print(native.module().ascend_unavailable())"
+    QUESTION = 'print(native.module().ascend_unavailable("compress_attention"))'
     CALL = """
         from problems import Geometry, build
         import jax.numpy as jnp
@@ -445,7 +265,7 @@ class TestLoading:
         script = textwrap.dedent(self.CALL) + textwrap.dedent(
             """
             standin.plan_fault("aclInit", 100042)
-            print(native.module().ascend_unavailable())
+            print(native.module().ascend_unavailable("compress_attention"))
             call(); call()
             print(standin.counter("aclInit"))
             """

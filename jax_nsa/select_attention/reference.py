@@ -22,7 +22,7 @@ def select_attention(operands: Mapping[str, jax.Array], problem: Problem) -> dic
     """Computes the results by name; operands and results are described in `door.py`."""
     query, key = operands["query"], operands["key"]
     heads = problem.key_value_heads
-    rows = _rows(operands, problem)
+    rows = rows_of_query(operands, problem)
     num_pages, page = key.shape[:2]
     capacity = operands["block_table"].shape[1] * page
 
@@ -79,7 +79,7 @@ def _attention_dtype(query: jax.Array, problem: Problem) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if problem.partial else query.dtype
 
 
-def _rows(operands: Mapping[str, jax.Array], problem: Problem) -> dict[str, jax.Array]:
+def rows_of_query(operands: Mapping[str, jax.Array], problem: Problem) -> dict[str, jax.Array]:
     """What is known of each of query's rows, as arrays [rows].
 
     `sequence` and its `length`; `limit`, below which the row's token sees; `newest`, the position

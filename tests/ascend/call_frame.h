@@ -38,6 +38,11 @@ class CallFrame {
         {XLA_FFI_DataType_S64, arrays_.back().size(), arrays_.back().data()});
     attributes_[name] = {XLA_FFI_AttrType_ARRAY, &array_attributes_.back()};
   }
+  void SetString(const std::string& name, const std::string& value) {
+    strings_.push_back(value);
+    string_attributes_.push_back({strings_.back().data(), strings_.back().size()});
+    attributes_[name] = {XLA_FFI_AttrType_STRING, &string_attributes_.back()};
+  }
   void SetProblemInteger(const std::string& name, int64_t value) { Integer(problem_, name, value); }
   void SetProblemFloat(const std::string& name, float value) {
     floats_.push_back(value);
@@ -177,6 +182,8 @@ class CallFrame {
   std::deque<std::vector<int64_t>> arrays_;
   std::deque<XLA_FFI_Scalar> scalars_;
   std::deque<XLA_FFI_Array> array_attributes_;
+  std::deque<std::string> strings_;
+  std::deque<XLA_FFI_ByteSpan> string_attributes_;
   Attributes attributes_, problem_;
 };
 

@@ -1,4 +1,4 @@
-"""Runs the device route's handler where no JAX platform has device buffers.
+"""Runs the device route's handlers where no JAX platform has device buffers.
 
 The operands of a call go to the stand-in's device memory, XLA's part is played by
 `call_frame.h`, and the results come back. As an implementation beside the others, so that whatever
@@ -36,16 +36,15 @@ class HandlerError(Exception):
 
 
 class Harness:
-    """The handler of the device route, on a stream of the stand-in."""
+    """The handlers of the device route, on a stream of the stand-in."""
 
     def __init__(self, library: pathlib.Path, standin: StandIn) -> None:
         self.frames = ctypes.CDLL(str(library))
         self.frames.frame_new.restype = ctypes.c_void_p
         self.standin = standin
         self.acl = standin.runtime
-        self.handler = _pointer(
-            native.module().registrations()["ascend"]["jax_nsa_compress_attention_ascend"][1]
-        )
+        targets = native.module().registrations()["ascend"]
+        self.handlers = {name: _pointer(capsule) for name, (_, capsule) in targets.items()}
         self.lock = threading.RLock()  # a hook below may run another call
         # What a test does right before and after the handler runs.
         self.on_entry: Callable[[], None] | None = None
@@ -65,46 +64,59 @@ class Harness:
     def run(
         self, call: Call, operands: Sequence[np.ndarray], results: Sequence[jax.ShapeDtypeStruct]
     ) -> tuple[np.ndarray, ...]:
-        """Runs the handler once; HandlerError with its message if it fails."""
+        """Runs the call's handler once; HandlerError with its message if it fails."""
         with self.lock, self._frame() as frame, contextlib.ExitStack() as memory:
             assert self.acl.aclrtSetDevice(DEVICE) == 0
 
-            def add(name: str, array: np.ndarray, is_result: bool) -> ctypes.c_void_p:
-                pointer = memory.enter_context(self._device_copy(array))
+            def add(
+                name: str,
+                array: np.ndarray,
+                is_result: bool,
+                pointer: ctypes.c_void_p | None = None,
+            ) -> ctypes.c_void_p:
+                pointer = pointer or memory.enter_context(self._device_copy(array))
                 self.frames.frame_buffer(
                     frame, name.encode(), int(is_result), FFI_TYPES[array.dtype.name],
                     ctypes.c_int64(array.ndim), _int64s(array.shape), pointer,
                 )  # fmt: skip
                 return pointer
 
-            for name, operand in zip(call.names, operands, strict=True):
-                add(name, np.ascontiguousarray(operand), False)
+            inputs = {
+                name: add(name, np.ascontiguousarray(operand), False)
+                for name, operand in zip(call.names, operands, strict=True)
+            }
             outputs = [np.empty(r.shape, r.dtype) for r in results]
             names = [result.name for result in call.operator.results(call.problem)]
             pointers = [
-                add(name, output, True) for name, output in zip(names, outputs, strict=True)
+                # A result of an operand's name lies in its memory.
+                add(name, output, True, inputs.get(name))
+                for name, output in zip(names, outputs, strict=True)
             ]
             for name, value in call.problem.scalars().items():
                 if isinstance(value, float):
                     self.frames.frame_problem_float(frame, name.encode(), ctypes.c_float(value))
                 else:
                     self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
-            lengths = dict(call.constants).get("lengths", ())
-            self.frames.frame_integers(
-                frame, b"host_lengths", ctypes.c_int64(len(lengths)), _int64s(lengths)
-            )
+            self.frames.frame_string(frame, b"faults", call.on_fault.encode())
+            self.frames.frame_integer(frame, b"pool_maps", ctypes.c_int64(call.pool_maps))
+            lengths = ascend.configuration(call)["host_lengths"].tolist()
+            for name, values in (("host_lengths", lengths), ("maps", call.maps)):
+                self.frames.frame_integers(
+                    frame, name.encode(), ctypes.c_int64(len(values)), _int64s(values)
+                )
             self.frames.frame_stream(frame, self.stream, DEVICE)
             message = ctypes.create_string_buffer(4096)
             if self.on_entry:
                 self.on_entry()
-            call = functools.partial(
-                self.frames.frame_run, frame, self.handler, message, ctypes.c_size_t(len(message))
+            handler = self.handlers[native.target_name("ascend", call.operator.target)]
+            handle = functools.partial(
+                self.frames.frame_run, frame, handler, message, ctypes.c_size_t(len(message))
             )
             if self.in_new_thread:
                 with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                    code = pool.submit(call).result()
+                    code = pool.submit(handle).result()
             else:
-                code = call()
+                code = handle()
             if self.on_exit:
                 self.on_exit()
             synchronized = self.acl.aclrtSynchronizeStream(self.stream)
@@ -129,7 +141,8 @@ class Harness:
     def _device_copy(self, array: np.ndarray) -> Iterator[ctypes.c_void_p]:
         pointer = ctypes.c_void_p()
         size = ctypes.c_size_t(array.nbytes)
-        assert self.acl.aclrtMalloc(ctypes.byref(pointer), size, 0) == 0
+        room = ctypes.c_size_t(max(array.nbytes, 1))  # CANN allocates no nothing
+        assert self.acl.aclrtMalloc(ctypes.byref(pointer), room, 0) == 0
         self.acl.standin_poke(pointer, ctypes.c_void_p(array.ctypes.data), size)
         try:
             yield pointer
@@ -165,13 +178,17 @@ class DeviceRoute:
         return ascend.configuration(call)
 
     def compute(self, call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
-        """A callback to the harness."""
-        results = tuple(call.results())
+        """What the program does on the device, with callbacks to the harness."""
 
-        def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-            return self.harness.run(call, [np.asarray(a) for a in arrays], results)
+        def run(call: Call, operands: Sequence[jax.Array]) -> Sequence[jax.Array]:
+            results = tuple(call.results())
 
-        return jax.pure_callback(run, results, *operands)
+            def handle(*arrays: Any) -> tuple[np.ndarray, ...]:
+                return self.harness.run(call, [np.asarray(a) for a in arrays], results)
+
+            return jax.pure_callback(handle, results, *operands)
+
+        return ascend.on_device(call, operands, run)
 
 
 def _pointer(capsule: Any) -> ctypes.c_void_p:

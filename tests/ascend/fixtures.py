@@ -46,7 +46,7 @@ def _harness(
 
 @pytest.fixture(scope="module")
 def harness(_harness: Harness) -> Iterator[Harness]:
-    """The device route's handler, as the implementation `DeviceRoute.NAME`."""
+    """The device route's handlers, as the implementation `DeviceRoute.NAME`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.ALL, DeviceRoute.NAME, DeviceRoute(_harness))
         yield _harness

@@ -23,6 +23,9 @@ EXPORT void frame_integers(CallFrame* frame, const char* name, int64_t size,
                            const int64_t* values) {
   frame->SetIntegers(name, std::vector<int64_t>(values, values + size));
 }
+EXPORT void frame_string(CallFrame* frame, const char* name, const char* value) {
+  frame->SetString(name, value);
+}
 EXPORT void frame_problem_integer(CallFrame* frame, const char* name, int64_t value) {
   frame->SetProblemInteger(name, value);
 }

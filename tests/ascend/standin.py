@@ -18,6 +18,7 @@ CC = ROOT / "cc"
 FLAGS = ("-std=c++17", "-O2", "-fPIC", "-Wall", "-Wextra", "-Werror")
 INCLUDES = (f"-I{CC}", f"-I{HERE}", "-isystem", jax.ffi.include_dir())
 LIBRARIES = ("libascendcl.so", "libnnopbase.so", "libopapi.so")
+OPERATORS = ("compress", "compress_attention", "select_attention")
 
 
 def compiler() -> str:
@@ -37,25 +38,28 @@ def compile_cc(output: pathlib.Path, sources: Sequence[pathlib.Path], *options: 
 
 def build(directory: pathlib.Path, *options: str) -> None:
     """Builds the stand-in's three libraries into `directory`."""
-    _build_library(directory, "libascendcl.so", "ascendcl.cc", *options)
+    _build_library(directory, "libascendcl.so", ("ascendcl",), *options)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(
-            pool.map(
-                lambda name: _build_library(directory, f"lib{name}.so", f"{name}.cc", *options),
-                ("nnopbase", "opapi"),
-            )
-        )
+        tensors = pool.submit(_build_library, directory, "libnnopbase.so", ("nnopbase",), *options)
+        operators = pool.submit(build_operators, directory, "libopapi.so", OPERATORS, *options)
+        tensors.result()
+        operators.result()
 
 
-def build_operators(directory: pathlib.Path, name: str, *options: str) -> None:
-    """Builds a further library of operators; the stand-in must be in `directory` already."""
-    _build_library(directory, name, "opapi.cc", *options)
+def build_operators(
+    directory: pathlib.Path, name: str, operators: Sequence[str], *options: str
+) -> None:
+    """Builds a library of some operators; the stand-in's runtime must be in `directory`."""
+    _build_library(directory, name, ("operators", *operators), *options)
 
 
-def _build_library(directory: pathlib.Path, name: str, source: str, *options: str) -> None:
-    shared = [] if source == "ascendcl.cc" else [f"-L{directory}", "-lascendcl"]
+def _build_library(
+    directory: pathlib.Path, name: str, sources: Sequence[str], *options: str
+) -> None:
+    shared = [] if name == "libascendcl.so" else [f"-L{directory}", "-lascendcl"]
     compile_cc(
-        directory / name, [HERE / source], "-shared", f"-Wl,-soname,{name}",
+        directory / name, [HERE / f"{source}.cc" for source in sources], "-shared",
+        f"-Wl,-soname,{name}",
         "-Wl,-rpath,$ORIGIN", f'-DSTANDIN_LIBRARY="{name}"', *options, *shared,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress.calls import COUNTED, FLOATS, INTEGERS, PAIR, USUAL, Calls, bits, copies
+from compress.calls import COUNTED, FLOATS, INTEGERS, PAIR, ROUNDING, USUAL, Calls, bits, copies
 from compress.problems import CACHES, build
 
 from jax_nsa import nsa_compress_infer
@@ -29,12 +29,14 @@ class Transformations(Calls):
         results = jax.vmap(run)(stacked)
         for i, arguments in enumerate(each):
             self.assert_agrees(tuple(np.asarray(r[i]) for r in results), arguments | {
-                n: shared[n] for n in ("weight", "bias")
+                n: shared[n] for n in ("weight", "bias") if n in shared
             })  # fmt: skip
 
     @pytest.mark.parametrize("mapped", ["weight", "cache", "input", "slot_mapping", "bias"])
     def test_vmap_over_one_argument(self, mapped):
         arguments = build(replace(COUNTED, hostile=False))
+        if mapped not in arguments:
+            pytest.skip(f"{self.implementation} takes no {mapped}")
         value = arguments[mapped]
         values = np.stack([value, value[::-1]])
         static = {n: v for n, v in arguments.items() if n != mapped}
@@ -47,7 +49,7 @@ class Transformations(Calls):
             self.assert_agrees(np.asarray(result), arguments | {mapped: one})
 
     def test_nested_vmap(self):
-        arguments = build(USUAL)
+        arguments = build(replace(USUAL, hostile=False))  # all slots may be used
         caches = np.stack([arguments["cache"]] * 6).reshape(2, 3, *arguments["cache"].shape)
         slots = np.stack([np.roll(arguments["slot_mapping"], i) for i in range(3)])
         slots = np.where(slots >= len(arguments["cache"]), -1, slots)
@@ -68,10 +70,11 @@ class Transformations(Calls):
         geometry = replace(USUAL, lengths=(95, 80), heads=2, hostile=False)
         arguments = build(geometry)
         random = np.random.default_rng(3)
-        pool = random.standard_normal(arguments["input"].shape).astype(np.float32)
+        dtype = arguments["input"].dtype
+        pool = random.standard_normal(arguments["input"].shape).astype(dtype)
         table = random.permutation(12)[: 2 * 6].reshape(2, 6).astype(np.int32) % len(pool)
         start = np.array([30, 17], np.int32)
-        cache = np.full((20, 2, 5), np.nan, np.float32)
+        cache = np.full((20, 2, 5), np.nan, dtype)
         given = {**arguments, "input": pool, "block_table": table}
         given = {n: v for n, v in given.items() if n not in ("slot_mapping", "actual_seq_len")}
 
@@ -97,8 +100,12 @@ class Transformations(Calls):
                 continue
             b, e = written[row]
             tokens = np.stack([pool[table[b, i // page], i % page] for i in range(e - size, e)])
-            truth = np.einsum("lhd,lh->hd", tokens.reshape(size, 2, 5), given["weight"])
-            np.testing.assert_allclose(result[row], truth + given["bias"], rtol=1e-4, atol=1e-4)
+            truth = np.einsum(
+                "lhd,lh->hd", tokens.reshape(size, 2, 5), given["weight"], dtype=np.float64
+            )
+            error = np.asarray(result[row], np.float64) - truth - given.get("bias", 0)
+            limit = 1e-4 + ROUNDING[dtype.name] * abs(truth) + 1e-4 * abs(truth)
+            np.testing.assert_array_less(abs(error), limit)
 
     # The cache is updated in place.
 
@@ -139,6 +146,6 @@ class Transformations(Calls):
             return cache + 0, nsa_compress_infer(**given, implementation=self.implementation)
 
         before, after = run(cache)
-        np.testing.assert_array_equal(before, arguments["cache"])
+        np.testing.assert_array_equal(*(np.float32(c) for c in (before, arguments["cache"])))
         np.testing.assert_array_equal(bits(cache), bits(arguments["cache"]))
         self.assert_agrees(np.asarray(after), arguments)

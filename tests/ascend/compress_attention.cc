@@ -1,145 +1,32 @@
-// The stand-in's library of operators: aclnnNsaCompressAttentionInfer, checked to the letter of
-// its documentation and computed the plain way in double precision.
-//
-// Compiled with STANDIN_LIBRARY, the name it counts its launches under; with
-// STANDIN_WITHOUT_OPERATOR it is a library of operators that lacks this one.
+// The stand-in's aclnnNsaCompressAttentionInfer, checked to the letter of its documentation and
+// computed the plain way in double precision.
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <numeric>
-#include <vector>
-
-#include "standin.h"
+#include "operators.h"
 
 using namespace standin;  // the interface below is C's
 using Lock = std::lock_guard<std::recursive_mutex>;
 
-#ifdef STANDIN_WITHOUT_OPERATOR
-extern "C" STANDIN_EXPORT int aclnnAddGetWorkspaceSize() { return kSuccess; }
-#else
-
 namespace {
 
-constexpr int kFloat16 = 1, kInt32 = 3, kBool = 12, kBFloat16 = 27;  // aclDataType
-constexpr int kNd = 2;                                               // aclFormat
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-struct Executor {
-  const void* tensors[7];  // query, key, value, mask or null, table, output, topk output
+struct Run {
   Tensor query, key, value, table, output, topk;
   bool padded, causal;
   std::vector<int64_t> q_lengths, lengths, select_lengths;
   int64_t heads, kv_heads, select_block, select_count, block, stride;
   double scale;
-  uint64_t workspace_size;
 };
 
-int64_t Size(const Tensor& tensor) {
-  return std::accumulate(tensor.dims.begin(), tensor.dims.end(), int64_t{1},
-                         std::multiplies<int64_t>());
-}
-
-int64_t Bytes(const Tensor& tensor) {
-  return Size(tensor) * (tensor.dtype == kInt32 ? 4 : tensor.dtype == kBool ? 1 : 2);
-}
-
-double Decode(uint16_t bits, int dtype) {
-  if (dtype == kBFloat16) {
-    const uint32_t wide = uint32_t{bits} << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const double sign = bits >> 15 ? -1.0 : 1.0;
-  if (exponent == 31) return fraction ? std::nan("") : sign * kInfinity;
-  if (exponent == 0) return sign * std::ldexp(fraction, -24);
-  return sign * std::ldexp(1024 + fraction, exponent - 25);
-}
-
-// Rounds to the nearest, ties to even, by counting in units of the last place.
-uint16_t Encode(double value, int dtype) {
-  const int precision = dtype == kBFloat16 ? 8 : 11, least = dtype == kBFloat16 ? -126 : -14;
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const uint16_t infinity = dtype == kBFloat16 ? 0x7F80 : 0x7C00;
-  if (std::isnan(value)) return infinity | 1 << (precision - 2);
-  if (std::isinf(value)) return sign | infinity;
-  if (value == 0.0) return sign;
-  int exponent;
-  std::frexp(value, &exponent);
-  exponent = std::max(exponent - 1, least);  // of the leading bit
-  const auto units =
-      static_cast<int64_t>(std::nearbyint(std::ldexp(std::fabs(value), precision - 1 - exponent)));
-  // A carry out of the fraction lands in the exponent, as it should.
-  const int64_t bits = units + (static_cast<int64_t>(exponent - least) << (precision - 1));
-  return sign | static_cast<uint16_t>(std::min<int64_t>(bits, infinity));
-}
-
-int64_t NumBlocks(const Executor& e, int64_t length) {
+int64_t NumBlocks(const Run& e, int64_t length) {
   const int64_t original = (length - 1) * e.stride + e.block;
   return (original + e.select_block - 1) / e.select_block;
 }
 
-// --- The first phase: everything is held to the documentation. ----------------------------------
+// --- When the stream gets there.
+// ------------------------------------------------------------------
 
-class Checks {
- public:
-  int status = kSuccess;
-
-  bool That(bool holds, const std::string& what, int otherwise = kInvalidOperand) {
-    if (status == kSuccess && !holds) {
-      status = Violation(otherwise, "aclnnNsaCompressAttentionInferGetWorkspaceSize: " + what);
-    }
-    return status == kSuccess;
-  }
-
-  Tensor Contiguous(const char* name, const void* handle, std::vector<int> dtypes, size_t rank) {
-    const std::string text = name;
-    if (!That(handle != nullptr, text + " is null", kNullParameter)) return {};
-    const auto found = std::static_pointer_cast<Tensor>(Find("tensor", handle));
-    if (!That(found != nullptr, text + " is not a live tensor")) return {};
-    const Tensor& t = *found;
-    That(std::count(dtypes.begin(), dtypes.end(), t.dtype) == 1,
-         text + " has dtype " + std::to_string(t.dtype));
-    That(t.dims.size() == rank, text + " has rank " + std::to_string(t.dims.size()));
-    That(t.format == kNd, text + " is not ND");
-    That(t.offset == 0, text + " has an offset");
-    That(t.storage_dims == t.dims, text + " has a storage shape of its own");
-    int64_t stride = 1;
-    for (size_t axis = t.dims.size(); axis-- > 0;) {
-      That(t.dims[axis] > 0, text + " is empty");
-      That(t.strides[axis] == stride, text + " is not contiguous");
-      stride *= t.dims[axis];
-    }
-    if (That(status == kSuccess, "")) {
-      That(DeviceBytes(t.data, Bytes(t), CurrentDevice()) != nullptr,
-           text + " is not in live device memory of that size");
-    }
-    return t;
-  }
-
-  std::vector<int64_t> Integers(const char* name, const void* handle) {
-    if (!That(handle != nullptr, std::string(name) + " is null", kNullParameter)) return {};
-    const auto found =
-        std::static_pointer_cast<std::vector<int64_t> >(Find("integer array", handle));
-    if (!That(found != nullptr, std::string(name) + " is not a live array")) return {};
-    return *found;
-  }
-
-  void Dims(const char* name, const Tensor& tensor, std::vector<int64_t> expected) {
-    That(tensor.dims == expected, std::string(name) + " has the wrong shape");
-  }
-};
-
-bool IsWindowSize(int64_t size) { return size >= 16 && size <= 128 && size % 16 == 0; }
-
-// --- The second phase, when the stream gets there. ----------------------------------------------
-
-void ComputeRow(const Executor& e, const uint16_t* query, const std::byte* keys,
-                const std::byte* values, const int32_t* table, int64_t length, int64_t visible,
-                uint16_t* output, int32_t* topk) {
+void ComputeRow(const Run& e, const uint16_t* query, const std::byte* keys, const std::byte* values,
+                const int32_t* table, int64_t length, int64_t visible, uint16_t* output,
+                int32_t* topk) {
   const int64_t page = e.key.dims[1], head_size = e.query.dims.back();
   const int64_t value_size = e.output.dims.back(), group = e.heads / e.kv_heads;
   const int dtype = e.query.dtype;
@@ -194,28 +81,15 @@ void ComputeRow(const Executor& e, const uint16_t* query, const std::byte* keys,
   }
 }
 
-void Compute(const Executor& e, const void* workspace, int device) {
-  const auto bytes = [&](const Tensor& tensor) {
-    return DeviceBytes(tensor.data, Bytes(tensor), device);
-  };
-  std::byte* scratch = DeviceBytes(workspace, e.workspace_size, device);
-  for (const Tensor* tensor : {&e.query, &e.key, &e.value, &e.table, &e.output, &e.topk}) {
-    if (bytes(*tensor) == nullptr || scratch == nullptr) {
-      Violation(kInvalidOperand, "the kernel runs on memory that was freed meanwhile");
-      return;
-    }
-  }
-  for (const Tensor* pool : {&e.key, &e.value}) {
-    const auto* values = reinterpret_cast<const uint16_t*>(bytes(*pool));
-    Count("values in the pools that are not finite",
-          std::count_if(values, values + Size(*pool),
-                        [&](uint16_t bits) { return !std::isfinite(Decode(bits, pool->dtype)); }));
-  }
-  std::memset(scratch, 0xEE, e.workspace_size);  // it is the kernel's to write
-  const auto* query = reinterpret_cast<const uint16_t*>(bytes(e.query));
-  const auto* table = reinterpret_cast<const int32_t*>(bytes(e.table));
-  auto* output = reinterpret_cast<uint16_t*>(bytes(e.output));
-  auto* topk = reinterpret_cast<int32_t*>(bytes(e.topk));
+void Compute(const Run& e, int device) {
+  CountNotFinite(e.key, device);
+  CountNotFinite(e.value, device);
+  const auto* query = Elements<uint16_t>(e.query, device);
+  const auto* keys = Elements<std::byte>(e.key, device);
+  const auto* values = Elements<std::byte>(e.value, device);
+  const auto* table = Elements<int32_t>(e.table, device);
+  auto* output = Elements<uint16_t>(e.output, device);
+  auto* topk = Elements<int32_t>(e.topk, device);
   const int64_t page = e.key.dims[1], columns = e.table.dims[1];
 
   int64_t packed_row = 0;
@@ -235,8 +109,8 @@ void Compute(const Executor& e, const void* workspace, int device) {
         if (e.q_lengths[b] - 1 - t > past) --visible;
       }
       const int64_t row = e.padded ? b * e.query.dims[1] + t : packed_row + t;
-      ComputeRow(e, query + row * e.heads * e.query.dims.back(), bytes(e.key), bytes(e.value),
-                 pages, e.lengths[b], visible, output + row * e.heads * e.output.dims.back(),
+      ComputeRow(e, query + row * e.heads * e.query.dims.back(), keys, values, pages, e.lengths[b],
+                 visible, output + row * e.heads * e.output.dims.back(),
                  topk + row * e.kv_heads * e.select_count);
     }
     packed_row += e.q_lengths[b];
@@ -255,15 +129,10 @@ STANDIN_EXPORT int aclnnNsaCompressAttentionInferGetWorkspaceSize(
     const void* output, const void* topk, uint64_t* workspace_size, void** executor) {
   const Lock lock(Mutex());
   int status = kSuccess;
-  const Fault fault = Enter("aclnnNsaCompressAttentionInferGetWorkspaceSize", &status);
-  if (fault == Fault::kStatus) return status;
-  if (fault == Fault::kNull) {
-    *workspace_size = 0;
-    *executor = nullptr;
-    return kSuccess;
-  }
-  Checks checks;
-  auto e = std::make_shared<Executor>();
+  const char* const function = "aclnnNsaCompressAttentionInferGetWorkspaceSize";
+  if (EndsEarly(function, workspace_size, executor, &status)) return status;
+  Checks checks(function);
+  auto e = std::make_shared<Run>();
   checks.That(layout != nullptr, "layout is null", kNullParameter);
   if (checks.status != kSuccess) return checks.status;
   const std::string layout_name = layout;
@@ -358,42 +227,17 @@ STANDIN_EXPORT int aclnnNsaCompressAttentionInferGetWorkspaceSize(
   checks.That(workspace_size != nullptr && executor != nullptr, "null results", kNullParameter);
   if (checks.status != kSuccess) return checks.status;
 
-  const void* all[] = {query, key, value, mask, table, output, topk};
-  std::copy(std::begin(all), std::end(all), e->tensors);
-  e->workspace_size = 1024 + 64 * static_cast<uint64_t>(tokens * heads);
-  *workspace_size = e->workspace_size;
-  *executor = NewHandle("executor", e);
-  return kSuccess;
+  auto run = std::make_shared<Executor>();
+  run->handles = {query, key, value, mask, table, output, topk};
+  run->tensors = {e->query, e->key, e->value, e->table, e->output, e->topk};
+  run->workspace_size = 1024 + 64 * static_cast<uint64_t>(tokens * heads);
+  run->compute = [e](int device) { Compute(*e, device); };
+  return Finish(run, workspace_size, executor);
 }
 
 STANDIN_EXPORT int aclnnNsaCompressAttentionInfer(void* workspace, uint64_t workspace_size,
                                                   void* executor, void* stream) {
-  const Lock lock(Mutex());
-  int status = kSuccess;
-  const char* const function = "aclnnNsaCompressAttentionInfer";
-  const bool fails = Enter(function, &status) == Fault::kStatus;
-  const auto e = std::static_pointer_cast<Executor>(Find("executor", executor));
-  if (e == nullptr) {
-    return Violation(kInvalidOperand, std::string(function) + ": not an executor, or used before");
-  }
-  Remove("executor", executor);
-  if (fails) return status;
-  for (const void* tensor : e->tensors) {
-    if (tensor != nullptr && Find("tensor", tensor) == nullptr) {
-      return Violation(kInvalidOperand, std::string(function) + ": a tensor was destroyed before");
-    }
-  }
-  if (workspace_size < e->workspace_size) {
-    return Violation(kInvalidOperand, std::string(function) + ": the workspace is too small");
-  }
-  if (DeviceBytes(workspace, e->workspace_size, CurrentDevice()) == nullptr) {
-    return Violation(kInvalidOperand, std::string(function) +
-                                          ": the workspace is not live device memory of its size");
-  }
-  Count("launches " STANDIN_LIBRARY, 1);
-  return Enqueue(stream, [=](int device) { Compute(*e, workspace, device); });
+  return Launch("aclnnNsaCompressAttentionInfer", workspace, workspace_size, executor, stream);
 }
 
 }  // extern "C"
-
-#endif  // STANDIN_WITHOUT_OPERATOR

@@ -1,11 +1,11 @@
 // One run of aclnnNsaCompressAttentionInfer on arrays that lie on the device.
 
-#ifndef JAX_NSA_ASCEND_LAUNCH_H_
-#define JAX_NSA_ASCEND_LAUNCH_H_
+#ifndef JAX_NSA_ASCEND_COMPRESS_ATTENTION_LAUNCH_H_
+#define JAX_NSA_ASCEND_COMPRESS_ATTENTION_LAUNCH_H_
 
 #include "ascend/compress_attention_abi.h"
+#include "ascend/compress_attention_request.h"
 #include "ascend/context.h"
-#include "ascend/request.h"
 #include "ascend/runtime.h"
 
 namespace jax_nsa::ascend {
@@ -24,4 +24,4 @@ ffi::Error Launch(const CompressAttentionApi& functions, const Problem& problem,
 
 }  // namespace jax_nsa::ascend
 
-#endif  // JAX_NSA_ASCEND_LAUNCH_H_
+#endif  // JAX_NSA_ASCEND_COMPRESS_ATTENTION_LAUNCH_H_

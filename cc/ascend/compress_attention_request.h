@@ -1,7 +1,7 @@
 // What CANN is told about the sequences of a call, checked against what its kernel can do.
 
-#ifndef JAX_NSA_ASCEND_REQUEST_H_
-#define JAX_NSA_ASCEND_REQUEST_H_
+#ifndef JAX_NSA_ASCEND_COMPRESS_ATTENTION_REQUEST_H_
+#define JAX_NSA_ASCEND_COMPRESS_ATTENTION_REQUEST_H_
 
 #include <cstdint>
 #include <vector>
@@ -44,4 +44,4 @@ xla::ffi::Error MakeRequest(const Call& call, PageIds page_ids, Request* request
 
 }  // namespace jax_nsa::ascend
 
-#endif  // JAX_NSA_ASCEND_REQUEST_H_
+#endif  // JAX_NSA_ASCEND_COMPRESS_ATTENTION_REQUEST_H_

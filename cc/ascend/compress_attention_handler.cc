@@ -1,5 +1,5 @@
-// The two XLA FFI handlers of the Ascend route: one for buffers on an NPU, under an Ascend PJRT
-// plugin, and one for buffers on the host, under JAX's CPU platform.
+// The two XLA FFI handlers of the compressed branch on Ascend: one for buffers on an NPU, under an
+// Ascend PJRT plugin, and one for buffers on the host, under JAX's CPU platform.
 
 #include <algorithm>
 #include <cstdio>
@@ -8,16 +8,17 @@
 #include <vector>
 
 #include "ascend/compress_attention_abi.h"
+#include "ascend/compress_attention_launch.h"
+#include "ascend/compress_attention_request.h"
 #include "ascend/context.h"
-#include "ascend/launch.h"
-#include "ascend/request.h"
+#include "ascend/run.h"
 #include "ascend/runtime.h"
+#include "ascend/staging.h"
+#include "ascend/tensor.h"
 #include "compress_attention_call.h"
 
 namespace jax_nsa::ascend {
 namespace {
-
-constexpr size_t kElementSize = 2;  // of float16 and bfloat16
 
 ffi::Error Unimplemented(const std::string& reason) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented,
@@ -51,22 +52,6 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
 }
 
 size_t RowBytes(int64_t heads, int64_t size) { return heads * size * kElementSize; }
-
-// Arrays laid one after the other in one piece of memory. The same offsets serve the device and
-// its staging memory on the host, so neighbours travel in one copy.
-class Pieces {
- public:
-  size_t Add(size_t size) {
-    const size_t offset = end_;
-    end_ += (size + kAlignment - 1) / kAlignment * kAlignment;
-    return offset;
-  }
-  size_t end() const { return end_; }
-
- private:
-  static constexpr size_t kAlignment = 512;
-  size_t end_ = 0;
-};
 
 // --- Buffers on the host. ------------------------------------------------------------------------
 
@@ -137,7 +122,6 @@ void UnpackRows(const Request& request, const std::byte* packed, size_t row_byte
 
 ffi::Error RunStaged(const CompressAttentionApi& functions, const Call& call,
                      const Request& request, Context& context) {
-  const Api& api = context.api();
   const Arrays& arrays = call.arrays;
   const NeededPages needed = FindNeededPages(call.problem, arrays, request);
   Problem problem = call.problem;  // as the device sees it
@@ -159,23 +143,18 @@ ffi::Error RunStaged(const CompressAttentionApi& functions, const Call& call,
   const size_t value = pieces.Add(pool_rows * value_row);
   const size_t attention = pieces.Add(request.total_tokens * attention_row);
   const size_t indices = pieces.Add(request.total_tokens * indices_row);
-  JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.arrays, pieces.end()));
-  JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.staging, pieces.end()));
+  JAX_NSA_RETURN_IF_ERROR(Reserve(pieces, context));
   std::byte* const host = context.staging.data();
   std::byte* const device = context.arrays.data();
-  const auto copy_in = [&](size_t begin, size_t end) {
-    return JAX_NSA_ACL_CALL(api, aclrtMemcpyAsync, device + begin, end - begin, host + begin,
-                            end - begin, ACL_MEMCPY_HOST_TO_DEVICE, context.stream());
-  };
 
   // Each copy starts as soon as its bytes are gathered, so the next gather runs beside it.
   PackRows(request, arrays.query, query_row, host + query);
   std::memcpy(host + table, needed.block_table.data(), table_bytes);
-  JAX_NSA_RETURN_IF_ERROR(copy_in(query, key));
+  JAX_NSA_RETURN_IF_ERROR(CopyIn(query, key, context));
   GatherPages(needed, arrays.key, problem.page_size, key_row, host + key);
-  JAX_NSA_RETURN_IF_ERROR(copy_in(key, value));
+  JAX_NSA_RETURN_IF_ERROR(CopyIn(key, value, context));
   GatherPages(needed, arrays.value, problem.page_size, value_row, host + value);
-  JAX_NSA_RETURN_IF_ERROR(copy_in(value, attention));
+  JAX_NSA_RETURN_IF_ERROR(CopyIn(value, attention, context));
 
   Arrays on_device = {};
   on_device.query = device + query;
@@ -187,9 +166,7 @@ ffi::Error RunStaged(const CompressAttentionApi& functions, const Call& call,
   JAX_NSA_RETURN_IF_ERROR(
       Launch(functions, problem, on_device, request, QueryLayout::kPacked, context));
 
-  JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(
-      api, aclrtMemcpyAsync, host + attention, pieces.end() - attention, device + attention,
-      pieces.end() - attention, ACL_MEMCPY_DEVICE_TO_HOST, context.stream()));
+  JAX_NSA_RETURN_IF_ERROR(CopyOut(attention, pieces.end(), context));
   JAX_NSA_RETURN_IF_ERROR(context.Synchronize());
   if (request.total_tokens < problem.rows) {  // rows without a token
     std::memset(arrays.attention, 0, problem.rows * attention_row);
@@ -203,19 +180,10 @@ ffi::Error RunStaged(const CompressAttentionApi& functions, const Call& call,
 ffi::Error RunOnHost(const Call& call, int64_t device) {
   Request request;
   JAX_NSA_RETURN_IF_ERROR(MakeRequest(call, PageIds::kOnHost, &request));
-  const ffi::ErrorOr<const Api*> api = LoadApi();
-  if (api.has_error()) return api.error();
-  const auto functions = LoadOperator<CompressAttentionApi>();
-  if (functions.has_error()) return functions.error();
-  DeviceScope scope(**api);
-  JAX_NSA_RETURN_IF_ERROR(scope.Enter(static_cast<int32_t>(device)));
-  ffi::ErrorOr<std::unique_ptr<Context>> taken =
-      Contexts::Get().Take(**api, static_cast<int32_t>(device));
-  if (taken.has_error()) return taken.error();
-  std::unique_ptr<Context> context = std::move(*taken);
-  JAX_NSA_RETURN_IF_ERROR(RunStaged(**functions, call, request, *context));
-  Contexts::Get().PutBack(std::move(context));
-  return ffi::Error::Success();
+  return RunOnIdleStream<CompressAttentionApi>(
+      device, [&](const CompressAttentionApi& functions, Context& context) {
+        return RunStaged(functions, call, request, context);
+      });
 }
 
 // All rows of a call that could not be served: NaN and -1.
@@ -246,34 +214,15 @@ ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
 
 // Points the integer operands of `call` to copies on the host, which takes one wait for the
 // stream.
-ffi::Error FetchIntegers(Call* call, Context& context) {
+ffi::Error FetchOperands(Call* call, Context& context) {
   const Problem& problem = call->problem;
-  struct Operand {
-    const int32_t** array;
-    int64_t size;
-  };
-  const Operand operands[] = {
-      {&call->arrays.block_table, problem.sequences * problem.pages_per_sequence},
-      {&call->arrays.lengths, problem.sequences},
-      {&call->arrays.token_counts, problem.sequences},
-      {&call->arrays.early_counts, problem.sequences},
-      {&call->arrays.select_lengths, problem.sequences},
-      {&call->arrays.first_rows, problem.sequences},
-  };
-  Pieces pieces;
-  for (const Operand& operand : operands) pieces.Add(operand.size * sizeof(int32_t));
-  JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.staging, pieces.end()));
-  pieces = Pieces();
-  for (const Operand& operand : operands) {
-    if (*operand.array == nullptr) continue;
-    const size_t size = operand.size * sizeof(int32_t);
-    std::byte* copy = context.staging.data() + pieces.Add(size);
-    JAX_NSA_RETURN_IF_ERROR(JAX_NSA_ACL_CALL(context.api(), aclrtMemcpyAsync, copy, size,
-                                             *operand.array, size, ACL_MEMCPY_DEVICE_TO_HOST,
-                                             context.stream()));
-    *operand.array = reinterpret_cast<const int32_t*>(copy);
-  }
-  return context.Synchronize();
+  return FetchIntegers({{&call->arrays.block_table, problem.sequences * problem.pages_per_sequence},
+                        {&call->arrays.lengths, problem.sequences},
+                        {&call->arrays.token_counts, problem.sequences},
+                        {&call->arrays.early_counts, problem.sequences},
+                        {&call->arrays.select_lengths, problem.sequences},
+                        {&call->arrays.first_rows, problem.sequences}},
+                       context);
 }
 
 // Fills the rows that hold no token: everything from row `first` on.
@@ -291,36 +240,22 @@ ffi::Error FillResults(const Call& call, int64_t first, Context& context) {
               problem.key_value_heads * problem.select_count * sizeof(int32_t), 0xFF);
 }
 
-ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
-                       ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  const auto host_lengths = Attribute(attributes, "host_lengths", ffi::Span<const int64_t>());
-  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
-  if (call.has_error()) return call.error();
-  const Problem& problem = call->problem;
-  const ffi::ErrorOr<const Api*> api = LoadApi();
-  if (api.has_error()) return api.error();
-  const auto functions = LoadOperator<CompressAttentionApi>();
-  if (functions.has_error()) return functions.error();
-  // The plugin's thread has made the stream's device current; only a thread that has none gets
-  // the one XLA names.
-  DeviceScope scope(**api);
-  const ffi::ErrorOr<int32_t> device = scope.CurrentOr(ordinal);
-  if (device.has_error()) return device.error();
-  const std::shared_ptr<Context> context = Contexts::Get().ForStream(**api, *device, stream);
-  const std::lock_guard<std::mutex> lock(context->mutex);
-
+// `constant_lengths` are those that are constants of the program, or none.
+ffi::Error RunOnDevice(const CompressAttentionApi& functions, const Call& call,
+                       ffi::Span<const int64_t> constant_lengths, Context& context) {
+  const Problem& problem = call.problem;
   // Lengths reach CANN's kernel only from the host.
-  Call on_host = *call;
+  Call on_host = call;
   PageIds page_ids = PageIds::kOnHost;
-  std::vector<int32_t> lengths(host_lengths.begin(), host_lengths.end());
-  if (!lengths.empty() && call->arrays.token_counts == nullptr) {
+  std::vector<int32_t> lengths(constant_lengths.begin(), constant_lengths.end());
+  if (!lengths.empty() && call.arrays.token_counts == nullptr) {
     if (static_cast<int64_t>(lengths.size()) != problem.sequences) {
       return ffi::Error(ffi::ErrorCode::kInvalidArgument, "host_lengths has the wrong size");
     }
     on_host.arrays.lengths = lengths.data();
     page_ids = PageIds::kOnDevice;
   } else {
-    JAX_NSA_RETURN_IF_ERROR(FetchIntegers(&on_host, *context));
+    JAX_NSA_RETURN_IF_ERROR(FetchOperands(&on_host, context));
   }
   Request request;
   JAX_NSA_RETURN_IF_ERROR(MakeRequest(on_host, page_ids, &request));
@@ -333,7 +268,7 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
                            " query rows for each sequence, got " + std::to_string(problem.tokens));
     }
     layout = QueryLayout::kPadded;
-    JAX_NSA_RETURN_IF_ERROR(FillResults(*call, 0, *context));
+    JAX_NSA_RETURN_IF_ERROR(FillResults(call, 0, context));
   } else if (!full) {
     int64_t next = 0;
     for (int64_t b = 0; b < problem.sequences; ++b) {
@@ -343,9 +278,20 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
       }
       next += request.token_counts[b];
     }
-    JAX_NSA_RETURN_IF_ERROR(FillResults(*call, next, *context));
+    JAX_NSA_RETURN_IF_ERROR(FillResults(call, next, context));
   }
-  return Launch(**functions, problem, call->arrays, request, layout, *context);
+  return Launch(functions, problem, call.arrays, request, layout, context);
+}
+
+ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
+                          ffi::RemainingRets rets, ffi::Dictionary attributes) {
+  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  const auto lengths = Attribute(attributes, "host_lengths", ffi::Span<const int64_t>());
+  return RunOnStream<CompressAttentionApi>(
+      stream, ordinal, [&](const CompressAttentionApi& functions, Context& context) {
+        return RunOnDevice(functions, *call, lengths, context);
+      });
 }
 
 }  // namespace
@@ -354,7 +300,7 @@ ffi::Error RunOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs a
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend_host, jax_nsa::ascend::HandleOnHost,
                               xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend, jax_nsa::ascend::RunOnDevice,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend, jax_nsa::ascend::HandleOnDevice,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<jax_nsa::ascend::aclrtStream>>()
                                   .Ctx<xla::ffi::DeviceOrdinal>()

@@ -1,4 +1,4 @@
-#include "ascend/request.h"
+#include "ascend/compress_attention_request.h"
 
 #include <algorithm>
 #include <string>
