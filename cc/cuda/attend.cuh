@@ -1,4 +1,4 @@
-// What one warp does with a tile of 32 positions: scores, softmax, attention and window sums of its
+// What one warp does with a tile of 32 positions: scores, softmax, attention and block sums of its
 // 16 rows. Lane 4g + t holds of any [16, 8n] result the rows g and g + 8, columns 8j + 2t and
 // 8j + 2t + 1 for each j < n, as the matrix instruction leaves them.
 
@@ -15,9 +15,8 @@
 
 namespace jax_nsa::cuda {
 
-// The weights of the window sums, as the matrix instruction takes them: entry o + kWeightsBefore
-// has those at offsets o and o - 1 as a pair of bfloat16. Offsets are those of selection.h's
-// Weight.
+// The weights of the block sums, as the matrix instruction takes them: entry o + kWeightsBefore
+// has those at offsets o and o - 1 as a pair of bfloat16. Offsets are those of Blocks::Weight.
 constexpr int kWeightsBefore = kTile, kWeightPairs = 3 * kTile;
 
 __device__ inline uint32_t WeightPair(const Params& params, int entry) {
@@ -110,7 +109,7 @@ class WarpRows {
     }
     AddValues(stage.values(), p);
     BarrierArrive(release, releases);
-    StoreWindowSums(p, first_position, weights, record);
+    StoreBlockSums(p, first_position, weights, record);
   }
 
  private:
@@ -235,7 +234,7 @@ class WarpRows {
   // Stores the maxima and, for each block that the tile adds to, p weights: a product with a banded
   // matrix. Its weights are small integers, which bfloat16 holds exactly; p is split into enough
   // bfloat16 terms for the sums to be as good as float32's.
-  __device__ void StoreWindowSums(const float (&p)[4][4], int first_position,
+  __device__ void StoreBlockSums(const float (&p)[4][4], int first_position,
                                   const uint32_t* weights, float* record) {
     constexpr int kTerms = kPlain ? 3 : 2;
     uint32_t terms[2][kTerms][4];

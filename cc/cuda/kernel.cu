@@ -48,7 +48,7 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       continue;
     }
     if (!more) part = shared.last;
-    // In the end the ring's memory is free, too.
+    // When the share is through, the ring's memory is free for records, too.
     const Records records(params, part, more ? ring.behind(params.stages) : ring.behind(0),
                           more ? params.shared_floats : params.ring_floats);
     if (more) {
@@ -60,12 +60,15 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       bool faulty = false;
       RingPosition position = start;
       position.Advance(own_turn, params.stages);
-      const int releases = kConsumers / row_groups;  // of the arrivals that empty a stage
+      // A stage is empty once kConsumers warps have arrived. Where fewer warps read it, each counts
+      // for several.
+      const int releases = kConsumers / row_groups;
 #pragma unroll 1
       for (int tile = part.begin + own_turn; own_turn < turns && tile < part.end; tile += turns) {
         const int slot = position.slot;
         BarrierWait(&ring.barriers->full[slot], position.parity);
-        BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // long over; for synccheck
+        // This phase is long over; without the wait, synccheck takes the barrier for misused.
+        BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);
         faulty |= ring.barriers->faulty[slot] != 0;
         rows.Attend(ring[slot], tile * kTile, shared.state.weights, &ring.barriers->empty[slot],
                     releases, records.Own(tile));
@@ -153,13 +156,14 @@ const Kernel& ChooseKernel(const Problem& problem) {
   std::abort();  // Decode() has seen to it
 }
 
-// Positions, tokens and blocks that the kernel can count, in 32 bits, to spare.
+// So many positions, rows or blocks can be counted in 32 bits, and twice as many still fit.
 constexpr int64_t kMost = int64_t{1} << 30;
 
-// Of keys and values on their way to a multiprocessor, that keep memory busy.
+// Memory is kept busy if each multiprocessor waits for so many bytes of keys and values.
 constexpr int kBusyBytes = 64 << 10;
 
-// Records that the L2 cache can write to memory in no more time than it takes to discard them.
+// If records are no more bytes than this, the L2 cache writes them to memory in as little time as
+// it takes to discard them.
 constexpr int64_t kFewRecordBytes = 2 << 20;
 
 // What a launch needs to know of a device.
@@ -239,7 +243,7 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.by_page_size = Divider::By(params.page_size);
   params.by_block_positions = Divider::By(params.block_positions);
   params.by_select_block_size = Divider::By(static_cast<int>(blocks.select_block_size));
-  // NumBlocks grows by one with every block_positions positions: next where it grows first.
+  // NumBlocks grows by one with every block_positions positions, first at `length` + 1.
   int64_t length = 1;
   while (blocks.NumBlocks(length + 1) == blocks.NumBlocks(1)) ++length;
   params.num_blocks_rest =
@@ -254,8 +258,8 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.by_record_rows = Divider::By(1 + params.plan.slots);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
   if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
-  // As many stages as the records of an item leave room for, but enough to keep memory busy; no
-  // more where several warps share a tile's rows, and each stage is the work of more time.
+  // At least so many stages that memory is kept busy. More of them where the records of a whole
+  // item leave room, unless an item has so many rows that each stage is work for longer anyway.
   const int64_t records =
       sizeof(float) * params.plan.whole_tiles * (params.plan.record_floats + kRecordGap);
   for (params.stages = 1; params.stages < kMaxStages;) {

@@ -1,7 +1,7 @@
-// From the warps' rows to results. The warps of a part are merged: to results, if it is all of its
-// item, otherwise into its region of the workspace. The thread block that has the item's last part
-// merges the parts when its own share is through: its loading warps the attention, its consumer
-// warps what it takes to select.
+// From the warps' rows to results. When a part is through, its warps' sums are merged: to results,
+// if the part is a whole item, otherwise into its region of the workspace. A cut item is finished
+// by the thread block that has its last part, once that one's share is through. It waits for the
+// other parts; then its loading warps merge the attention while its consumer warps select.
 
 #ifndef JAX_NSA_CUDA_MERGE_CUH_
 #define JAX_NSA_CUDA_MERGE_CUH_
@@ -107,7 +107,7 @@ __device__ inline FromWarps LoadFromWarps(const float (&row)[kConsumers]) {
 }
 
 // Adds up the sums of the warps that have the same rows: to the results if the part is the whole
-// item, otherwise into its region. A step of this is waited for by all: it takes few instructions.
+// item, otherwise into its region. All warps wait for each other here, so it is kept short.
 template <typename T, int kHeadSize, int kValueSize>
 __device__ void MergeWarps(const Params& params, const Part& part,
                            WarpRows<T, kHeadSize, kValueSize>& rows, bool faulty,
@@ -325,8 +325,8 @@ __device__ inline void MergeNorms(const Params& params, const Part& part, Consum
   }
 }
 
-// Merges the parts' attention and writes it out, by the loading warps. A warp has four parts of two
-// rows in hand.
+// Merges the parts' attention and writes it out, by the loading warps. A warp loads four parts of
+// two rows at a time, so that it does not wait for each alone.
 template <typename T>
 __device__ void MergeAttention(const Params& params, const Part& part, const RowNorms& norms) {
   static_assert(kMaxValueSize <= 4 * 32);  // a lane for four columns
@@ -335,7 +335,8 @@ __device__ void MergeAttention(const Params& params, const Part& part, const Row
   const int column = min(4 * lane, params.value_columns - 4), rows = part.rows(params);
 #pragma unroll 1
   for (int row = thread / 32 * kRows; row < rows; row += kLoaders * kRows) {
-    // Of which row and part this lane, one of eight, finds the place and the factor for all.
+    // Each of the first eight lanes works out for one row and part where its sums lie and what they
+    // are multiplied by; the other lanes get both from it by shuffles.
     const int own_row = min(row + lane / kParts % kRows, rows - 1), own_part = lane % kParts;
     const float maximum = norms.maxima[own_row], inverse = norms.inverses[own_row];
     float4 sums[kRows] = {};

@@ -35,13 +35,13 @@ struct Params {
   compress_attention::Arrays arrays;
   Plan plan;
   char* workspace;
-  int32_t stages;         // of the pipeline
-  int32_t ring_floats;    // of the ring and
-  int32_t shared_floats;  // of the records in shared memory, that lie behind it
-  int32_t batch_tiles;    // of a batch of records, at most; two fit in the ring's memory
-  bool discards;          // whether records in the workspace are so many that they cost time
+  int32_t stages;         // of the ring (pipeline.cuh)
+  int32_t shared_floats;  // of shared memory behind the ring's stages, for records
+  int32_t ring_floats;    // the same, once the ring is through and its memory is free too
+  int32_t batch_tiles;    // of a batch of records, at most; two batches fit into ring_floats
+  bool discards;          // whether the records of cut items are discarded once read
   bool aligned_rows;      // rows of keys, values and query start at multiples of 16 bytes
-  float scale_log2;       // makes powers of two of scores
+  float scale_log2;       // scale / ln 2: exponentials are taken as powers of two
   int32_t heads, key_value_heads, head_size, value_size;
   int32_t value_columns;  // value_size rounded up to a multiple of 4
   int32_t group_log2;     // of group(), a power of two
@@ -70,17 +70,18 @@ struct Params {
     return by_block_positions(position + first_block_rest) - 1;
   }
 
-  // One flag for each region.
+  // One for each region: whether its part is there.
   __device__ uint64_t* flags() const { return reinterpret_cast<uint64_t*>(workspace); }
-  // A region's sums over its tiles, relative to its maxima: attention [rows, value_columns].
+  // A region's attention [rows, value_columns], not yet divided: the sum of its tiles' exponentials
+  // times values, relative to its maxima.
   __device__ float* part_attention(int region) const {
     return reinterpret_cast<float*>(workspace + plan.parts_offset) + region * plan.part_floats;
   }
-  // The largest score of each row (in powers of two), [rows].
+  // Each row's greatest score times scale_log2, [rows].
   __device__ float* part_max(int region) const {
     return part_attention(region) + plan.rows * value_columns;
   }
-  // The sum of each row's exponentials, [rows]; all of them negative if a page id is faulty.
+  // The sum of each row's exponentials, [rows]. All are negative if a page id is faulty.
   __device__ float* part_sum(int region) const { return part_max(region) + plan.rows; }
   // Room for the records of a region's tiles (records.cuh).
   __device__ float* tiles(int region) const {

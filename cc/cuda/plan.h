@@ -1,5 +1,32 @@
-// How one call is laid out on the GPU: tiles, chunks, thread blocks and the workspace. Decided from
-// shapes alone, so that it can be decided once, when the program is compiled. Free of CUDA.
+// How one call is laid out on the GPU. Decided from shapes alone, so that it can be decided once,
+// when the program is compiled. Free of CUDA.
+//
+// The work is a list that is cut into equal shares, one for each thread block, whatever the lengths
+// of the sequences are. Its words:
+//
+//   chunk    tokens of one sequence that are served by one reading of its keys and values: as many
+//            as kMaxRows rows hold, a row being one query head of one token
+//   tile     32 positions of a sequence, of one key/value head
+//   item     one sequence, key/value head and chunk: so many tiles
+//   entry    a place in the list: a tile, or one of some places after an item's tiles that stand
+//            for the time that its end takes
+//   share    the entries of one thread block
+//   part     the tiles of one item that are in one share. An item of several parts is cut
+//   region   where in the workspace a part of a cut item waits for the others, and where records
+//            lie that shared memory has no room for. A thread block has two: 0 for an item that
+//            began in an earlier share, 1 for any other
+//   record   what a tile leaves behind for the scores of blocks: each row's greatest score so far
+//            and, relative to it, the weighted sums of its exponentials in each slot (block sums)
+//   slot     a block that the tile's positions add to, counted from the first of them
+//
+// An example: items of 24 and 12 tiles, and three thread blocks. The items have 33 and 20 entries,
+// 53 in all, so shares have 18. The thread block with the last part of a cut item finishes it.
+//
+//   item     |------------ 0 ------------------------|--------------- 1 ---------------|
+//   entries  | 18 tiles      | 6 tiles  | 9, its end | 3 tiles    | 9 tiles | 8, its end |
+//   share    | of block 0    |        of block 1                  |     of block 2       |
+//   part     | first         | last     |            | first      | last    |
+//   region   | 1 of block 0  | 0 of 1   |            | 1 of 1     | 0 of 2  |
 
 #ifndef JAX_NSA_CUDA_PLAN_H_
 #define JAX_NSA_CUDA_PLAN_H_
@@ -46,49 +73,46 @@ JAX_NSA_HOST_DEVICE constexpr int RowGroups(int rows) {
   return rows <= 16 ? 1 : rows <= 32 ? 2 : rows <= 64 ? 4 : 8;
 }
 
-// The work of a call is a flat list of entries: for each sequence, for each key/value head, for
-// each chunk of tokens (as many as kMaxRows rows hold) the tiles of the sequence, then some entries
-// for the end. Those of one sequence, head and chunk are an item. Each thread block gets an equal,
-// contiguous share of the list, whatever the lengths; so it holds at most two items in part, the
-// first and the last. Where all items are equally long, shares end where items do, or items where
-// shares do, if that leaves enough thread blocks at work: an item in part costs a merge.
+// Shares are equal and follow each other in the list, so that a share has parts of two cut items at
+// most, its first and its last. A cut item costs a merge: if the call has `items` items, all
+// equally long, shares end where items do, or items where shares do, provided that enough thread
+// blocks are left at work.
 struct Plan {
   int32_t ctas;              // thread blocks
-  int32_t items;             // at most; for as many equally long ones,
-  int32_t items_per_share;   // so many whole ones are a share, if not 0,
-  int32_t shares_per_item;   // or an item is so many shares, at most, if not 0
+  int32_t items;             // that the call can have at most
+  int32_t items_per_share;   // whole items in a share, where all are equally long; or 0
+  int32_t shares_per_item;   // whole shares in an item, at most, where all are equally long; or 0
   int32_t tokens_per_chunk;  // at most
   int32_t rows;              // of a chunk, padded, at most
-  int32_t record_floats;     // of a tile's record, at most
-  int32_t slots;             // blocks that one tile's positions add to, at most
-  int32_t region_tiles;      // tiles of one item in one thread block's share, at most
-  int32_t whole_tiles;       // of the longest item, if one share can hold it whole
+  int32_t record_floats;     // of a record, at most
+  int32_t slots;             // of a record, at most
+  int32_t region_tiles;      // of a part, at most
+  int32_t whole_tiles;       // of the longest item that is not cut, or 0 if all may be
 
-  // The workspace: a flag for each region, the regions' parts, their tiles, and each thread block's
-  // lists for the selection. A thread block has two regions: 0 for an item that began in an earlier
-  // thread block's share, 1 for any other, one after the other.
-  int64_t part_floats;  // of one region: attention [rows, value_size], maxima and sums
-  int64_t
-      region_floats;     // of one region's tiles: for each maxima [rows], window sums [slots, rows]
-  int64_t importances;   // of one thread block: importances beyond shared memory
-  int64_t sorted;        // of one thread block: chosen blocks beyond shared memory
-  int64_t parts_offset;  // in bytes, like the next three
+  // The workspace has a flag for each region, then each region's merged sums, each region's
+  // records, and for each thread block its lists for the selection.
+  int64_t part_floats;    // of a region's merged sums: attention [rows, value_size], maxima, sums
+  int64_t region_floats;  // of a region's records
+  int64_t importances;    // of a thread block's blocks, if shared memory has no room for them
+  int64_t sorted;         // of a thread block's chosen blocks, likewise
+  int64_t parts_offset;   // in bytes, like the next three
   int64_t tiles_offset;
   int64_t selection_offset;
   int64_t bytes;
 };
 
-// The widest that a tile's positions spread: from block ceil(i / M) - 1 of the first position i to
-// block floor((i + kTile - 1 + M + L - 2) / M) - 1.
-constexpr int Slots(const Blocks& window) {
-  const int64_t m = window.strides_per_select_block();
-  return static_cast<int>((kTile - 1 + window.num_taps() - 1) / m + 1);
+// The most blocks that a tile's positions can add to. They are those whose last position is one of
+// the tile's or one of the num_taps() - 1 after it: of so many positions in a row, every M-th one.
+constexpr int Slots(const Blocks& blocks) {
+  const int64_t m = blocks.strides_per_select_block();
+  return static_cast<int>((kTile - 1 + blocks.num_taps() - 1) / m + 1);
 }
 
 constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
 
-// Rows of a tile's record, for so many rows of an item, and its floats: the maxima and the slots'
-// sums. In shared memory some more lie between records, so that they begin in different banks.
+// How many rows a record has for an item of so many rows, and how many floats: the maxima [rows]
+// and the sums [slots, rows]. In shared memory a gap lies between records, so that they begin in
+// different banks.
 JAX_NSA_HOST_DEVICE constexpr int RecordRows(int rows) { return (rows + 3) / 4 * 4; }
 JAX_NSA_HOST_DEVICE constexpr int RecordFloats(int rows, int slots) {
   return RecordRows(rows) * (1 + slots);

@@ -1,11 +1,10 @@
-// What a tile leaves behind until its item's norms are known: its record, the maxima [rows] that
-// its window sums [slots, rows] are relative to (attend.cuh), where `rows` are RecordRows of the
-// item's.
+// Where the records of tiles lie (plan.h), which are kept until the rows' greatest scores and
+// totals are known for the whole item.
 //
-// To write all of them to the device's memory would cost a tenth of the time of loading keys and
-// values. Of an item that one thread block attends to, the first tiles' records stay in shared
-// memory. The others, and those of items that several thread blocks have in part, go through the
-// workspace, and are discarded once read, unless they are few.
+// Writing all of them to the device's memory would cost a tenth of the time that loading keys and
+// values takes. So as many as there is room for stay in shared memory, if the item is not cut. The
+// others go through the workspace and are discarded from the L2 cache once read, unless they are
+// few.
 
 #ifndef JAX_NSA_CUDA_RECORDS_CUH_
 #define JAX_NSA_CUDA_RECORDS_CUH_
@@ -16,7 +15,7 @@
 
 namespace jax_nsa::cuda {
 
-// Tiles whose window sums of one token are added up at a time.
+// Tiles whose block sums of one token are added up at a time.
 struct Batch {
   int number;
   int token;       // of the chunk
@@ -91,7 +90,8 @@ class Records {
     if (!part_.is_cut()) return Own(tile) + FirstRow(batch.token);
     return In(batch, tile);
   }
-  // From its maxima to its first slot's sums, and from there to the next slot's.
+  // The distance from what Read returns, the maxima, to the first slot's sums, and from one slot's
+  // to the next one's.
   __device__ int slot_floats() const { return part_.is_cut() ? BatchRows(params_.group()) : rows_; }
 
   // Gives up all of them, once read, by `threads` threads of which this is one.

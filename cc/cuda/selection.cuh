@@ -1,4 +1,4 @@
-// Which blocks are chosen: importances from an item's window sums, for topk.cuh to compare.
+// Which blocks are chosen: importances from an item's block sums, for topk.cuh to compare.
 
 #ifndef JAX_NSA_CUDA_SELECTION_CUH_
 #define JAX_NSA_CUDA_SELECTION_CUH_
@@ -105,7 +105,7 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
     for (int i = thread / 2; i < tiles; i += kComputeThreads / 2) {
       const int tile = batch.first + i, position = tile * kTile;
       const int first_block = params.FirstBlock(position), block = first_block + thread % 2;
-      if (tile == 0 || block >= num_blocks || params.FirstPosition(block) >= position) continue;
+      if (tile == 0 || params.FirstPosition(block) >= position) continue;
       const float* here = records.Read(batch, tile) + head;
       const float* before = records.Read(batch, tile - 1) + head;
       const float* sums_here = here + (1 + thread % 2) * slot_floats;

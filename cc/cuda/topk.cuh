@@ -1,10 +1,11 @@
 // The blocks of highest importance, chosen by the consumer warps of one thread block.
 //
 // This runs once for a token, and every step waits for the one before: dependent steps, barriers
-// and jumps to code not fetched yet are what it costs. In the usual case, few blocks to choose, the
-// best candidates of 32 groups bound the last chosen one from below; hardly more candidates than
-// are needed reach that bound; and these are ranked by comparing each with every other. Where that
-// won't do, a histogram finds the bound.
+// and jumps to code not fetched yet are what it costs.
+//
+// Usually few blocks are to be chosen. Then the candidates are dealt to 32 groups, and of the
+// groups' best ones the n-th is a bound: n candidates at least reach it, rarely many more. Those
+// that do are ranked by comparing each with every other. Otherwise a histogram finds the bound.
 
 #ifndef JAX_NSA_CUDA_TOPK_CUH_
 #define JAX_NSA_CUDA_TOPK_CUH_
@@ -16,12 +17,12 @@
 
 namespace jax_nsa::cuda {
 
-// So many blocks to choose, at most, are found through groups of candidates: with more, too many
-// candidates reach the bound that the groups give.
+// The groups of candidates, and how many blocks are chosen through them at most: for more, too many
+// candidates would reach the bound.
 constexpr int kGroups = 32, kFewNeeded = 29;
-// So few candidates are ranked without looking for a bound.
+// Up to so many candidates are ranked at once, without a bound.
 constexpr int kFewCandidates = 64;
-// So many are ranked by comparing all with each other; more are sorted.
+// Up to so many are ranked by comparing each with every other; more are sorted.
 constexpr int kRanked = 128;
 constexpr int kHistogramBits = 10, kHistogramBins = 1 << kHistogramBits;
 
@@ -114,8 +115,8 @@ class FetchedShare {
   const Candidates& candidates_;
 };
 
-// Ranking: the eight threads of a warp that are equal modulo 4 share one of every 32 orders. This
-// is which.
+// The eight threads of a warp that are equal modulo 4 rank one of every 32 orders together: this
+// one.
 __device__ inline int OwnOrder() { return ThreadIndex() / 32 * 4 + ThreadIndex() % 4; }
 
 // How many of `size` orders, at most kRanked, go before the eight threads' own. Orders past the

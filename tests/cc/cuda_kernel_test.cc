@@ -665,6 +665,26 @@ std::vector<Case> Cases() {
       c.window.aligned = false;
       cases.push_back(c);
     }
+    // Sequences that end anywhere in a tile, all of whose blocks are chosen.
+    for (const Blocks& window : {usual, {128, 16, 128}, {48, 16, 96, true}}) {
+      Case c = {name + ", " + std::to_string(window.num_taps()) + " positions",
+                kBf16,
+                40,
+                1,
+                4,
+                1,
+                16,
+                16,
+                16,
+                8,
+                window,
+                40,
+                kRagged,
+                1};
+      c.forced = forced;
+      c.devices = 9;
+      cases.push_back(c);
+    }
   }
   for (const Case& c : std::vector<Case>(cases)) {
     const bool wide = c.name == "wide, cut anywhere", tokens = c.name == "tokens, ragged";
