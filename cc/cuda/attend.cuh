@@ -235,7 +235,7 @@ class WarpRows {
   // matrix. Its weights are small integers, which bfloat16 holds exactly; p is split into enough
   // bfloat16 terms for the sums to be as good as float32's.
   __device__ void StoreBlockSums(const float (&p)[4][4], int first_position,
-                                  const uint32_t* weights, float* record) {
+                                 const uint32_t* weights, float* record) {
     constexpr int kTerms = kPlain ? 3 : 2;
     uint32_t terms[2][kTerms][4];
 #pragma unroll

@@ -9,6 +9,7 @@
 #include <mutex>
 
 #include "cuda/attend.cuh"
+#include "cuda/flags.cuh"
 #include "cuda/launch.h"
 #include "cuda/merge.cuh"
 #include "cuda/params.cuh"
