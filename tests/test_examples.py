@@ -75,6 +75,18 @@ def test_block_importance(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_alignment(tmp_path):
+    """The one rule chooses the block that holds the passage, the other the block before it."""
+    pytest.importorskip("matplotlib", reason="install the extra: pip install '.[examples]'")
+    example = load("alignment")
+    chosen = example.main(tmp_path / "picture.svg")
+    assert "<svg" in (tmp_path / "picture.svg").read_text()
+    for blocks in example.GEOMETRIES:
+        holds_passage = example.PASSAGE.start // blocks.select_block_size
+        assert chosen[blocks, "aligned"] == holds_passage
+        assert chosen[blocks, "cann"] == holds_passage - 1
+
+
 def test_sharded(capsys):
     load("sharded").main()
     printed = capsys.readouterr().out
