@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jax_nsa.backends import Call
 
 RELEASE = "0.2.0"
+WITHOUT_WORKSPACE = ("compress",)  # targets of the operators whose CUDA kernels need none
 _MODULE = "jax_nsa._native"
 
 
@@ -171,7 +172,7 @@ def _scalars(problem: Any) -> dict[str, np.generic]:
 
 def workspace_bytes(call: Call) -> int:
     """Bytes of memory on the device that the operator's CUDA kernel needs for a call; 0: none."""
-    if call.operator.target == "compress":
+    if call.operator.target in WITHOUT_WORKSPACE:
         return 0
     query, key, value, block_table = (
         call.operand(name).shape for name in ("query", "key", "value", "block_table")

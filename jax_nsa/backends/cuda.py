@@ -34,11 +34,13 @@ def unavailable(operator: Operator, platform: str) -> str | None:
 
 
 def refuses(call: Call, platform: str) -> str | None:
-    """The kernels serve every legal call whose shapes are known.
+    """The kernels serve every legal call whose shapes are known; without a workspace, others too.
 
     Of positions beyond 2**30, which no memory holds, they say so when they run.
     """
     del platform
+    if call.operator.target in native.WITHOUT_WORKSPACE:
+        return None
     for operand in call.operands:
         if not all(isinstance(size, int) for size in operand.shape):
             return (
