@@ -181,7 +181,7 @@ PYBIND11_MODULE(_native, module) {
       "cuda_select_workspace_bytes",
       [](int64_t rows, int64_t heads, int64_t key_value_heads, int64_t value_size,
          int64_t page_size, int64_t pages_per_sequence, int64_t select_block_size,
-         int64_t select_count, int64_t window_size, bool gated) {
+         int64_t select_count, int64_t window_size) {
         jax_nsa::select_attention::Problem problem = {};
         problem.rows = rows;
         problem.heads = heads;
@@ -192,13 +192,12 @@ PYBIND11_MODULE(_native, module) {
         problem.select_block_size = select_block_size;
         problem.select_count = select_count;
         problem.window_size = window_size;
-        problem.gated = gated;
         return jax_nsa::cuda::select::WorkspaceBytes(problem);
       },
       py::kw_only(), py::arg("rows"), py::arg("heads"), py::arg("key_value_heads"),
       py::arg("value_size"), py::arg("page_size"), py::arg("pages_per_sequence"),
       py::arg("select_block_size"), py::arg("select_count"), py::arg("window_size"),
-      py::arg("gated"), "The same of the selected branch's kernel.");
+      "The same of the selected branch's kernel.");
 #endif
   module.def("ascend_unavailable", &AscendUnavailable, py::arg("target"),
              "Why CANN or an NPU cannot serve an operator on this machine; None if it can.");

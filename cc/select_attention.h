@@ -17,8 +17,6 @@ struct Problem : PagedProblem {
   int64_t select_count;       // k, 0 where no blocks are chosen
   int64_t window_size;        // 0 where there is no window
   bool partial;               // whether other devices hold the positions beyond the capacity
-  bool gated = false;         // whether the one result is the sum of the step's three branches
-  DataType gates_dtype;       // where it is
 
   // Positions below it are this device's, of a sequence of so many tokens.
   JAX_NSA_HOST_DEVICE constexpr int64_t End(int64_t limit) const {
@@ -39,8 +37,6 @@ struct Arrays : PagedArrays {
   void* window_attention;       // the same of the window, or null
   float* lse;                   // [rows, heads], or null: not wanted
   float* window_lse;            // the same
-  const void* compressed;       // [rows, heads, value_size], of the compressed branch, if gated
-  const void* gates;            // [rows, heads, 3]: compressed, selected, window, if gated
 };
 
 // As for any paged call. Where other devices hold positions too, lengths are in this one's own

@@ -40,29 +40,6 @@ void ReadIndices(FfiCall* ffi_call, ffi::Span<const int64_t> leading, Problem* p
   arrays->topk_indices = ffi_call->Get("topk_indices").typed_data<int32_t>();
 }
 
-// Reads what the step's gated sum needs besides: its gates and the compressed branch's attention.
-void ReadGates(FfiCall* ffi_call, ffi::Span<const int64_t> leading, Problem* problem,
-               Arrays* arrays) {
-  problem->gated = ffi_call->Find("gates").has_value();
-  ffi_call->That(problem->gated == ffi_call->Find("compressed").has_value(),
-                 "needs gates and compressed together");
-  if (!problem->gated || !ffi_call->ok()) return;
-  ffi_call->That(!problem->partial && problem->select_count > 0 && problem->window_size > 0,
-                 "adds branches up only where it has whole sequences, topk_indices and a window");
-  ffi_call->That(!ffi_call->Find("lse") && !ffi_call->Find("window_lse"),
-                 "gives no lse of branches that it adds up");
-  ffi_call->Type("compressed", ffi_call->Get("query").element_type());
-  ffi_call->Shape("compressed", {problem->heads, problem->value_size}, leading);
-  if (ffi_call->Get("gates").element_type() != ffi::DataType::F32) {
-    ffi_call->Type("gates", ffi_call->Get("query").element_type());
-  }
-  ffi_call->Shape("gates", {problem->heads, 3}, leading);
-  if (!ffi_call->ok()) return;
-  problem->gates_dtype = *FromFfi(ffi_call->Get("gates").element_type());
-  arrays->compressed = ffi_call->Get("compressed").untyped_data();
-  arrays->gates = ffi_call->Get("gates").untyped_data();
-}
-
 // The error for a bad entry of topk_indices, in column `column` for the token and kv head.
 ffi::Error BlockError(const Call& call, int64_t sequence, int64_t row, int64_t token, int64_t head,
                       int64_t column) {
@@ -106,7 +83,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
                           ffi::Dictionary attributes) {
   FfiCall ffi_call("nsa_select_attention_infer", args, rets, attributes,
                    {"query", "key", "value", "block_table", "lengths", "topk_indices",
-                    "token_counts", "first_rows", "compressed", "gates"},
+                    "token_counts", "first_rows"},
                    {"attention", "window_attention", "lse", "window_lse", "workspace"});
   Call call = {};
   Problem& problem = call.problem;
@@ -118,15 +95,13 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   problem.partial = ffi_call.Integer("partial") != 0;
   problem.attention_dtype = problem.partial ? DataType::kFloat32 : problem.dtype;
   if (ffi_call.Find("topk_indices")) ReadIndices(&ffi_call, leading, &problem, &arrays);
-  ReadGates(&ffi_call, leading, &problem, &arrays);
   ReadResults(&ffi_call, "attention", "lse", leading, &problem, &arrays.attention, &arrays.lse);
   ReadResults(&ffi_call, "window_attention", "window_lse", leading, &problem,
               &arrays.window_attention, &arrays.window_lse);
   ffi_call.That((arrays.attention != nullptr) == (problem.select_count > 0),
                 "gives attention where it has topk_indices, and only there");
-  ffi_call.That(
-      (arrays.window_attention != nullptr) == (problem.window_size > 0 && !problem.gated),
-      "gives window_attention where window_size is positive and nothing is gated, and only there");
+  ffi_call.That((arrays.window_attention != nullptr) == (problem.window_size > 0),
+                "gives window_attention where window_size is positive, and only there");
   ffi_call.That(problem.select_count > 0 || problem.window_size > 0,
                 "needs topk_indices or a window_size");
   if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());

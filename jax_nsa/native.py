@@ -190,7 +190,6 @@ def workspace_bytes(call: Call) -> int:
             select_block_size=problem.select_block_size,
             select_count=0 if indices is None else indices.shape[-1],
             window_size=problem.window_size,
-            gated=problem.gated,
         )
     return module().cuda_workspace_bytes(
         sequences=block_table[0],

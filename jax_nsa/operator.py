@@ -8,7 +8,6 @@ an axis, parentheses for axes that share a dimension, `*` for the axes of query'
     p  pages                r  rows of a page                c  columns of the block table
     k  selected blocks      j  blocks                        l  tokens of a compressed window
     w  rows of a cache, or its pages                         v  rows of one of these pages
-    s  branches of a step
 
 `*` is `b t`, or `n` where rows are packed: then the operand `first_rows` is there, which says where
 each sequence's rows start. A sequence owns the rows up to the next one's first, the last one those
@@ -81,8 +80,6 @@ class Operator:
         reference: the operator in jnp, from operands to results, by name.
         splits: the axes over which devices may share a call.
         aliases: results that take over the memory, and the axes, of the operand of the same name.
-        composed: the operator by kernels that serve only simpler problems: `composed(apply,
-            operands, problem)` gives the results by name, as `apply(operands, problem=...)` does.
     """
 
     name: str
@@ -93,9 +90,6 @@ class Operator:
     reference: Callable[..., dict[str, jax.Array]]
     splits: str = "bh"
     aliases: tuple[str, ...] = ()
-    composed: Callable[..., dict[str, jax.Array]] = lambda apply, operands, problem: apply(
-        operands, problem=problem
-    )
     primitive: _compat.Primitive = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:

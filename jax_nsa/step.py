@@ -12,14 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nsa import checks
+from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
-from jax_nsa.select_attention import gated
-from jax_nsa.select_attention.door import (
-    gated_attention,
-    nsa_select_attention_infer,
-    nsa_window_attention_infer,
-)
+from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 
 LAYOUTS = ("TND", "BSND")
 _CAUSAL = np.ones((1, 1), bool)  # that there is a mask is all that counts
@@ -156,22 +152,52 @@ def nsa_decode_step(
             "actual_seq_kvlen": cache.lengths,
         }  # fmt: skip
 
+    # A scan that keeps the indices would otherwise have XLA write them where they are kept by a
+    # second call of the compressed branch, beside the one whose indices are used here.
+    indices = jax.lax.optimization_barrier(indices)
+    chosen = functools.partial(
+        nsa_select_attention_infer, query, selected.key, selected.value, indices, **shared,
+        **of_blocks, **original("selected", selected),
+    )  # fmt: skip
     if window is None:
-        attention = gated_attention(
-            query, selected.key, selected.value, indices, gates=jnp.asarray(gates),
-            compressed=attention, select_block_size=select_block_size, window_size=window_size,
-            **shared, **original("selected", selected),
+        of_selected, of_window, _, window_lse = chosen(window_size=window_size, return_lse=True)
+    else:
+        of_selected = chosen()
+        of_window, window_lse = nsa_window_attention_infer(
+            query, window.key, window.value, window_size=window_size, return_lse=True, **shared,
+            **original("window", window),
         )  # fmt: skip
-        return attention, indices
-    of_selected = nsa_select_attention_infer(
-        query, selected.key, selected.value, indices, **shared, **of_blocks,
-        **original("selected", selected),
-    )  # fmt: skip
-    of_window, window_lse = nsa_window_attention_infer(
-        query, window.key, window.value, window_size=window_size, return_lse=True, **shared,
-        **original("window", window),
-    )  # fmt: skip
-    return gated.add_branches(gates, attention, of_selected, of_window, window_lse), indices
+    return _gated_sum(gates, attention, of_selected, of_window, window_lse), indices
+
+
+@jax.jit
+@with_usual_promotion
+def _gated_sum(
+    gates: jax.Array,
+    compressed: jax.Array,
+    selected: jax.Array,
+    window: jax.Array,
+    window_lse: jax.Array,
+) -> jax.Array:
+    """Adds the branches up in float32, and rounds once.
+
+    Args:
+        gates: `[..., N, 3]`, query's dtype or float32.
+        compressed: `[..., N, Dv]`, the attention of each branch.
+        selected: the same.
+        window: the same.
+        window_lse: float32 `[..., N]`; -inf in a row without a position. Such a row holds no token,
+            its attentions are 0, and its gates may be anything.
+
+    Returns:
+        `[..., N, Dv]`, the dtype of the attentions.
+    """
+    total = sum(
+        gates[..., branch, None].astype(jnp.float32) * attention.astype(jnp.float32)
+        for branch, attention in enumerate((compressed, selected, window))
+    )
+    total = jnp.asarray(total, compressed.dtype)
+    return jnp.where(window_lse[..., None] == -jnp.inf, compressed, total)
 
 
 def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:

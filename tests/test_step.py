@@ -25,7 +25,7 @@ from jax_nsa import (
     nsa_decode_step,
     nsa_select_attention_infer,
 )
-from jax_nsa.select_attention import gated
+from jax_nsa import step as step_module
 
 ARRAYS = ("query", "gates", "compressed", "selected", "window")
 USUAL = Step()
@@ -222,7 +222,7 @@ class TestCuda(StepContract):
 
 # The contract can fail: each wrong sum turns it red.
 
-RIGHT = gated.add_branches
+RIGHT = step_module._gated_sum
 NO_LSE = jnp.float32(0)
 WRONG_SUMS = {
     "gates in another order": lambda g, c, s, w, lse: RIGHT(g[..., ::-1], c, s, w, lse),
@@ -237,7 +237,7 @@ WRONG_SUMS = {
 
 @pytest.mark.parametrize("wrong", WRONG_SUMS)
 def test_wrong_sum_is_caught(monkeypatch, wrong):
-    monkeypatch.setattr(gated, "add_branches", WRONG_SUMS[wrong])
+    monkeypatch.setattr(step_module, "_gated_sum", WRONG_SUMS[wrong])
     with pytest.raises(AssertionError):
         TestReference().check(TOKENS)
 

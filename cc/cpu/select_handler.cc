@@ -49,10 +49,6 @@ ffi::ErrorOr<std::shared_ptr<Work>> Prepare(ffi::RemainingArgs args, ffi::Remain
                                             ffi::Dictionary attributes) {
   ffi::ErrorOr<Call> call = select_attention::Decode(args, rets, attributes);
   if (call.has_error()) return ffi::Unexpected(call.error());
-  if (call->problem.gated) {
-    return ffi::Unexpected(ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                                      "the CPU kernel gives each branch by itself, without gates"));
-  }
   const std::string_view isa = Attribute(attributes, "isa", std::string_view());
   const Kernel* const kernel = FindKernel(isa);
   if (kernel == nullptr) {

@@ -34,7 +34,7 @@ struct WarpSums {
 };
 // and then what each part counts.
 struct PartFactors {
-  float factors[kKinds][kMaxParts][kMaxRows];
+  float factors[kMaxParts][kMaxRows];
 };
 
 // exp2(a - b), where -inf stands for nothing at all.
@@ -51,8 +51,7 @@ __device__ inline int64_t ResultRow(const Params& params, const Item& item, int 
   return int64_t{item.row} * params.heads + item.first_head + row;
 }
 __device__ inline void* Attention(const Params& params, int kind) {
-  return kind == kSelected || params.problem.gated ? params.arrays.attention
-                                                   : params.arrays.window_attention;
+  return kind == kSelected ? params.arrays.attention : params.arrays.window_attention;
 }
 __device__ inline float* Lse(const Params& params, int kind) {
   return kind == kSelected ? params.arrays.lse : params.arrays.window_lse;
@@ -91,7 +90,6 @@ __device__ inline void StoreAttention(const Params& params, const Item& item, in
 template <typename T>
 __device__ inline void FillResults(const Params& params, const Item& item, bool faulty) {
   if (item.part != 0) return;
-  if (params.problem.gated && item.kind == kWindow && params.plan.parts[kSelected] > 0) return;
   const float nan = __int_as_float(0x7fffffff), number = faulty ? nan : 0.0f;
   const float numbers[4] = {number, number, number, number};
   const int quads = params.value_columns / 4;
@@ -138,31 +136,6 @@ __device__ inline bool Arrive(const Params& params, int64_t own, int64_t first, 
   return shared.finishes;
 }
 
-template <typename T>
-__device__ inline float LoadNumber(const void* array, DataType dtype, int64_t i) {
-  return dtype == DataType::kFloat32 ? static_cast<const float*>(array)[i]
-                                     : static_cast<float>(static_cast<const T*>(array)[i]);
-}
-// A branch's gate for a query head: of the compressed one, the selected one, the window.
-template <typename T>
-__device__ inline float Gate(const Params& params, int64_t result_row, int branch) {
-  return LoadNumber<T>(params.arrays.gates, params.problem.gates_dtype, 3 * result_row + branch);
-}
-
-// Adds the compressed branch's share of the step's result.
-template <typename T>
-__device__ inline void AddCompressed(const Params& params, const Item& item, int row, int column,
-                                     float (&sum)[4]) {
-  const int64_t result_row = ResultRow(params, item, row);
-  const float gate = Gate<T>(params, result_row, 0);
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    if (column + c >= params.value_size) break;
-    sum[c] += gate * LoadNumber<T>(params.arrays.compressed, params.problem.dtype,
-                                   result_row * params.value_size + column + c);
-  }
-}
-
 // The first part of an attention of the item.
 __device__ inline int64_t FirstPart(const Params& params, const Item& item, int kind) {
   return params.PartIndex(item.index, kind == kWindow ? params.plan.parts[kSelected] : 0);
@@ -170,7 +143,6 @@ __device__ inline int64_t FirstPart(const Params& params, const Item& item, int 
 
 // Finds by what each part of an attention is multiplied, row by row: as many lanes for each row as
 // there are parts, or somewhat more. Writes lse.
-template <typename T>
 __device__ inline void FindFactors(const Params& params, const Item& item, int kind, int64_t first,
                                    float (&factors)[kMaxParts][kMaxRows]) {
   static_assert(kMaxParts <= 32);
@@ -205,27 +177,23 @@ __device__ inline void FindFactors(const Params& params, const Item& item, int k
 #pragma unroll 1
       for (int step = 1; step < lanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
       if (part >= parts || row >= rows) continue;
-      const int64_t result_row = ResultRow(params, item, row);
-      float factor = shrink * InverseOf(total);
-      if (params.problem.gated) factor *= Gate<T>(params, result_row, 1 + kind);
-      factors[part][row] = factor;
+      factors[part][row] = shrink * InverseOf(total);
       if (float* lse = Lse(params, kind); part == 0 && lse != nullptr) {
-        lse[result_row] = LogSumExp(maximum, total);
+        lse[ResultRow(params, item, row)] = LogSumExp(maximum, total);
       }
     }
   }
 }
 
-// Adds up the parts of attention `kind`, or of both where the result is their gated sum: kRows rows
-// and kParts parts in hand. `find_factors` is called, once, while the first ones are on their way.
+// Adds up the parts of attention `kind`, kRows rows and kParts parts in hand. `find_factors` is
+// called, once, while the first ones are on their way.
 template <typename T, int kRows, int kParts, typename Function>
 __device__ inline void AddParts(const Params& params, const Item& item, int kind,
                                 const PartFactors& scratch, Function find_factors) {
-  const bool gated = params.problem.gated;
-  const int kinds_begin = gated ? 0 : kind, kinds_end = gated ? kKinds : kind + 1;
-  const int lane = threadIdx.x % 32, rows = params.plan.rows;
+  const int lane = threadIdx.x % 32, rows = params.plan.rows, parts = params.plan.parts[kind];
   const bool exists = 4 * lane < params.value_columns;
   const int column = exists ? 4 * lane : 0;
+  const float* from = params.part_sums(FirstPart(params, item, kind)) + column;
   bool found = false;
 #pragma unroll 1
   for (int begin = 0; begin < rows; begin += kWarps * kRows) {
@@ -238,57 +206,46 @@ __device__ inline void AddParts(const Params& params, const Item& item, int kind
       for (float& sum : sums[r]) sum = 0.0f;
     }
 #pragma unroll 1
-    for (int k = kinds_begin; k < kinds_end; ++k) {
-      const int parts = params.plan.parts[k];
-      const float* from = params.part_sums(FirstPart(params, item, k)) + column;
-#pragma unroll 1
-      for (int first = 0; first < parts; first += kParts) {
-        float4 x[kRows][kParts];
+    for (int first = 0; first < parts; first += kParts) {
+      float4 x[kRows][kParts];
 #pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-          const float* part = from + min(first + p, parts - 1) * params.plan.part_floats;
+      for (int p = 0; p < kParts; ++p) {
+        const float* part = from + min(first + p, parts - 1) * params.plan.part_floats;
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            x[r][p] = LoadShared(
-                reinterpret_cast<const float4*>(part + own_rows[r] * params.value_columns));
-          }
+        for (int r = 0; r < kRows; ++r) {
+          x[r][p] = LoadShared(
+              reinterpret_cast<const float4*>(part + own_rows[r] * params.value_columns));
         }
-        if (!found) find_factors();
-        found = true;
+      }
+      if (!found) find_factors();
+      found = true;
 #pragma unroll
-        for (int p = 0; p < kParts; ++p) {
-          if (first + p >= parts) break;
+      for (int p = 0; p < kParts; ++p) {
+        if (first + p >= parts) break;
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            const float factor = scratch.factors[k][first + p][own_rows[r]];
-            sums[r][0] += x[r][p].x * factor;
-            sums[r][1] += x[r][p].y * factor;
-            sums[r][2] += x[r][p].z * factor;
-            sums[r][3] += x[r][p].w * factor;
-          }
+        for (int r = 0; r < kRows; ++r) {
+          const float factor = scratch.factors[first + p][own_rows[r]];
+          sums[r][0] += x[r][p].x * factor;
+          sums[r][1] += x[r][p].y * factor;
+          sums[r][2] += x[r][p].z * factor;
+          sums[r][3] += x[r][p].w * factor;
         }
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (!exists || begin + static_cast<int>(threadIdx.x) / 32 + r * kWarps >= rows) continue;
-      if (gated) AddCompressed<T>(params, item, own_rows[r], column, sums[r]);
       StoreAttention<T>(params, item, kind, own_rows[r], column, sums[r]);
     }
   }
 }
 
-// Merges the parts of attention `kind`, or of both where the result is their gated sum.
+// Merges the parts of attention `kind`.
 template <typename T>
 __device__ inline void MergeParts(const Params& params, const Item& item, int kind,
                                   PartFactors& scratch) {
   const auto find_factors = [&] {
-#pragma unroll 1
-    for (int k = 0; k < kKinds; ++k) {
-      if (params.plan.parts[k] > 0 && (params.problem.gated || k == kind)) {
-        FindFactors<T>(params, item, k, FirstPart(params, item, k), scratch.factors[k]);
-      }
-    }
+    FindFactors(params, item, kind, FirstPart(params, item, kind), scratch.factors);
     __syncthreads();
   };
   if (params.plan.rows <= kWarps) {
@@ -359,9 +316,8 @@ __device__ inline void Finish(const Params& params, const Item& item, const Team
   }
   __syncthreads();
 
-  const bool gated = params.problem.gated;
   const int parts = params.plan.parts[item.kind];
-  const bool direct = parts == 1 && !gated;
+  const bool direct = parts == 1;
   const int64_t first = FirstPart(params, item, item.kind), own = first + item.part;
   const int column = 4 * lane;
 #pragma unroll 2
@@ -401,10 +357,7 @@ __device__ inline void Finish(const Params& params, const Item& item, const Team
     }
   }
   if (direct) return;
-  const bool finishes =
-      gated ? Arrive(params, own, params.PartIndex(item.index, 0), params.plan.all_parts(), shared)
-            : Arrive(params, own, first, parts, shared);
-  if (finishes) {
+  if (Arrive(params, own, first, parts, shared)) {
     MergeParts<T>(params, item, item.kind, *reinterpret_cast<PartFactors*>(memory));
   }
 }

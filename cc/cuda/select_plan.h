@@ -87,8 +87,7 @@ constexpr Plan MakePlan(const Problem& problem) {
   for (int kind = 0; kind < kKinds; ++kind) {
     plan.parts[kind] = static_cast<int32_t>(parts(kind, part_tiles));
   }
-  plan.merged =
-      problem.gated ? plan.all_parts() > 0 : plan.parts[kSelected] > 1 || plan.parts[kWindow] > 1;
+  plan.merged = plan.parts[kSelected] > 1 || plan.parts[kWindow] > 1;
   if (plan.merged) {
     plan.part_floats = plan.rows * (ValueColumns(problem) + 2);
     plan.part_floats = CeilDiv(plan.part_floats, 4) * 4;

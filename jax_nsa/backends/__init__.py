@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -62,25 +62,6 @@ class Call:
             jax.ShapeDtypeStruct(axes.shape(d), r.dtype or self.operands[0].dtype)
             for r, d in zip(self.operator.results(self.problem), axes.results, strict=True)
         ]
-
-    def by_simpler(
-        self, kernel: Callable[..., Sequence[jax.Array]], operands: Sequence[jax.Array]
-    ) -> list[jax.Array]:
-        """The results by a kernel that serves only the operator's simpler problems.
-
-        Args:
-            kernel: results from a call and its operands.
-            operands: this call's.
-        """
-
-        def apply(named: Mapping[str, jax.Array], problem: Any) -> dict[str, jax.Array]:
-            shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in named.values())
-            part = dataclasses.replace(self, operands=shapes, names=tuple(named), problem=problem)
-            results = [result.name for result in self.operator.results(problem)]
-            return dict(zip(results, kernel(part, *named.values()), strict=True))
-
-        named = dict(zip(self.names, operands, strict=True))
-        return list(self.operator.composed(apply, named, self.problem).values())
 
 
 class Backend(Protocol):

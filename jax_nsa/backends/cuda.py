@@ -57,13 +57,7 @@ def configuration(call: Call) -> Mapping[str, Any]:
 
 
 def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
-    """The custom call, whose last result is the kernel's workspace if it needs one.
-
-    Results of their own memory stand behind a barrier. Where a scan keeps one of them and uses it
-    besides, XLA would otherwise have the call write into the kept array, and call it again for the
-    other use.
-    """
+    """The custom call, whose last result is the kernel's workspace if it needs one."""
     size = native.workspace_bytes(call)
     workspace = {"workspace": jax.ShapeDtypeStruct((size,), np.dtype(np.uint8))} if size else {}
-    results = native.custom_call(NAME, call, operands, workspace)
-    return results if call.operator.aliases else jax.lax.optimization_barrier(results)
+    return native.custom_call(NAME, call, operands, workspace)

@@ -13,13 +13,13 @@ import numpy as np
 from jax_nsa import backends, blocks, checks, paged, tokens
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.operator import FAULTS, Array, Operator
-from jax_nsa.select_attention import arguments, context, gated, reference
+from jax_nsa.select_attention import arguments, context, reference
 from jax_nsa.select_attention.problem import LAYOUTS, Problem, check_indices
 
 
 def _results(problem: Problem) -> tuple[Array, ...]:
     attention = jnp.float32 if problem.partial else None  # parts are merged in float32
-    present = (problem.select_block_size > 0, problem.window_size > 0 and not problem.gated)
+    present = (problem.select_block_size > 0, problem.window_size > 0)
     attentions = ("attention", "window_attention")
     lses = ("lse", "window_lse") if problem.return_lse else ()
     return (
@@ -48,13 +48,10 @@ OPERATOR = Operator(
         Array("topk_indices", "* h k"),
         Array("token_counts", "b", argument="actual_seq_qlen"),
         Array("first_rows", "b", argument="actual_seq_qlen", points_into="n"),
-        Array("compressed", "* (h g) e"),
-        Array("gates", "* (h g) s"),
     ),
     results=_results,
     sizes=lambda problem, sizes: {},
-    reference=functools.partial(gated.compose, reference.select_attention),
-    composed=gated.compose,
+    reference=reference.select_attention,
 )
 
 
@@ -248,61 +245,12 @@ def nsa_window_attention_infer(
     return (results[0], results[1]) if return_lse else results[0]
 
 
-def gated_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    topk_indices: jax.Array,
-    *,
-    gates: jax.Array,
-    compressed: jax.Array,
-    select_block_size: int,
-    window_size: int,
-    scale_value: float,
-    key_value_head_num: int,
-    actual_seq_qlen: IntegersLike | None,
-    actual_seq_kvlen: IntegersLike,
-    **further: Any,
-) -> jax.Array:
-    """The step from the compressed branch on: the gated sum of all three, in query's layout.
-
-    Args:
-        query: as `nsa_select_attention_infer` takes it, and so all that is not described here.
-        key: the pool of keys.
-        value: the pool of values.
-        topk_indices: the blocks that the compressed branch chose.
-        gates: `[B, S, N, 3]` or `[T, N, 3]`, query's dtype or float32.
-        compressed: the compressed branch's attention, in query's layout and dtype.
-        select_block_size: `l'`.
-        window_size: newest tokens of the window.
-        scale_value: the factor on products.
-        key_value_head_num: `Nkv`.
-        actual_seq_qlen: query tokens of each sequence, or None.
-        actual_seq_kvlen: original tokens of each sequence.
-        **further: as `_attend` takes it.
-    """
-    problem = Problem(
-        scale=checks.scale(scale_value),
-        key_value_heads=key_value_head_num,
-        select_block_size=select_block_size,
-        window_size=checks.count("window_size", window_size),
-        gated=True,
-    )
-    branches = {"compressed": compressed, "gates": gates}
-    chosen = (topk_indices, topk_indices.shape[-1])
-    return _attend(
-        query, key, value, chosen, problem, counts=actual_seq_qlen, lengths=actual_seq_kvlen,
-        branches=branches, **further,
-    )[0]  # fmt: skip
-
-
 def _attend(
     query: Any, key: Any, value: Any, chosen: tuple[Any, int] | None, problem: Problem, *,
     head_num: Any, page_block_size: Any, layout: Any, block_table: Any, counts: Any, lengths: Any,
     implementation: Any, context_axis: Hashable | None, on_fault: str | None,
-    branches: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """Checks the arguments of any door, and applies the operator."""
+    """Checks the arguments of either door, and applies the operator."""
     layout = checks.choice("layout", layout, LAYOUTS)
     on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
@@ -331,14 +279,11 @@ def _attend(
             table, kv_lengths, counted, problem, page=page, pages=key.shape[0]
         )
 
-    of_rows = {"query": query, **(branches or {})}
     one_token_each = packed and counted is None
     if one_token_each:
-        packed = False
-        of_rows = {name: jax.lax.expand_dims(array, (1,)) for name, array in of_rows.items()}
-    query = of_rows["query"]
+        query, packed = jax.lax.expand_dims(query, (1,)), False
     operands = {
-        **of_rows, "key": key, "value": value,
+        "query": query, "key": key, "value": value,
         "block_table": table.array(), "lengths": kv_lengths.array(),
     }  # fmt: skip
     if indices is not None:
@@ -354,8 +299,7 @@ def _attend(
     if context_axis is None:
         results = bind(operands, problem=problem)
     else:
-        merge = functools.partial(context.merge_parts, bind, axis_name=context_axis)
-        results = gated.compose(merge, operands, problem)
+        results = context.merge_parts(bind, operands, problem=problem, axis_name=context_axis)
     return _in_layout(results, layout, one_token_each)
 
 

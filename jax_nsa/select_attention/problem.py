@@ -23,8 +23,6 @@ class Problem:
         return_lse: whether each attention's log-sum-exp is a result.
         partial: whether the pools hold only a part of each sequence, positions `[0, P * page)` in
             numbers of their own: what lies outside is on other devices.
-        gated: whether the one result is the step's: the gated sum of the compressed branch, which
-            comes as an operand, the chosen blocks and the window.
     """
 
     scale: float
@@ -33,7 +31,6 @@ class Problem:
     window_size: int = 0
     return_lse: bool = False
     partial: bool = False
-    gated: bool = False
 
     def with_heads(self, key_value_heads: int) -> Problem:
         """The problem of a part of the heads."""

@@ -1,5 +1,5 @@
 // The selected branch by its definition, for the tests of every kernel: attention to chosen blocks
-// and to a window of the newest positions, or the gated sum of these and of a third.
+// and to a window of the newest positions.
 
 #ifndef JAX_NSA_TESTS_SELECT_ATTENTION_REFERENCE_H_
 #define JAX_NSA_TESTS_SELECT_ATTENTION_REFERENCE_H_
@@ -138,33 +138,9 @@ class SelectAttentionReference : PagedReference {
       for (Kind kind : kKinds) {
         std::optional<Attention>& expected = items_[2 * head + kind];
         if (!expected) expected = Attend(b, head, PositionsOf(row, h, limit, kind));
-        if (!problem_.gated) Compare(results, kind, head, *expected, here);
-      }
-      if (problem_.gated) Compare(results, kSelected, head, GatedSum(head), here + " gated");
-    }
-  }
-
-  // compressed * gate 0 + selected * gate 1 + window * gate 2.
-  Attention GatedSum(int64_t head) const {
-    const auto get = [](DataType dtype, const void* array, int64_t i) {
-      return Decode(dtype, static_cast<const char*>(array) + i * SizeOf(dtype));
-    };
-    Attention sum = Filled(problem_.value_size, 0, 0);
-    const auto add = [&](int64_t c, double gate, double value, double square) {
-      sum.row.values[c] += gate * value;
-      sum.row.squares[c] += gate * gate * square;
-    };
-    for (int64_t c = 0; c < problem_.value_size; ++c) {
-      const double value = get(problem_.dtype, arrays_.compressed, head * problem_.value_size + c);
-      add(c, get(problem_.gates_dtype, arrays_.gates, 3 * head), value, value * value);
-      for (Kind kind : kKinds) {
-        const Attention& branch = *items_[2 * head + kind];
-        add(c, get(problem_.gates_dtype, arrays_.gates, 3 * head + 1 + kind), branch.row.values[c],
-            branch.row.squares[c]);
-        sum.rounding = std::max(sum.rounding, branch.rounding);
+        Compare(results, kind, head, *expected, here);
       }
     }
-    return sum;
   }
 
   const Problem problem_;

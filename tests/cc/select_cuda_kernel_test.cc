@@ -40,8 +40,8 @@ struct Case {
   int page_size = 64, pages = 8;
   int block_size = 64, select_count = 9, window_size = 200;
   int shortest = 0;  // of the sequences
-  bool packed = false, partial = false, gated = false;
-  bool wants_lse = true, aligned = true, float_results = false, float_gates = false;
+  bool packed = false, partial = false;
+  bool wants_lse = true, aligned = true, float_results = false;
   int bad_ids = 0, bad_pages = 0;  // sequences that have one
   bool faults = false;             // of lengths and counts
   int nans = 0;                    // heads of queries that are NaN
@@ -60,9 +60,6 @@ class Call {
         query_(Operand(problem_.rows * problem_.heads * c.head_size)),
         key_(Operand(problem_.num_pages * c.page_size * c.key_value_heads * c.head_size)),
         value_(Operand(problem_.num_pages * c.page_size * c.key_value_heads * c.value_size)),
-        compressed_(c.dtype, c.gated ? problem_.rows * problem_.heads * c.value_size : 0,
-                    kAlignment),
-        gates_(problem_.gates_dtype, c.gated ? problem_.rows * problem_.heads * 3 : 0, kAlignment),
         attention_{Buffer(AttentionSize(kSelected), kAlignment),
                    Buffer(AttentionSize(kWindow), kAlignment)},
         lse_{Buffer(LseSize(kSelected), kAlignment), Buffer(LseSize(kWindow), kAlignment)},
@@ -78,13 +75,6 @@ class Call {
     for (int i = 0; i < c.nans; ++i) {
       const int64_t head = Random(static_cast<int>(problem_.rows * problem_.heads));
       query_.Set(head * c.head_size, NAN);
-    }
-    if (c.gated) {
-      for (int64_t i = 0; i < problem_.rows * problem_.heads * c.value_size; ++i) {
-        compressed_.Set(i, normal(random_));
-      }
-      std::uniform_real_distribution<float> gate(0.1f, 1.0f);
-      for (int64_t i = 0; i < problem_.rows * problem_.heads * 3; ++i) gates_.Set(i, gate(random_));
     }
   }
 
@@ -114,14 +104,14 @@ class Call {
 
  private:
   bool Wants(int kind) const {
-    return kind == kSelected ? case_.select_count > 0 : case_.window_size > 0 && !case_.gated;
+    return kind == kSelected ? case_.select_count > 0 : case_.window_size > 0;
   }
   int64_t AttentionSize(int kind) const {
     const int64_t size = testing::SizeOf(problem_.attention_dtype);
     return Wants(kind) ? problem_.rows * problem_.heads * case_.value_size * size : 0;
   }
   int64_t LseSize(int kind) const {
-    return Wants(kind) && case_.wants_lse && !case_.gated ? 4 * problem_.rows * problem_.heads : 0;
+    return Wants(kind) && case_.wants_lse ? 4 * problem_.rows * problem_.heads : 0;
   }
   std::vector<const Buffer*> Results() const {
     return {&attention_[0], &attention_[1], &lse_[0], &lse_[1]};
@@ -146,10 +136,6 @@ class Call {
     if (Wants(kWindow)) arrays.window_attention = attention_[kWindow].data();
     if (LseSize(kSelected) > 0) arrays.lse = lse_[kSelected].as<float>();
     if (LseSize(kWindow) > 0) arrays.window_lse = lse_[kWindow].as<float>();
-    if (case_.gated) {
-      arrays.compressed = compressed_.data();
-      arrays.gates = gates_.data();
-    }
     return arrays;
   }
 
@@ -181,8 +167,6 @@ class Call {
     }
     problem.dtype = case_.dtype;
     problem.attention_dtype = case_.float_results ? DataType::kFloat32 : case_.dtype;
-    problem.gates_dtype = case_.float_gates ? DataType::kFloat32 : case_.dtype;
-    problem.gated = case_.gated;
     problem.partial = case_.partial;
     problem.sequences = case_.sequences;
     problem.tokens = case_.packed ? 0 : case_.tokens;
@@ -293,7 +277,7 @@ class Call {
   std::vector<int32_t> lengths_, counts_, owned_, first_rows_;
   std::vector<bool> faulty_;
   Problem problem_;
-  Elements query_, key_, value_, compressed_, gates_;
+  Elements query_, key_, value_;
   Buffer attention_[kKinds], lse_[kKinds];
   Buffer table_, ids_;
   Arrays arrays_;
@@ -316,7 +300,6 @@ std::vector<Case> Cases() {
     set(c);
     cases.push_back(c);
   };
-  const auto gated = [](Case& c) { c.gated = true; };
   // Each kernel with its own sizes, with smaller ones, and with some that leave nothing aligned.
   const std::pair<int, int> sizes[] = {{64, 64}, {40, 24},   {33, 7},    {128, 128}, {72, 96},
                                        {65, 65}, {192, 128}, {136, 128}, {191, 127}};
@@ -344,11 +327,7 @@ std::vector<Case> Cases() {
     };
     const std::string name = "group " + std::to_string(group);
     add(name, usual);
-    add_variant("gated", [=](Case& c) {
-      c.gated = true;
-      c.dtype = kF16;
-      c.float_gates = group % 3 == 1;
-    });
+    add_variant("float16", [](Case& c) { c.dtype = kF16; });
     if (group < 32) continue;
     add(name + ", float32", [=](Case& c) {
       usual(c);
@@ -435,7 +414,6 @@ std::vector<Case> Cases() {
     c.block_size = 48, c.select_count = 5, c.window_size = 64;
     c.packed = true;
   });
-  add_variant("gated", gated);
   add("partial", [](Case& c) {
     c.sequences = 8, c.tokens = 3, c.pages = 6;
     c.block_size = 32, c.select_count = 12;
@@ -443,17 +421,14 @@ std::vector<Case> Cases() {
   });
   // Faults.
   add("bad ids", [](Case& c) { c.sequences = 9, c.bad_ids = 6; });
-  add_variant("gated", gated);
   add("bad pages", [](Case& c) { c.sequences = 9, c.bad_pages = 6; });
   add_variant("window alone", [](Case& c) { c.select_count = 0; });
   add("faults", [](Case& c) { c.sequences = 9, c.tokens = 3, c.faults = true; });
-  add_variant("gated", gated);
   // Of packed rows, a count too large takes another sequence's; it is seen all the same.
   add("faults, packed", [](Case& c) {
     c.sequences = 9, c.tokens = 3, c.faults = true;
     c.packed = true;
   });
-  add_variant("gated", gated);
   add("NaN queries", [](Case& c) {
     c.sequences = 5, c.tokens = 3, c.shortest = 1;
     c.group = 8, c.head_size = 64;
