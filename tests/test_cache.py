@@ -330,6 +330,19 @@ def test_pools_may_be_flat_and_compression_ones_own(flat):
     assert both.compressed_key.sum() == 2 * KEY_VALUE_HEADS * HEAD_SIZE
 
 
+@pytest.mark.parametrize("slots", [[-1, 1], [-5, 1], [3, 1], [2**31 - 1, 1]])
+def test_padding_and_slots_that_are_not_there_write_nothing(slots):
+    tables, pools = empty(32, 16)
+    tables, _ = tables.allocate([40, 40, 40])
+    key, value = (np.ones((2, 40, KEY_VALUE_HEADS, n), np.float32) for n in (8, 4))
+    written = jax.jit(lambda s: pools.append(tables, key, value, weights(32), slots=s))(
+        jnp.array(slots)
+    )
+    alone = pools.append(tables, key[1:], value[1:], weights(32), slots=[1])
+    jax.tree.map(np.testing.assert_array_equal, written, alone)
+    assert alone.key.sum() == 40 * KEY_VALUE_HEADS * HEAD_SIZE
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
