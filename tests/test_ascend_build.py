@@ -15,6 +15,8 @@ SOURCES = [
     *sorted((CC / "ascend").glob("*.cc")),
     CC / "ffi_call.cc",
     CC / "compress_attention_call.cc",
+    CC / "compress_call.cc",
+    CC / "select_attention_call.cc",
 ]
 
 
