@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "ascend/compress_abi.h"
 #include "ascend/compress_attention_abi.h"
@@ -19,8 +20,7 @@
 #include "ascend/select_attention_launch.h"
 #include "cpu/isa.h"
 #ifdef JAX_NSA_CUDA
-#include "cuda/plan.h"
-#include "cuda/select_plan.h"
+#include "cuda/workspace.h"
 #endif
 #include "blocks.h"
 #include "xla/ffi/api/c_api.h"
@@ -78,6 +78,14 @@ py::dict Registrations() {
   all["ascend"] = ascend;
   return all;
 }
+
+#ifdef JAX_NSA_CUDA
+// The operators whose kernels need memory of their own.
+const std::map<std::string, int64_t (*)(const jax_nsa::cuda::Sizes&)> kCudaWorkspaces = {
+    {"compress_attention", &jax_nsa::cuda::CompressAttentionWorkspace},
+    {"select_attention", &jax_nsa::cuda::SelectAttentionWorkspace},
+};
+#endif
 
 // Limits of CANN's kernels by operator, for refusing a call when it is traced.
 std::map<std::string, std::map<std::string, int64_t>> AscendLimits() {
@@ -154,50 +162,20 @@ PYBIND11_MODULE(_native, module) {
       "Select blocks of a sequence, as the kernels count them.");
 #ifdef JAX_NSA_CUDA
   module.def(
-      "cuda_workspace_bytes",
-      [](int64_t sequences, int64_t rows, bool ragged, int64_t heads, int64_t key_value_heads,
-         int64_t value_size, int64_t page_size, int64_t pages_per_sequence, int64_t select_count,
-         int64_t compress_block_size, int64_t compress_stride, int64_t select_block_size,
-         bool aligned) {
-        jax_nsa::compress_attention::Problem problem = {};
-        problem.sequences = sequences;
-        problem.rows = rows;
-        problem.tokens = ragged ? 0 : rows / sequences;
-        problem.heads = heads;
-        problem.key_value_heads = key_value_heads;
-        problem.value_size = value_size;
-        problem.page_size = page_size;
-        problem.pages_per_sequence = pages_per_sequence;
-        problem.select_count = select_count;
-        problem.blocks = {compress_block_size, compress_stride, select_block_size, aligned};
-        return jax_nsa::cuda::WorkspaceBytes(problem);
+      "cuda_workspaces",
+      [] {
+        std::vector<std::string> targets;
+        for (const auto& [target, bytes] : kCudaWorkspaces) targets.push_back(target);
+        return targets;
       },
-      py::kw_only(), py::arg("sequences"), py::arg("rows"), py::arg("ragged"), py::arg("heads"),
-      py::arg("key_value_heads"), py::arg("value_size"), py::arg("page_size"),
-      py::arg("pages_per_sequence"), py::arg("select_count"), py::arg("compress_block_size"),
-      py::arg("compress_stride"), py::arg("select_block_size"), py::arg("aligned"),
-      "Size of the CUDA kernel's last result, which is its workspace.");
+      "Targets of the operators whose CUDA kernels need a workspace.");
   module.def(
-      "cuda_select_workspace_bytes",
-      [](int64_t rows, int64_t heads, int64_t key_value_heads, int64_t value_size,
-         int64_t page_size, int64_t pages_per_sequence, int64_t select_block_size,
-         int64_t select_count, int64_t window_size) {
-        jax_nsa::select_attention::Problem problem = {};
-        problem.rows = rows;
-        problem.heads = heads;
-        problem.key_value_heads = key_value_heads;
-        problem.value_size = value_size;
-        problem.page_size = page_size;
-        problem.pages_per_sequence = pages_per_sequence;
-        problem.select_block_size = select_block_size;
-        problem.select_count = select_count;
-        problem.window_size = window_size;
-        return jax_nsa::cuda::select::WorkspaceBytes(problem);
+      "cuda_workspace_bytes",
+      [](const std::string& target, const std::map<std::string, int64_t>& sizes) {
+        return kCudaWorkspaces.at(target)(jax_nsa::cuda::Sizes(sizes));
       },
-      py::kw_only(), py::arg("rows"), py::arg("heads"), py::arg("key_value_heads"),
-      py::arg("value_size"), py::arg("page_size"), py::arg("pages_per_sequence"),
-      py::arg("select_block_size"), py::arg("select_count"), py::arg("window_size"),
-      "The same of the selected branch's kernel.");
+      py::arg("target"), py::arg("sizes"),
+      "Size of the result named workspace, from the sizes of a call's axes and its scalars.");
 #endif
   module.def("ascend_unavailable", &AscendUnavailable, py::arg("target"),
              "Why CANN or an NPU cannot serve an operator on this machine; None if it can.");

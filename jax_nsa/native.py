@@ -14,13 +14,14 @@ import jax.export
 import jaxlib.version
 import numpy as np
 
+from jax_nsa.axes import Axes
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from jax_nsa.backends import Call
 
 RELEASE = "0.2.0"
-WITHOUT_WORKSPACE = ("compress",)  # targets of the operators whose CUDA kernels need none
 _MODULE = "jax_nsa._native"
 
 
@@ -172,37 +173,13 @@ def _scalars(problem: Any) -> dict[str, np.generic]:
 
 def workspace_bytes(call: Call) -> int:
     """Bytes of memory on the device that the operator's CUDA kernel needs for a call; 0: none."""
-    if call.operator.target in WITHOUT_WORKSPACE:
+    if not needs_workspace(call.operator.target):
         return 0
-    query, key, value, block_table = (
-        call.operand(name).shape for name in ("query", "key", "value", "block_table")
-    )
-    problem = call.problem
-    if call.operator.target == "select_attention":
-        indices = call.operand("topk_indices")
-        return module().cuda_select_workspace_bytes(
-            rows=query[0] if call.packed else query[0] * query[1],
-            heads=query[-2],
-            key_value_heads=problem.key_value_heads,
-            value_size=value[2] // problem.key_value_heads,
-            page_size=key[1],
-            pages_per_sequence=block_table[1],
-            select_block_size=problem.select_block_size,
-            select_count=0 if indices is None else indices.shape[-1],
-            window_size=problem.window_size,
-        )
-    return module().cuda_workspace_bytes(
-        sequences=block_table[0],
-        rows=query[0] if call.packed else query[0] * query[1],
-        ragged=call.packed,
-        heads=query[-2],
-        key_value_heads=problem.key_value_heads,
-        value_size=value[2] // problem.key_value_heads,
-        page_size=key[1],
-        pages_per_sequence=block_table[1],
-        select_count=problem.select_block_count,
-        compress_block_size=problem.blocks.compress_block_size,
-        compress_stride=problem.blocks.compress_stride,
-        select_block_size=problem.blocks.select_block_size,
-        aligned=problem.aligned,
-    )
+    axes = Axes.of(call.operator, call.names, call.problem, call.operands)
+    integers = {n: v for n, v in call.problem.scalars().items() if isinstance(v, int)}
+    return module().cuda_workspace_bytes(call.operator.target, {**axes.sizes, **integers})
+
+
+def needs_workspace(target: str) -> bool:
+    """Whether an operator's CUDA kernel needs memory beside its arrays."""
+    return target in module().cuda_workspaces()

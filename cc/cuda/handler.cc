@@ -6,6 +6,8 @@
 
 #include "compress_attention_call.h"
 #include "cuda/launch.h"
+#include "cuda/plan.h"
+#include "cuda/workspace.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cuda {
@@ -33,6 +35,23 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
 }
 
 }  // namespace
+
+int64_t CompressAttentionWorkspace(const Sizes& sizes) {
+  Problem problem = {};
+  problem.sequences = sizes["b"];
+  problem.rows = sizes.Rows();
+  problem.tokens = sizes.Has("n") ? 0 : sizes["t"];
+  problem.heads = sizes["h"] * sizes["g"];
+  problem.key_value_heads = sizes["h"];
+  problem.value_size = sizes["e"];
+  problem.page_size = sizes["r"];
+  problem.pages_per_sequence = sizes["c"];
+  problem.select_count = sizes["k"];
+  problem.blocks = {sizes["compress_block_size"], sizes["compress_stride"],
+                    sizes["select_block_size"], sizes["aligned"] != 0};
+  return WorkspaceBytes(problem);
+}
+
 }  // namespace jax_nsa::cuda
 
 // One kernel on the given stream and nothing else, so XLA may record it in command buffers.

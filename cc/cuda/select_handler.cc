@@ -5,6 +5,8 @@
 #include <string>
 
 #include "cuda/select_launch.h"
+#include "cuda/select_plan.h"
+#include "cuda/workspace.h"
 #include "select_attention_call.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -33,6 +35,20 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
 
 }  // namespace
 }  // namespace jax_nsa::cuda::select
+
+int64_t jax_nsa::cuda::SelectAttentionWorkspace(const Sizes& sizes) {
+  select::Problem problem = {};
+  problem.rows = sizes.Rows();
+  problem.heads = sizes["h"] * sizes["g"];
+  problem.key_value_heads = sizes["h"];
+  problem.value_size = sizes["e"];
+  problem.page_size = sizes["r"];
+  problem.pages_per_sequence = sizes["c"];
+  problem.select_block_size = sizes["select_block_size"];
+  problem.select_count = sizes.Has("k") ? sizes["k"] : 0;
+  problem.window_size = sizes["window_size"];
+  return select::WorkspaceBytes(problem);
+}
 
 // One kernel on the given stream and nothing else, so XLA may record it in command buffers.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_select_attention_cuda, jax_nsa::cuda::select::Run,

@@ -39,7 +39,7 @@ def refuses(call: Call, platform: str) -> str | None:
     Of positions beyond 2**30, which no memory holds, they say so when they run.
     """
     del platform
-    if call.operator.target in native.WITHOUT_WORKSPACE:
+    if not native.needs_workspace(call.operator.target):
         return None
     for operand in call.operands:
         if not all(isinstance(size, int) for size in operand.shape):
