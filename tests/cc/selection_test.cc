@@ -114,6 +114,11 @@ void TestUniverse(const Blocks& blocks) {
     while (positions * blocks.compress_stride + blocks.compress_block_size <= tokens) ++positions;
     while (count * blocks.select_block_size < tokens) ++count;
     EXPECT(blocks.CompressedLength(tokens) == positions) << blocks << " tokens=" << tokens;
+    for (int64_t length = 0; length <= positions + 2; ++length) {
+      EXPECT(blocks.AreCompressedTo(tokens, length) == (length == positions))
+          << blocks << " tokens=" << tokens << " length=" << length;
+    }
+    EXPECT(!blocks.AreCompressedTo(-1, 0)) << blocks;
     EXPECT(blocks.Universe(tokens) == count) << blocks << " tokens=" << tokens;
     if (blocks.aligned) {
       EXPECT(count <= blocks.MaxBlocks(positions)) << blocks << " tokens=" << tokens;
