@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpu/fetch.h"
 #include "cpu/select_tile.h"
 #include "cpu/simd.h"
 
@@ -32,32 +33,24 @@ class Scores {
     return rows > kLanes ? 1 : 2 * kLanes / rows;
   }
 
-  // Writes the products of kGranule keys, [key][row].
-  static void Multiply(const char* const* keys, const PanelQueries& queries, float* scores,
-                       Fetch& fetch) {
+  // Writes the products of kTile keys, [key][row], and fetches as many rows `ahead`.
+  static void Multiply(const char* const* keys, const char* const* ahead,
+                       const PanelQueries& queries, float* scores) {
     const int64_t rows = queries.rows;
     if (rows <= kMostWhole) {
       return WithConstant(rows, [&](auto count) {
-        if constexpr (count() <= kMostWhole) Narrow<kLanes, count()>(keys, queries, scores, fetch);
+        if constexpr (count() <= kMostWhole) Narrow<kLanes, count()>(keys, ahead, queries, scores);
       });
     }
     if (rows <= kLanes) {
       return WithConstant(Repeat(rows),
-                          [&](auto repeat) { Narrow<repeat(), 2>(keys, queries, scores, fetch); });
+                          [&](auto repeat) { Narrow<repeat(), 2>(keys, ahead, queries, scores); });
     }
     // Powers of two: whole passes of two vectors, or of four where there are as many.
     if constexpr (kAccumulators >= 16) {
-      if (rows >= 4 * kLanes) return Wide<4>(keys, queries, scores, fetch);
+      if (rows >= 4 * kLanes) return Wide<4>(keys, ahead, queries, scores);
     }
-    Wide<2>(keys, queries, scores, fetch);
-  }
-
-  // How often Multiply makes a step of Fetch.
-  static constexpr int64_t Steps(const PanelQueries& queries) {
-    const int64_t rows = queries.rows, repeat = Repeat(rows), vectors = rows * repeat / kLanes;
-    const int64_t at_once = rows <= kLanes ? vectors : vectors >= 4 && kAccumulators >= 16 ? 4 : 2;
-    const int64_t count = rows <= kMostWhole ? WholeKeys(at_once) : KeysAtOnce(at_once);
-    return vectors / at_once * (kGranule / count) * queries.row_words / repeat;
+    Wide<2>(keys, ahead, queries, scores);
   }
 
  private:
@@ -75,14 +68,15 @@ class Scores {
   // The sums of `count` keys' products with `vectors` vectors of queries, `stride` words from one
   // group of `repeat` words to the next.
   template <int repeat, int vectors, int count>
-  static inline void MultiplyKeys(const char* const* keys, const uint32_t* queries, int64_t stride,
-                                  int64_t row_words, Fetch& fetch, Float* sums) {
+  static inline void MultiplyKeys(const char* const* keys, const char* const* ahead,
+                                  const uint32_t* queries, int64_t stride, int64_t row_words,
+                                  Float* sums) {
     const char* rows[count];
 #pragma GCC unroll 8
     for (int p = 0; p < count; ++p) rows[p] = keys[p];
     Float block[count][vectors] = {};
     for (int64_t w = 0; w < row_words; w += repeat) {
-      fetch.Step();
+      FetchStep<count, 4 * repeat>(ahead, w / repeat);
       Word query[vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) query[v] = Load<Word>(queries + v * kLanes);
@@ -106,30 +100,30 @@ class Scores {
   // For a panel of few rows, or no wider than a vector: the `repeat` lanes of each row are summed
   // at last.
   template <int repeat, int vectors>
-  static void Narrow(const char* const* keys, const PanelQueries& queries, float* scores,
-                     Fetch& fetch) {
+  static void Narrow(const char* const* keys, const char* const* ahead, const PanelQueries& queries,
+                     float* scores) {
     constexpr bool kWhole = repeat == kLanes;
     constexpr int kKeys = kWhole ? WholeKeys(vectors) : KeysAtOnce(vectors);
-    Float sums[kGranule * vectors];
-    for (int64_t p = 0; p < kGranule; p += kKeys) {
-      MultiplyKeys<repeat, vectors, kKeys>(keys + p, queries.words, vectors * kLanes,
-                                           queries.row_words, fetch, sums + p * vectors);
+    Float sums[kTile * vectors];
+    for (int64_t p = 0; p < kTile; p += kKeys) {
+      MultiplyKeys<repeat, vectors, kKeys>(keys + p, ahead + p, queries.words, vectors * kLanes,
+                                           queries.row_words, sums + p * vectors);
     }
-    for (int64_t i = 0; i < kGranule * vectors; i += repeat) {
+    for (int64_t i = 0; i < kTile * vectors; i += repeat) {
       Store(scores + i / repeat * kLanes, TransposeRuns<repeat>(FoldRuns<repeat>(sums + i)));
     }
   }
 
   // For a wider one, `vectors` vectors at a time.
   template <int vectors>
-  static void Wide(const char* const* keys, const PanelQueries& queries, float* scores,
-                   Fetch& fetch) {
+  static void Wide(const char* const* keys, const char* const* ahead, const PanelQueries& queries,
+                   float* scores) {
     constexpr int kKeys = KeysAtOnce(vectors);
-    for (int64_t p = 0; p < kGranule; p += kKeys) {
+    for (int64_t p = 0; p < kTile; p += kKeys) {
       for (int64_t r = 0; r < queries.rows; r += vectors * kLanes) {
         Float sums[kKeys * vectors];
-        MultiplyKeys<1, vectors, kKeys>(keys + p, queries.words + r, queries.rows,
-                                        queries.row_words, fetch, sums);
+        MultiplyKeys<1, vectors, kKeys>(keys + p, ahead + p, queries.words + r, queries.rows,
+                                        queries.row_words, sums);
 #pragma GCC unroll 8
         for (int i = 0; i < kKeys; ++i) {
 #pragma GCC unroll 4
