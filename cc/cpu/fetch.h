@@ -14,6 +14,10 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes
 
+// Rows that are worked on at once, and as many are fetched meanwhile: what is fetched must fit into
+// the innermost cache beside what is worked on.
+constexpr int64_t kGranule = 16;
+
 inline void FetchLine(const char* at) { __builtin_prefetch(at, 0, 3); }
 
 // The share of a step in fetching `count` rows, where a step works on `bytes` bytes of as many.

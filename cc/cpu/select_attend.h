@@ -11,22 +11,22 @@
 
 #include "cpu/fetch.h"
 #include "cpu/operands.h"
+#include "cpu/scores.h"
 #include "cpu/select_kernel.h"
-#include "cpu/select_scores.h"
 #include "cpu/select_softmax.h"
 #include "cpu/select_tile.h"
-#include "cpu/select_values.h"
 #include "cpu/simd.h"
+#include "cpu/values.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
 // The memory of one unit.
 struct SelectScratch {
-  uint32_t* queries;  // see PanelQueries
-  uint32_t* keys;     // [kTile][words of a row], converted
-  float* scores;      // [kTile][rows], then weights
-  uint32_t* pairs;    // [kTile / 2][rows], weights as words
+  uint32_t* queries;  // see Queries
+  uint32_t* keys;     // [kGranule][words of a row], converted
+  float* scores;      // [kGranule][rows], then weights
+  uint32_t* pairs;    // [kGranule / 2][rows], weights as words
   int64_t size;       // bytes
 
   SelectScratch(const select::Plan& plan, void* memory) {
@@ -38,10 +38,10 @@ struct SelectScratch {
     };
     const int64_t row_words = PaddedWords(plan.problem.head_size);
     queries = reinterpret_cast<uint32_t*>(take(row_words * plan.group));
-    keys = reinterpret_cast<uint32_t*>(take(kTile * row_words));
-    scores = reinterpret_cast<float*>(take(kTile * plan.group));
+    keys = reinterpret_cast<uint32_t*>(take(kGranule * row_words));
+    scores = reinterpret_cast<float*>(take(kGranule * plan.group));
     // Pairs of few rows fill a vector, whatever the positions.
-    pairs = reinterpret_cast<uint32_t*>(take(kTile / 2 * plan.group + kLanes));
+    pairs = reinterpret_cast<uint32_t*>(take(kGranule / 2 * plan.group + kLanes));
     size = next - static_cast<char*>(memory);
   }
 };
@@ -87,7 +87,7 @@ class SelectAttention {
   }
 
  private:
-  using ByKeys = Scores<KeyProducts>;
+  using ByKeys = Scores<Type, KeyProducts>;
   using Key = Operands<Type, KeyProducts::kElements>;
   using ByValues = Weigh<Type, ValueProducts>;
   static constexpr int64_t kValueRows = ByValues::Words::kRows;  // in a step
@@ -127,20 +127,19 @@ class SelectAttention {
   void Attend(const Tile& tile, const Tile& next, const select::Partial& partial) {
     Score(tile.keys, next.keys);
     softmax_.Weigh(tile.count, partial, columns_);
-    ByValues::Add(tile.values, next.values, value_size_, softmax_.words(), rows_,
+    ByValues::Add(tile.values, next.values, value_size_, softmax_.words(), rows_, rows_,
                   partial.attention);
   }
 
   void Score(const char* const* keys, const char* const* ahead) {
     if (in_place_) return ByKeys::Multiply(keys, ahead, queries_, scratch_.scores);
-    const char* packed[kTile];
-    for (int64_t i = 0; i < kTile; ++i) {
-      for (int64_t b = 0; b < head_size_ * kElement; b += kLine) FetchLine(ahead[i] + b);
+    const char* packed[kGranule];
+    for (int64_t i = 0; i < kGranule; ++i) {
       uint32_t* const words = scratch_.keys + i * queries_.row_words;
       Key::PackRow(keys[i], head_size_, words);
       packed[i] = reinterpret_cast<const char*>(words);
     }
-    ByKeys::Multiply(packed, packed, queries_, scratch_.scores);
+    ByKeys::Multiply(packed, ahead, queries_, scratch_.scores);
   }
 
   // The query heads of the panel as words, their scale but for its size folded in.
@@ -189,7 +188,7 @@ class SelectAttention {
   const int64_t value_size_ = plan_.problem.value_size;
   const int64_t columns_ = PaddedWords(value_size_);  // of partials
   Softmax<Type, kValueRows == 2> softmax_;
-  PanelQueries queries_;
+  Queries queries_;
   bool in_place_;  // keys are read where they lie
 };
 

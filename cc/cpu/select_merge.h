@@ -7,8 +7,8 @@
 
 #include "cpu/operands.h"
 #include "cpu/select_kernel.h"
-#include "cpu/select_values.h"
 #include "cpu/simd.h"
+#include "cpu/values.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
@@ -36,20 +36,6 @@ struct MergeScratch {
     size = reinterpret_cast<char*>(next) - static_cast<char*>(memory);
   }
 };
-
-template <int... lane>
-inline void Deinterleave(Float* a, Float* b, std::integer_sequence<int, lane...>) {
-  const Float even = __builtin_shufflevector(*a, *b, (2 * lane)...);
-  *b = __builtin_shufflevector(*a, *b, (2 * lane + 1)...);
-  *a = even;
-}
-
-// Stores `count` of two vectors of columns, rounded once.
-template <class Out>
-inline void StoreColumns(void* target, int64_t count, Float a, Float b) {
-  if constexpr (Out::kInterleaves) Deinterleave(&a, &b, AllLanes{});
-  StoreSome<Out, Out>(target, count, a, b);
-}
 
 // Adds up the partials of all rows relative to the greatest reference.
 inline void AddPartials(const select::Plan& plan, const select::Partial* const* partials,

@@ -5,26 +5,20 @@
 
 #include <cstdint>
 
+#include "cpu/fetch.h"
 #include "cpu/operands.h"
 #include "cpu/select_kernel.h"
-#include "cpu/simd.h"
+#include "cpu/values.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
-
-// Rows in a tile. As many are fetched ahead, and what is fetched must fit into the innermost cache
-// beside what is worked on.
-constexpr int64_t kTile = 16;
-
-// Zeros, as a row of values of any type.
-alignas(64) constexpr char kZeroRow[4 * kMaxValueSize] = {};
 
 // Rows of keys and values, wherever they lie. Past `count` keys repeat the last, for scores that
 // nobody looks at, and values are zeros.
 struct Tile {
   int64_t count;
-  const char* keys[kTile];
-  const char* values[kTile];
+  const char* keys[kGranule];
+  const char* values[kGranule];
 };
 
 // Where rows of the pools lie, for one kv head.
@@ -41,8 +35,8 @@ class Cursor {
   // The next rows, up to a tile; none at the end.
   void Next(const Pools& pools, Tile* tile) {
     int64_t n = 0;
-    while (n < kTile && run_ != end_) {
-      const int64_t first = run_->first + done_, count = Least(run_->count - done_, kTile - n);
+    while (n < kGranule && run_ != end_) {
+      const int64_t first = run_->first + done_, count = Least(run_->count - done_, kGranule - n);
       for (int64_t i = 0; i < count; ++i) {
         tile->keys[n + i] = pools.keys + (first + i) * pools.key_stride;
         tile->values[n + i] = pools.values + (first + i) * pools.value_stride;
@@ -52,7 +46,7 @@ class Cursor {
       if (done_ == run_->count) ++run_, done_ = 0;
     }
     tile->count = n;
-    for (; n > 0 && n < kTile; ++n) {
+    for (; n > 0 && n < kGranule; ++n) {
       tile->keys[n] = tile->keys[n - 1];
       tile->values[n] = kZeroRow;
     }

@@ -1,12 +1,11 @@
-// Products of keys with the queries of a panel, where keys are rows in any order.
+// Products of keys with the queries of a panel, by vectors.
 
-#ifndef JAX_NSA_CPU_SELECT_SCORES_H_
-#define JAX_NSA_CPU_SELECT_SCORES_H_
+#ifndef JAX_NSA_CPU_SCORES_H_
+#define JAX_NSA_CPU_SCORES_H_
 
 #include <cstdint>
 
 #include "cpu/fetch.h"
-#include "cpu/select_tile.h"
 #include "cpu/simd.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
@@ -14,13 +13,15 @@ namespace {
 
 // The queries of a panel: [words / repeat][rows][repeat], so that `repeat` words of each row lie
 // side by side, see Scores::Repeat.
-struct PanelQueries {
+struct Queries {
   const uint32_t* words;
-  int64_t rows;       // a power of two
+  int64_t rows;       // a power of two that divides a vector, or whole vectors
   int64_t row_words;  // of a query, and of a key; a multiple of `repeat`
 };
 
-template <class Products>
+// Type is that of keys in memory. With `chain`, no more products than that are added one after
+// another.
+template <class Type, class Products, int64_t chain = 0>
 class Scores {
  public:
   static constexpr int kElements = Products::kElements;  // in a word
@@ -33,27 +34,61 @@ class Scores {
     return rows > kLanes ? 1 : 2 * kLanes / rows;
   }
 
-  // Writes the products of kTile keys, [key][row], and fetches as many rows `ahead`.
-  static void Multiply(const char* const* keys, const char* const* ahead,
-                       const PanelQueries& queries, float* scores) {
-    const int64_t rows = queries.rows;
-    if (rows <= kMostWhole) {
-      return WithConstant(rows, [&](auto count) {
-        if constexpr (count() <= kMostWhole) Narrow<kLanes, count()>(keys, ahead, queries, scores);
-      });
+  // Writes the products of kGranule keys, [key][row], and fetches as many rows `ahead`.
+  // Where keys have been converted, what is fetched has not.
+  static void Multiply(const char* const* keys, const char* const* ahead, const Queries& queries,
+                       float* scores) {
+    if constexpr (chain == 0) {
+      MultiplySome(keys, ahead, queries, false, scores);
+    } else {
+      // Some words of all keys, then the next; their sums are added up.
+      const int64_t most = chain * Repeat(queries.rows);
+      for (int64_t w = 0; w < queries.row_words; w += most) {
+        const char *some[kGranule], *some_ahead[kGranule];
+        for (int64_t i = 0; i < kGranule; ++i) {
+          some[i] = keys[i] + 4 * w;
+          some_ahead[i] = ahead[i] + kWordBytes * w;
+        }
+        const int64_t left = queries.row_words - w;
+        MultiplySome(some, some_ahead,
+                     {queries.words + w * queries.rows, queries.rows, left < most ? left : most},
+                     w > 0, scores);
+      }
     }
-    if (rows <= kLanes) {
-      return WithConstant(Repeat(rows),
-                          [&](auto repeat) { Narrow<repeat(), 2>(keys, ahead, queries, scores); });
-    }
-    // Powers of two: whole passes of two vectors, or of four where there are as many.
-    if constexpr (kAccumulators >= 16) {
-      if (rows >= 4 * kLanes) return Wide<4>(keys, ahead, queries, scores);
-    }
-    Wide<2>(keys, ahead, queries, scores);
   }
 
  private:
+  static constexpr int kWordBytes = kElements * sizeof(typename Type::Bits);  // in memory
+
+  static void MultiplySome(const char* const* keys, const char* const* ahead,
+                           const Queries& queries, bool add, float* scores) {
+    const int64_t rows = queries.rows;
+    if (rows <= kMostWhole) {
+      return WithConstant(rows, [&](auto count) {
+        if constexpr (count() <= kMostWhole) {
+          Narrow<kLanes, count()>(keys, ahead, queries, add, scores);
+        }
+      });
+    }
+    if (rows <= kLanes) {
+      return WithConstant(Repeat(rows), [&](auto repeat) {
+        Narrow<repeat(), 2>(keys, ahead, queries, add, scores);
+      });
+    }
+    int64_t r = 0;
+    if constexpr (kAccumulators >= 16) {
+      for (; r + 4 * kLanes <= rows; r += 4 * kLanes) {
+        Wide<4>(keys, ahead, queries, r, add, scores);
+      }
+    }
+    for (; r + 2 * kLanes <= rows; r += 2 * kLanes) Wide<2>(keys, ahead, queries, r, add, scores);
+    if (r < rows) Wide<1>(keys, ahead, queries, r, add, scores);
+  }
+
+  static inline void Put(Float sum, bool add, float* target) {
+    Store(target, add ? Load<Float>(target) + sum : sum);
+  }
+
   static constexpr int64_t kMostKeys = 8;  // multiplied at once: their addresses fill registers
   // Rows that meet keys one after the other, at most.
   static constexpr int64_t kMostWhole = kAccumulators / 2 < kLanes ? kAccumulators / 2 : kLanes;
@@ -76,7 +111,7 @@ class Scores {
     for (int p = 0; p < count; ++p) rows[p] = keys[p];
     Float block[count][vectors] = {};
     for (int64_t w = 0; w < row_words; w += repeat) {
-      FetchStep<count, 4 * repeat>(ahead, w / repeat);
+      FetchStep<count, kWordBytes * repeat>(ahead, w / repeat);
       Word query[vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) query[v] = Load<Word>(queries + v * kLanes);
@@ -100,36 +135,34 @@ class Scores {
   // For a panel of few rows, or no wider than a vector: the `repeat` lanes of each row are summed
   // at last.
   template <int repeat, int vectors>
-  static void Narrow(const char* const* keys, const char* const* ahead, const PanelQueries& queries,
-                     float* scores) {
+  static void Narrow(const char* const* keys, const char* const* ahead, const Queries& queries,
+                     bool add, float* scores) {
     constexpr bool kWhole = repeat == kLanes;
     constexpr int kKeys = kWhole ? WholeKeys(vectors) : KeysAtOnce(vectors);
-    Float sums[kTile * vectors];
-    for (int64_t p = 0; p < kTile; p += kKeys) {
+    Float sums[kGranule * vectors];
+    for (int64_t p = 0; p < kGranule; p += kKeys) {
       MultiplyKeys<repeat, vectors, kKeys>(keys + p, ahead + p, queries.words, vectors * kLanes,
                                            queries.row_words, sums + p * vectors);
     }
-    for (int64_t i = 0; i < kTile * vectors; i += repeat) {
-      Store(scores + i / repeat * kLanes, TransposeRuns<repeat>(FoldRuns<repeat>(sums + i)));
+    for (int64_t i = 0; i < kGranule * vectors; i += repeat) {
+      Put(TransposeRuns<repeat>(FoldRuns<repeat>(sums + i)), add, scores + i / repeat * kLanes);
     }
   }
 
-  // For a wider one, `vectors` vectors at a time.
+  // For `vectors` vectors of rows of a wider one, from row r.
   template <int vectors>
-  static void Wide(const char* const* keys, const char* const* ahead, const PanelQueries& queries,
-                   float* scores) {
+  static void Wide(const char* const* keys, const char* const* ahead, const Queries& queries,
+                   int64_t r, bool add, float* scores) {
     constexpr int kKeys = KeysAtOnce(vectors);
-    for (int64_t p = 0; p < kTile; p += kKeys) {
-      for (int64_t r = 0; r < queries.rows; r += vectors * kLanes) {
-        Float sums[kKeys * vectors];
-        MultiplyKeys<1, vectors, kKeys>(keys + p, ahead + p, queries.words + r, queries.rows,
-                                        queries.row_words, sums);
+    for (int64_t p = 0; p < kGranule; p += kKeys) {
+      Float sums[kKeys * vectors];
+      MultiplyKeys<1, vectors, kKeys>(keys + p, ahead + p, queries.words + r, queries.rows,
+                                      queries.row_words, sums);
 #pragma GCC unroll 8
-        for (int i = 0; i < kKeys; ++i) {
+      for (int i = 0; i < kKeys; ++i) {
 #pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) {
-            Store(scores + (p + i) * queries.rows + r + v * kLanes, sums[i * vectors + v]);
-          }
+        for (int v = 0; v < vectors; ++v) {
+          Put(sums[i * vectors + v], add, scores + (p + i) * queries.rows + r + v * kLanes);
         }
       }
     }
@@ -139,4 +172,4 @@ class Scores {
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_CPU_SELECT_SCORES_H_
+#endif  // JAX_NSA_CPU_SCORES_H_

@@ -1,19 +1,21 @@
 // Sums of weighted values, which are read where they lie.
 
-#ifndef JAX_NSA_CPU_SELECT_VALUES_H_
-#define JAX_NSA_CPU_SELECT_VALUES_H_
+#ifndef JAX_NSA_CPU_VALUES_H_
+#define JAX_NSA_CPU_VALUES_H_
 
 #include <cstdint>
 
 #include "cpu/fetch.h"
 #include "cpu/operands.h"
-#include "cpu/select_tile.h"
 #include "cpu/simd.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
 constexpr int64_t kChunk = 2 * kLanes;  // columns that are loaded at once, as two vectors
+
+// Zeros, as a row of values of any type.
+alignas(64) constexpr char kZeroRow[4 * kMaxValueSize] = {};
 
 // How rows of values become words: a step is one row, as floats.
 template <class Type, class Products>
@@ -66,17 +68,32 @@ struct ValueWords<BFloat16, BFloat16Products> {
 };
 #endif
 
-// The weights of some steps, [step][rows], as words; sums of weighted values, [row][columns].
+template <int... lane>
+inline void Deinterleave(Float* a, Float* b, std::integer_sequence<int, lane...>) {
+  const Float even = __builtin_shufflevector(*a, *b, (2 * lane)...);
+  *b = __builtin_shufflevector(*a, *b, (2 * lane + 1)...);
+  *a = even;
+}
+
+// Stores `count` of two vectors of columns, rounded once.
+template <class Out>
+inline void StoreColumns(void* target, int64_t count, Float a, Float b) {
+  if constexpr (Out::kInterleaves) Deinterleave(&a, &b, AllLanes{});
+  StoreSome<Out>(target, count, a, b);
+}
+
+// Adds weighted values to sums, [row][columns].
 template <class Type, class Products>
 class Weigh {
  public:
   using Words = ValueWords<Type, Products>;
 
-  // Adds the weighted values of kTile rows, and fetches as many rows `ahead`.
+  // Adds kGranule values, weighted, and fetches as many rows `ahead`. Of weights, [step][stride],
+  // the first `rows` of each step count.
   static void Add(const char* const* values, const char* const* ahead, int64_t size,
-                  const uint32_t* weights, int64_t rows, float* sums) {
-    const Weigh weigh = {values, ahead, size, weights, rows, sums};
-    WithConstant(Least(rows, kMostRows), [&](auto at_once) {
+                  const uint32_t* weights, int64_t stride, int64_t rows, float* sums) {
+    const Weigh weigh = {values, ahead, size, weights, stride, rows, sums};
+    WithConstant(Least(stride, kMostRows), [&](auto at_once) {
       if constexpr (at_once() <= kMostRows) weigh.template Columns<at_once()>();
     });
   }
@@ -88,11 +105,12 @@ class Weigh {
   static constexpr int64_t ChunksAtOnce(int64_t rows) { return Least(kAccumulators / 2 / rows, 4); }
 
   Weigh(const char* const* values, const char* const* ahead, int64_t size, const uint32_t* weights,
-        int64_t rows, float* sums)
+        int64_t stride, int64_t rows, float* sums)
       : values_(values),
         ahead_(ahead),
         size_(size),
         weights_(weights),
+        stride_(stride),
         rows_(rows),
         columns_(RoundUp(size, kChunk)),
         sums_(sums) {}
@@ -129,7 +147,7 @@ class Weigh {
       }
     }
 #pragma GCC unroll 4
-    for (int64_t s = 0; s < kTile / Words::kRows; ++s) {
+    for (int64_t s = 0; s < kGranule / Words::kRows; ++s) {
       if (fetches) {
 #pragma GCC unroll 4
         for (int64_t i = 0; i < Words::kRows; ++i) {
@@ -145,7 +163,7 @@ class Weigh {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const Word weight = Repeated<1>(weights_ + s * rows_ + r + i);
+        const Word weight = Repeated<1>(weights_ + s * stride_ + r + i);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           block[i][v] = Products::MultiplyAdd(weight, value[v], block[i][v]);
@@ -165,11 +183,11 @@ class Weigh {
   const char* const* const ahead_;
   const int64_t size_;
   const uint32_t* const weights_;
-  const int64_t rows_, columns_;
+  const int64_t stride_, rows_, columns_;
   float* const sums_;
 };
 
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_CPU_SELECT_VALUES_H_
+#endif  // JAX_NSA_CPU_VALUES_H_
