@@ -1,33 +1,31 @@
-// Fetching memory ahead of its use.
+// Fetching memory ahead of its use, by time.
 
 #ifndef JAX_NSA_CPU_AHEAD_H_
 #define JAX_NSA_CPU_AHEAD_H_
 
 #include <cstdint>
 
+#include "cpu/rows.h"
+
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
-
-// Rows of memory, all kv heads of a unit side by side in each.
-struct Rows {
-  const char* first;
-  int64_t stride;  // bytes from one to the next
-  int64_t bytes;   // of each
-  int64_t count;
-};
 
 // Fetches the keys, then the values, of the next tile, and the queries if it is the first of a
 // unit, while the present one is worked on: a straight line through memory, whatever order the
 // heads are read in. The inner loops call Step every few instructions, so that memory is always
 // busy and never stalls them.
-class Ahead {
+class AheadByTime {
  public:
   // To be fetched by `steps` steps.
-  Ahead(const Rows& keys, const Rows& values, const Rows& queries, int64_t steps)
+  AheadByTime(const Rows& keys, const Rows& values, const Rows& queries, int64_t steps)
       : rows_(Join(keys)), later_{Join(values), Join(queries)} {
     const int64_t lines = Lines(rows_) + Lines(later_[0]) + Lines(later_[1]);
     rate_ = lines * kLine / (steps > 0 ? steps : 1) + 1;
   }
+
+  // Memory that is to be fetched with each row: none, as time decides.
+  const char* keys() const { return nullptr; }
+  const char* values() const { return nullptr; }
 
   inline void Step(int64_t steps = 1) {
     for (due_ += steps * rate_; due_ >= 0; due_ -= kBurstLines * kLine) FetchBurst();

@@ -11,7 +11,11 @@
 
 #include <cstdint>
 
-#include "cpu/multiply.h"
+#include "cpu/ahead.h"
+#include "cpu/operands.h"
+#include "cpu/rows.h"
+#include "cpu/scores.h"
+#include "cpu/values.h"
 #if defined(JAX_NSA_EMULATED_AMX)
 #include "emulated_amx_instructions.h"
 #else
@@ -50,30 +54,78 @@ class TileScope {
 
 class AmxTiles {
  public:
-  static constexpr int kElements = 2;
+  using Key = Operands<BFloat16, 2>;
+  using Words = ValueWords<BFloat16, FloatProducts>;  // of sums: even columns, then odd ones
+  using Ahead = AheadByTime;
+  using Scope = TileScope;
+  static constexpr bool kPairs = true;
   static constexpr int64_t kStepGranule = kTileRows;
-  static constexpr int64_t kSteps = kMostSteps;  // loading and storing sums costs more than misses
+  static constexpr int64_t kSteps = kMostSteps;  // weighed at once: fewer loads and stores of sums
 
   static int64_t Repeat(int64_t) { return 1; }
   static int64_t WordGranule(int64_t) { return kTileWords; }
 
-  static int64_t ScoreSteps(const Keys& keys, int64_t padded_rows) {
-    return keys.count / kTileRows * (keys.words / kTileWords) * RowTiles(padded_rows) * kScoreSteps;
+  // In the time that the work on a tile takes.
+  static Ahead FetchAhead(const Rows& keys, const Rows& values, const Rows& queries,
+                          const TileWork& work) {
+    const int64_t vectors = work.positions * work.padded_rows / kLanes;
+    const int64_t block_vectors = work.blocks * RoundUp(work.padded_rows, kLanes) / kLanes;
+    const int64_t value_steps = work.positions / 2;
+    const int64_t scores = work.positions / kTileRows * (work.key_words / kTileWords) *
+                           RowTiles(work.padded_rows) * kScoreSteps;
+    const int64_t weigh = RowTiles(work.rows) * (PaddedWords(work.value_size) / kTileWords) *
+                          (RoundUp(value_steps, kTileRows) / kTileRows) * kWeighSteps;
+    const int64_t steps = scores + vectors + kBlockSteps * block_vectors + vectors / 2 +
+                          value_steps * PackSteps(work.value_size) + weigh;
+    return Ahead(keys, values, queries, work.heads * steps);
   }
 
-  static void Score(const Keys& keys, const Queries& queries, float* scores, Ahead& ahead) {
-    if (queries.padded_rows > kTileWords) return ScoreAll<2, 2>(keys, queries, scores, ahead);
-    if (queries.padded_rows == kTileWords) return ScoreAll<4, 1>(keys, queries, scores, ahead);
+  static constexpr int64_t kAtOnce = kMaxPage;  // positions
+
+  // As Vectors::Score, of any number of keys.
+  static void Score(const HeadRows& keys, const HeadRows&, const Queries& queries, float* scores,
+                    Ahead& ahead) {
+    if (queries.rows > kTileWords) return ScoreAll<2, 2>(keys, queries, scores, ahead);
+    if (queries.rows == kTileWords) return ScoreAll<4, 1>(keys, queries, scores, ahead);
     ScoreAll<2, 1>(keys, queries, scores, ahead);
   }
 
-  static int64_t WeighSteps(int64_t rows, int64_t columns, int64_t steps) {
-    return RowTiles(rows) * (columns / kTileWords) * ((steps + kTileRows - 1) / kTileRows) *
-           kWeighSteps;
+  // As Vectors::Weigh, of any number of values, but for the order of weights: the steps of a tile
+  // lie side by side, [step / kStepGranule][padded row][step % kStepGranule], zeros up to a whole
+  // tile. Sums must hold all padded rows. `packed` has room for kSteps steps of values.
+  static void Weigh(const HeadRows& values, const HeadRows&, int64_t size, const uint32_t* weights,
+                    int64_t padded_rows, int64_t rows, float* sums, uint32_t* packed,
+                    Ahead& ahead) {
+    const int64_t columns = PaddedWords(size), steps = RoundUp(values.count, 2) / 2;
+    for (int64_t s = 0; s < steps; s += kSteps) {
+      const int64_t count = Least(kSteps, steps - s);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t position = 2 * (s + i);
+        const char* const row = values.first + position * values.stride;
+        const char* const next = position + 1 < values.count ? row + values.stride : nullptr;
+        Key::PackStep(row, next, size, packed + i * columns);
+        ahead.Step(PackSteps(size));
+      }
+      const int64_t whole = RoundUp(count, kStepGranule);
+      for (int64_t i = count * columns; i < whole * columns; ++i) packed[i] = 0;
+      WeighAll({weights + s * padded_rows, padded_rows, packed, columns, count}, rows, sums, ahead);
+    }
   }
 
-  // As Vectors::Weigh; sums must hold all padded rows.
-  static void Weigh(const Weighing& weighing, int64_t rows, float* sums, Ahead& ahead) {
+ private:
+  // Weights of some steps, and the values to be weighed, [step][columns].
+  struct Weighing {
+    const uint32_t* weights;
+    int64_t stride;
+    const uint32_t* values;
+    int64_t columns;
+    int64_t steps;
+  };
+
+  // Steps of Ahead, in the time of Operands::PackStep.
+  static int64_t PackSteps(int64_t size) { return PaddedWords(size) / (4 * kLanes) + 1; }
+
+  static void WeighAll(const Weighing& weighing, int64_t rows, float* sums, Ahead& ahead) {
     // All rows meet the same values in turn. There is an even number of tiles of columns.
     int64_t c = 0;
     if (rows <= kTileRows && weighing.stride >= kTileRows) {
@@ -90,7 +142,6 @@ class AmxTiles {
     }
   }
 
- private:
   // Of Ahead, in the time of a product and the loads, stores and transposing that belong to it.
   static constexpr int64_t kScoreSteps = 4, kWeighSteps = 8;
 
@@ -107,7 +158,7 @@ class AmxTiles {
 
   // For `height` tiles of keys and `width` tiles of rows at a time.
   template <int height, int width>
-  static void ScoreAll(const Keys& keys, const Queries& queries, float* scores, Ahead& ahead) {
+  static void ScoreAll(const HeadRows& keys, const Queries& queries, float* scores, Ahead& ahead) {
     int64_t p = 0;
     for (; p + height * kTileRows <= keys.count; p += height * kTileRows) {
       ScoreKeys<height, width>(keys, p, queries, scores, ahead);
@@ -117,21 +168,21 @@ class AmxTiles {
 
   // `height` tiles of keys from position p, which all rows meet in turn.
   template <int height, int width>
-  static void ScoreKeys(const Keys& keys, int64_t p, const Queries& queries, float* scores,
+  static void ScoreKeys(const HeadRows& keys, int64_t p, const Queries& queries, float* scores,
                         Ahead& ahead) {
     int64_t r = 0;
-    for (; r + width * kTileWords <= queries.padded_rows; r += width * kTileWords) {
+    for (; r + width * kTileWords <= queries.rows; r += width * kTileWords) {
       ScoreTiles<height, width>(keys, p, queries, r, scores, ahead);
     }
-    if (r < queries.padded_rows) ScoreTiles<height, 1>(keys, p, queries, r, scores, ahead);
+    if (r < queries.rows) ScoreTiles<height, 1>(keys, p, queries, r, scores, ahead);
   }
 
   template <int height, int width>
-  static void ScoreTiles(const Keys& keys, int64_t p, const Queries& queries, int64_t r,
+  static void ScoreTiles(const HeadRows& keys, int64_t p, const Queries& queries, int64_t r,
                          float* scores, Ahead& ahead) {
-    const int64_t rows = queries.padded_rows;
+    const int64_t rows = queries.rows;
     ForEach<height * width>([](auto i) { ClearTile<kScores[i()]>(); });
-    for (int64_t w = 0; w < keys.words; w += kTileWords) {
+    for (int64_t w = 0; w < queries.row_words; w += kTileWords) {
       ForEach<width>([&](auto j) {
         LoadTile<kQueries[j()]>(queries.words + w * rows + r + j() * kTileWords, 4 * rows);
       });

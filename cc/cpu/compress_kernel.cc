@@ -26,7 +26,8 @@ void ToFloats(const void* source, int64_t stride, int64_t count, float* floats) 
     }
     Float a, b;
     Type::Load(elements, &a, &b);
-    StoreSome<Type, Float32>(floats + i, kColumns, a, b);
+    if constexpr (Type::kInterleaves) Interleave(&a, &b);
+    StoreSome<Float32>(floats + i, kColumns, a, b);
   }
 }
 
@@ -74,7 +75,7 @@ void SumColumns(const char* const* rows, int64_t num_rows, int64_t offset, int64
   if constexpr (Type::kInterleaves) Interleave(&a, &b);
   a += Load<Float>(bias);
   b += Load<Float>(bias + kLanes);
-  StoreSome<Float32, Type>(target + offset, count, a, b);
+  StoreColumns<Type>(target + offset, count, a, b);
 }
 
 template <class Type>

@@ -5,8 +5,8 @@
 
 #include "cpu/attend.h"
 #include "cpu/merge.h"
-#include "cpu/multiply.h"
 #include "cpu/simd.h"
+#include "cpu/vectors.h"
 #if defined(__AMX_BF16__) || defined(JAX_NSA_EMULATED_AMX)
 #define JAX_NSA_TILES
 #include "cpu/amx.h"
@@ -19,57 +19,58 @@ int64_t ScratchSize(const Plan& plan, int64_t heads, int64_t padded_rows) {
   return Scratch(plan, heads, padded_rows, nullptr).size;
 }
 
-template <class Type, class KeysBy, class ValuesBy>
+template <class Type, class Multiplier>
 void Attend(const Plan& plan, const Unit& unit, const Upcoming& upcoming, const Partial* partials,
             void* scratch) {
-  Attention<Type, KeysBy, ValuesBy>(plan, unit, partials, scratch).Run(upcoming);
+  const typename Multiplier::Scope scope(unit.padded_rows);
+  Attention<Type, Multiplier>(plan, unit, partials, scratch).Run(upcoming);
 }
 
-using ByFloats = Vectors<FloatProducts>;
-// Sums of many products hold float32's accuracy if they are added up in parts.
-using ByFloatsInParts = Vectors<FloatProducts, 32>;
+// Who attends by a multiplier, and merges what it leaves.
+struct Functions {
+  void (*attend)(const Plan&, const Unit&, const Upcoming&, const Partial*, void*);
+  void (*merge)(const Plan&, const Unit&, int64_t head, int64_t splits, int64_t pages_per_split,
+                const Partial*, float* importance, float* peak, float* total);
+};
 
-void AttendBFloat16(const Plan& plan, const Unit& unit, const Upcoming& upcoming,
-                    const Partial* partials, void* scratch) {
+template <class Type, class Multiplier>
+Functions By(const Plan& plan) {
+  using Words = typename Multiplier::Words;
+  const bool same_type = plan.problem.attention_dtype == plan.problem.dtype;
+  return {Attend<Type, Multiplier>, same_type ? Merge<Words, Type> : Merge<Words, Float32>};
+}
+
+Functions Find(const Plan& plan) {
+  switch (plan.problem.dtype) {
+    case DataType::kBFloat16:
+      // Weights are rounded for products of pairs; short rows of values would not average that
+      // away.
+      if (plan.problem.value_size < 16) {
+        return By<BFloat16, Vectors<BFloat16, BFloat16Products, FloatProducts>>(plan);
+      }
 #if defined(JAX_NSA_TILES)
-  const TileScope tiles(unit.padded_rows);
-  using Multiplier = AmxTiles;
+      return By<BFloat16, AmxTiles>(plan);
 #else
-  using Multiplier = Vectors<BFloat16Products>;
+      return By<BFloat16, Vectors<BFloat16, BFloat16Products, BFloat16Products>>(plan);
 #endif
-  // Weights are rounded for products of pairs; short rows of values would not average that away.
-  const auto attend = plan.problem.value_size < 16 ? Attend<BFloat16, Multiplier, ByFloats>
-                                                   : Attend<BFloat16, Multiplier, Multiplier>;
-  attend(plan, unit, upcoming, partials, scratch);
+    case DataType::kFloat16:
+      return By<Float16, Vectors<Float16, FloatProducts, FloatProducts>>(plan);
+    case DataType::kFloat32:
+      break;
+  }
+  // Sums of many products hold float32's accuracy if they are added up in parts.
+  return By<Float32, Vectors<Float32, FloatProducts, FloatProducts, 32>>(plan);
 }
 
 void AttendAny(const Plan& plan, const Unit& unit, const Upcoming& upcoming,
                const Partial* partials, void* scratch) {
-  switch (plan.problem.dtype) {
-    case DataType::kBFloat16:
-      return AttendBFloat16(plan, unit, upcoming, partials, scratch);
-    case DataType::kFloat16:
-      return Attend<Float16, ByFloats, ByFloats>(plan, unit, upcoming, partials, scratch);
-    case DataType::kFloat32:
-      return Attend<Float32, ByFloatsInParts, ByFloats>(plan, unit, upcoming, partials, scratch);
-  }
+  Find(plan).attend(plan, unit, upcoming, partials, scratch);
 }
 
 void MergeAny(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
               int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
               float* total) {
-  const auto merge = [&](auto merge_typed) {
-    merge_typed(plan, unit, head, splits, pages_per_split, partials, importance, peak, total);
-  };
-  const bool same_type = plan.problem.attention_dtype == plan.problem.dtype;
-  switch (plan.problem.dtype) {
-    case DataType::kBFloat16:
-      return merge(same_type ? Merge<BFloat16, BFloat16> : Merge<BFloat16, Float32>);
-    case DataType::kFloat16:
-      return merge(same_type ? Merge<Float16, Float16> : Merge<Float16, Float32>);
-    case DataType::kFloat32:
-      return merge(Merge<Float32, Float32>);
-  }
+  Find(plan).merge(plan, unit, head, splits, pages_per_split, partials, importance, peak, total);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "cpu/operands.h"
 #include "cpu/simd.h"
 #include "cpu/tile.h"
+#include "cpu/values.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
@@ -138,8 +139,8 @@ inline void AddBlocks(const Plan& plan, const Unit& unit, int64_t head, int64_t 
   }
 }
 
-// Type is that of the values, whose order the partials have, and Out that of the attention.
-template <class Type, class Out>
+// Words has the order of the columns of partials; Out is the type of the attention.
+template <class Words, class Out>
 void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
            int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
            float* total) {
@@ -181,7 +182,9 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
         a += Load<Float>(source) * partial.total[r];
         b += Load<Float>(source + kLanes) * partial.total[r];
       }
-      StoreSome<Type, Out>(target + c * sizeof(typename Out::Bits), problem.value_size - c, a, b);
+      Words::Order(&a, &b);
+      StoreColumns<Out>(target + c * sizeof(typename Out::Bits),
+                        Least(problem.value_size - c, kChunk), a, b);
     }
   }
 

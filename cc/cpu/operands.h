@@ -30,17 +30,22 @@ inline void LoadSome(const void* source, int64_t count, Float* a, Float* b) {
   Type::Load(elements, a, b);
 }
 
-// Stores the first `count` elements of two vectors in the order of Order::Load.
-template <class Order, class Type>
+// Stores the first `count` elements of two vectors in the order of Type::Load.
+template <class Type>
 inline void StoreSome(void* target, int64_t count, Float a, Float b) {
-  if constexpr (Order::kInterleaves && !Type::kInterleaves) Interleave(&a, &b);
-  if constexpr (!Order::kInterleaves && Type::kInterleaves) Deinterleave(&a, &b);
   if (count >= 2 * kLanes) return Type::Store(target, a, b);
   typename Type::Bits elements[2 * kLanes];
   Type::Store(elements, a, b);
   for (int64_t i = 0; i < count; ++i) {
     static_cast<typename Type::Bits*>(target)[i] = elements[i];
   }
+}
+
+// Stores `count` of two vectors of columns, rounded once.
+template <class Type>
+inline void StoreColumns(void* target, int64_t count, Float a, Float b) {
+  if constexpr (Type::kInterleaves) Deinterleave(&a, &b);
+  StoreSome<Type>(target, count, a, b);
 }
 
 // How rows of elements become words for a multiplier of `elements` elements in a word.
@@ -85,9 +90,6 @@ struct Operands {
       Convert(first, size, words);
     }
   }
-
-  // How many steps of Ahead take the time of PackStep.
-  static constexpr int64_t PackSteps(int64_t size) { return StepWords(size) / (2 * kChunk) + 1; }
 
  private:
   // The even elements of two rows, side by side, then the odd ones.

@@ -9,23 +9,24 @@
 
 #include <cstdint>
 
+#include "cpu/fetch.h"
 #include "cpu/operands.h"
+#include "cpu/scores.h"
 #include "cpu/select_kernel.h"
-#include "cpu/select_scores.h"
 #include "cpu/select_softmax.h"
 #include "cpu/select_tile.h"
-#include "cpu/select_values.h"
 #include "cpu/simd.h"
+#include "cpu/values.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
 // The memory of one unit.
 struct SelectScratch {
-  uint32_t* queries;  // see PanelQueries
+  uint32_t* queries;  // see Queries
   uint32_t* keys;     // [kGranule][words of a row], converted
-  float* scores;      // [kTile][rows], then weights
-  uint32_t* pairs;    // [kTile / 2][rows], weights as words
+  float* scores;      // [kGranule][rows], then weights
+  uint32_t* pairs;    // [kGranule / 2][rows], weights as words
   int64_t size;       // bytes
 
   SelectScratch(const select::Plan& plan, void* memory) {
@@ -38,9 +39,9 @@ struct SelectScratch {
     const int64_t row_words = PaddedWords(plan.problem.head_size);
     queries = reinterpret_cast<uint32_t*>(take(row_words * plan.group));
     keys = reinterpret_cast<uint32_t*>(take(kGranule * row_words));
-    scores = reinterpret_cast<float*>(take(kTile * plan.group));
+    scores = reinterpret_cast<float*>(take(kGranule * plan.group));
     // Pairs of few rows fill a vector, whatever the positions.
-    pairs = reinterpret_cast<uint32_t*>(take(kTile / 2 * plan.group + kLanes));
+    pairs = reinterpret_cast<uint32_t*>(take(kGranule / 2 * plan.group + kLanes));
     size = next - static_cast<char*>(memory);
   }
 };
@@ -55,8 +56,7 @@ class SelectAttention {
         unit_(unit),
         partials_(partials),
         scratch_(plan, memory),
-        softmax_(plan, scratch_.scores, scratch_.pairs),
-        fetch_(head_size_ * kElement, value_size_ * kElement, RowsAhead()) {
+        softmax_(plan, scratch_.scores, scratch_.pairs) {
     const int64_t repeat_bytes = 4 * ByKeys::Repeat(rows_);
     in_place_ = Key::kInPlace && head_size_ * kElement % repeat_bytes == 0;
     queries_ = {scratch_.queries, rows_,
@@ -78,7 +78,7 @@ class SelectAttention {
       const int next_section = walk.section();
       const bool last = next.count == 0;
       if (last) FirstTile(upcoming.take(upcoming.taker), &next);
-      Attend(tile, &next, partials_[section]);
+      Attend(tile, next.count > 0 ? next : tile, partials_[section]);
       if (last || next_section != section) softmax_.End(partials_[section]);
       if (last) return;
       section = next_section;
@@ -87,7 +87,7 @@ class SelectAttention {
   }
 
  private:
-  using ByKeys = Scores<KeyProducts>;
+  using ByKeys = Scores<Type, KeyProducts>;
   using Key = Operands<Type, KeyProducts::kElements>;
   using ByValues = Weigh<Type, ValueProducts>;
   static constexpr int64_t kValueRows = ByValues::Words::kRows;  // in a step
@@ -117,52 +117,29 @@ class SelectAttention {
     int64_t first_ = 0;  // run of the next section
   };
 
-  // How many rows ahead memory is fetched, as measured: the more arithmetic a row takes, the more
-  // of it is there to hide a fetch behind, and the longer what is fetched must keep.
-  int64_t RowsAhead() const { return rows_ >= 2 && rows_ <= 4 ? 12 : 24; }
-
   void FirstTile(const select::Unit* unit, Tile* tile) const {
     tile->count = 0;
     if (unit == nullptr) return;
     Walk(*unit).Next(PoolsOf(*unit), tile);
   }
 
-  void Attend(const Tile& tile, const Tile* next, const select::Partial& partial) {
-    fetch_.Begin(&tile, next);
-    Score(tile);
+  // Attends to the tile and fetches the next.
+  void Attend(const Tile& tile, const Tile& next, const select::Partial& partial) {
+    Score(tile.keys, next.keys);
     softmax_.Weigh(tile.count, partial, columns_);
-    AddValues(tile, partial);
+    ByValues::Add(tile.values, next.values, value_size_, softmax_.words(), rows_, rows_,
+                  partial.attention);
   }
 
-  // Scores of all positions of the tile, and of those up to a multiple of kGranule.
-  void Score(const Tile& tile) {
-    const int64_t steps = ByKeys::Steps(queries_);
-    for (int64_t p = 0; p < tile.count; p += kGranule) {
-      fetch_.Use(Least(p + kGranule, tile.count), steps);
-      float* const scores = scratch_.scores + p * rows_;
-      if (in_place_) {
-        ByKeys::Multiply(tile.keys + p, queries_, scores, fetch_);
-        continue;
-      }
-      const char* keys[kGranule];
-      for (int64_t i = 0; i < kGranule; ++i) {
-        uint32_t* const words = scratch_.keys + i * queries_.row_words;
-        Key::PackRow(tile.keys[p + i], head_size_, words);
-        keys[i] = reinterpret_cast<const char*>(words);
-      }
-      ByKeys::Multiply(keys, queries_, scores, fetch_);
+  void Score(const char* const* keys, const char* const* ahead) {
+    if (in_place_) return ByKeys::Multiply(keys, ahead, queries_, scratch_.scores);
+    const char* packed[kGranule];
+    for (int64_t i = 0; i < kGranule; ++i) {
+      uint32_t* const words = scratch_.keys + i * queries_.row_words;
+      Key::PackRow(keys[i], head_size_, words);
+      packed[i] = reinterpret_cast<const char*>(words);
     }
-  }
-
-  void AddValues(const Tile& tile, const select::Partial& partial) {
-    const uint32_t* const weights = softmax_.words();
-    for (int64_t p = 0; p < tile.count; p += kGranule) {
-      const int64_t positions = Least(kGranule, tile.count - p);
-      const int64_t steps = RoundUp(positions, kValueRows) / kValueRows;
-      fetch_.Use(tile.count + p + positions, ByValues::Steps(value_size_, rows_, steps));
-      ByValues::Add(tile.values + p, value_size_, weights + p / kValueRows * rows_, rows_, steps,
-                    partial.attention, fetch_);
-    }
+    ByKeys::Multiply(packed, ahead, queries_, scratch_.scores);
   }
 
   // The query heads of the panel as words, their scale but for its size folded in.
@@ -211,8 +188,7 @@ class SelectAttention {
   const int64_t value_size_ = plan_.problem.value_size;
   const int64_t columns_ = PaddedWords(value_size_);  // of partials
   Softmax<Type, kValueRows == 2> softmax_;
-  Fetch fetch_;
-  PanelQueries queries_;
+  Queries queries_;
   bool in_place_;  // keys are read where they lie
 };
 

@@ -7,8 +7,8 @@
 
 #include "cpu/operands.h"
 #include "cpu/select_kernel.h"
-#include "cpu/select_values.h"
 #include "cpu/simd.h"
+#include "cpu/values.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
@@ -87,7 +87,7 @@ void MergePartials(const select::Plan& plan, int64_t row, int64_t head,
       Float a = Load<Float>(scratch.sums + r * columns + c) * inverse;
       Float b = Load<Float>(scratch.sums + r * columns + c + kLanes) * inverse;
       Words::Order(&a, &b);
-      StoreSome<Float32, Out>(target + c * kBytes, Least(size - c, kChunk), a, b);
+      StoreColumns<Out>(target + c * kBytes, Least(size - c, kChunk), a, b);
     }
     if (lse == nullptr) continue;
     // Of a sum of powers of two. -inf where nothing was summed.

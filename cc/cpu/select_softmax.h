@@ -13,20 +13,6 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-// Whether any lane of a is greater than that of b.
-inline bool AnyGreater(Float a, Float b) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)(a > b)) != 0;
-#else
-  const Int greater = a > b;
-  int any = 0;
-  for (int lane = 0; lane < kLanes; ++lane) any |= greater[lane];
-  return any != 0;
-#endif
-}
-
 // Weights are powers of two, relative to a reference of each row: its greatest product, or a little
 // less, as what was summed is only rescaled when a product exceeds the reference by much. With
 // `pairs`, weights of two positions are rounded into a word.
@@ -38,7 +24,7 @@ class Softmax {
         words_(words),
         rows_(plan.group),
         scale_(plan.exponent_scale),
-        slack_(kSlack / scale_ < kMostSlack ? kSlack / scale_ : kMostSlack) {}
+        slack_(Slack(scale_)) {}
 
   // Begins a section.
   void Begin(const select::Partial& partial, int64_t columns) {
@@ -52,7 +38,7 @@ class Softmax {
 
   // Turns the scores of a tile of `count` positions into weights, and adds these to the totals.
   void Weigh(int64_t count, const select::Partial& partial, int64_t columns) {
-    const int64_t end = RoundUp(count, kGranule) * rows_;
+    const int64_t end = kGranule * rows_;
     for (int64_t i = count * rows_; i < end; ++i) scores_[i] = -__builtin_inff();
     for (int64_t v = 0; v < stride_; v += kLanes) {
       const Float peak = Peak(v, end);
@@ -78,8 +64,6 @@ class Softmax {
   }
 
  private:
-  // Weights reach up to 2^kSlack: no more than what float32 and bfloat16 do not notice.
-  static constexpr float kSlack = 6, kMostSlack = 1e30f;
   static constexpr int kChains = 4;  // of what is compared one after another
 
   // The greatest score of each lane.
@@ -100,13 +84,7 @@ class Softmax {
   // Makes the peak the reference of rows v and further, and rescales what was summed.
   [[gnu::noinline]] void Raise(int64_t v, Float peak, const select::Partial& partial,
                                int64_t columns) const {
-    // Where a vector holds several positions: the greatest of each row, in all its lanes.
-    for (int64_t turn = rows_; turn < kLanes; turn *= 2) {
-      float twice[2 * kLanes];
-      Store(twice, peak);
-      Store(twice + kLanes, peak);
-      peak = Max(Load<Float>(twice + turn), peak);
-    }
+    peak = GreatestOfRows(peak, rows_);
     const Float old = Load<Float>(partial.reference + v);
     peak = Max(peak, old);
     Store(partial.reference + v, peak);

@@ -74,6 +74,39 @@ inline Float Max(Float a, Float b) { return a > b ? a : b; }
 
 inline Float Set(float value) { return Float{} + value; }
 
+// Whether any lane of a is greater than that of b.
+inline bool AnyGreater(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)(a > b)) != 0;
+#else
+  const Int greater = a > b;
+  int any = 0;
+  for (int lane = 0; lane < kLanes; ++lane) any |= greater[lane];
+  return any != 0;
+#endif
+}
+
+// Where a vector holds several positions of `rows` rows each, a power of two: the greatest of each
+// row, in all its lanes.
+inline Float GreatestOfRows(Float a, int64_t rows) {
+  for (int64_t turn = rows; turn < kLanes; turn *= 2) {
+    float twice[2 * kLanes];
+    Store(twice, a);
+    Store(twice + kLanes, a);
+    a = Max(Load<Float>(twice + turn), a);
+  }
+  return a;
+}
+
+// How much a product may exceed the reference of weights, powers of two of `scale` times products.
+// They reach up to 2^6: no more than what float32 and bfloat16 do not notice.
+inline float Slack(float scale) {
+  const float slack = 6 / scale;
+  return slack < 1e30f ? slack : 1e30f;
+}
+
 // 2^f to 2 ulp, for f in [-1/2, 1/2].
 inline Float Exp2OfFraction(Float f) {
   Float p = Set(0x1.5c08e6p-10f);  // minimax polynomial of relative error 7.5e-8

@@ -1,18 +1,21 @@
 // Sums of weighted values, which are read where they lie.
 
-#ifndef JAX_NSA_CPU_SELECT_VALUES_H_
-#define JAX_NSA_CPU_SELECT_VALUES_H_
+#ifndef JAX_NSA_CPU_VALUES_H_
+#define JAX_NSA_CPU_VALUES_H_
 
 #include <cstdint>
 
+#include "cpu/fetch.h"
 #include "cpu/operands.h"
-#include "cpu/select_tile.h"
 #include "cpu/simd.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
 constexpr int64_t kChunk = 2 * kLanes;  // columns that are loaded at once, as two vectors
+
+// Zeros, as a row of values of any type.
+alignas(64) constexpr char kZeroRow[4 * kMaxValueSize] = {};
 
 // How rows of values become words: a step is one row, as floats.
 template <class Type, class Products>
@@ -65,26 +68,20 @@ struct ValueWords<BFloat16, BFloat16Products> {
 };
 #endif
 
-// The weights of some steps, [step][rows], as words; sums of weighted values, [row][columns].
+// Adds weighted values to sums, [row][columns].
 template <class Type, class Products>
 class Weigh {
  public:
   using Words = ValueWords<Type, Products>;
 
-  // Adds the weighted values of `steps` steps; `values` are their rows.
-  static void Add(const char* const* values, int64_t size, const uint32_t* weights, int64_t rows,
-                  int64_t steps, float* sums, Fetch& fetch) {
-    const Weigh weigh = {values, size, weights, rows, steps, RoundUp(size, kChunk), sums, fetch};
-    WithConstant(Least(rows, kMostRows), [&](auto at_once) {
+  // Adds kGranule values, weighted, and fetches as many rows `ahead`. Of weights, [step][stride],
+  // the first `rows` of each step count.
+  static void Add(const char* const* values, const char* const* ahead, int64_t size,
+                  const uint32_t* weights, int64_t stride, int64_t rows, float* sums) {
+    const Weigh weigh = {values, ahead, size, weights, stride, rows, sums};
+    WithConstant(Least(stride, kMostRows), [&](auto at_once) {
       if constexpr (at_once() <= kMostRows) weigh.template Columns<at_once()>();
     });
-  }
-
-  // How often Add makes a step of Fetch.
-  static constexpr int64_t Steps(int64_t size, int64_t rows, int64_t steps) {
-    const int64_t at_once = rows < kMostRows ? rows : kMostRows;
-    const int64_t chunks = ChunksAtOnce(at_once), all = size / kChunk;
-    return rows / at_once * steps * (all / chunks + all % chunks + (size % kChunk ? 1 : 0));
   }
 
  private:
@@ -93,16 +90,16 @@ class Weigh {
   // Chunks of two vectors that fill the accumulators.
   static constexpr int64_t ChunksAtOnce(int64_t rows) { return Least(kAccumulators / 2 / rows, 4); }
 
-  Weigh(const char* const* values, int64_t size, const uint32_t* weights, int64_t rows,
-        int64_t steps, int64_t columns, float* sums, Fetch& fetch)
+  Weigh(const char* const* values, const char* const* ahead, int64_t size, const uint32_t* weights,
+        int64_t stride, int64_t rows, float* sums)
       : values_(values),
+        ahead_(ahead),
         size_(size),
         weights_(weights),
+        stride_(stride),
         rows_(rows),
-        steps_(steps),
-        columns_(columns),
-        sums_(sums),
-        fetch_(fetch) {}
+        columns_(RoundUp(size, kChunk)),
+        sums_(sums) {}
 
   template <int rows>
   void Columns() const {
@@ -124,6 +121,9 @@ class Weigh {
     constexpr int kVectors = 2 * chunks;
     float* const target = sums_ + r * columns_ + c;
     const int64_t count = size_ - c;
+    constexpr int64_t kElement = sizeof(typename Type::Bits), kBytes = chunks * kChunk * kElement;
+    const int64_t first = c * kElement;
+    const bool fetches = r == 0 && first % kLine == 0;
     Float block[rows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
@@ -132,8 +132,15 @@ class Weigh {
         block[i][v] = Load<Float>(target + i * columns_ + v * kLanes);
       }
     }
-    for (int64_t s = 0; s < steps_; ++s) {
-      fetch_.Step();
+#pragma GCC unroll 4
+    for (int64_t s = 0; s < kGranule / Words::kRows; ++s) {
+      if (fetches) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < Words::kRows; ++i) {
+          const char* const row = ahead_[s * Words::kRows + i] + first;
+          for (int64_t b = 0; b < kBytes; b += kLine) FetchLine(row + b);
+        }
+      }
       Word value[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < chunks; ++v) {
@@ -142,7 +149,7 @@ class Weigh {
       }
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const Word weight = Repeated<1>(weights_ + s * rows_ + r + i);
+        const Word weight = Repeated<1>(weights_ + s * stride_ + r + i);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           block[i][v] = Products::MultiplyAdd(weight, value[v], block[i][v]);
@@ -159,14 +166,14 @@ class Weigh {
   }
 
   const char* const* const values_;
+  const char* const* const ahead_;
   const int64_t size_;
   const uint32_t* const weights_;
-  const int64_t rows_, steps_, columns_;
+  const int64_t stride_, rows_, columns_;
   float* const sums_;
-  Fetch& fetch_;
 };
 
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_CPU_SELECT_VALUES_H_
+#endif  // JAX_NSA_CPU_VALUES_H_
