@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+from jax import version
 from jax._src import core, dispatch  # no public name tells a lowering rule its devices
 from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 Primitive = core.Primitive  # its public home, jax.extend, imports all of Pallas
+# Before, XLA for CPUs converts a whole bfloat16 array, and back, to update a row of it.
+UPDATES_BFLOAT16_IN_PLACE = version.__version_info__ >= (0, 12)
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
 

@@ -27,9 +27,11 @@ import numpy as np
 from jax import lax
 
 from jax_nsa import checks
-from jax_nsa._compat import with_usual_promotion
+from jax_nsa._compat import UPDATES_BFLOAT16_IN_PLACE, with_usual_promotion
+from jax_nsa.blocks import BLOCK_GRANULE
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress.door import nsa_compress_infer
+from jax_nsa.compress.problem import HEAD_SIZE_MAX
 from jax_nsa.compress.window import completed_window, pages_of, window_slots
 from jax_nsa.pages import PageTables
 from jax_nsa.step import PagedKV
@@ -99,8 +101,7 @@ class PagePools:
         """Writes the rows of the tokens that `tables.allocate` brought, and the windows they end.
 
         Nothing else changes. Pools that the program owns, as under `jax.jit(...,
-        donate_argnames=...)` or in the carry of `jax.lax.scan`, are updated in place. (XLA for the
-        CPU copies those of bfloat16 before JAX 0.12.)
+        donate_argnames=...)` or in the carry of `jax.lax.scan`, are updated in place.
 
         Args:
             tables: the tables that `allocate` returned.
@@ -130,12 +131,16 @@ class PagePools:
             raise ValueError(
                 f"key and value must have as many tokens, got {tokens} and {value.shape[1]}"
             )
-        original = _write(self.key, key, tables), _write(self.value, value, tables)
+        options: dict[str, Any] = {"implementation": implementation, "on_fault": on_fault}
+        original = (
+            _write(self.key, key, tables, **options),
+            _write(self.value, value, tables, **options),
+        )
         compressed = self.compressed_key, self.compressed_value
         if weight is not None:
             compress = functools.partial(
-                _compress, tables=tables, original=original, weight=weight, bias=bias,
-                implementation=implementation, on_fault=on_fault,
+                _compress, tables=tables, original=original,
+                options={"weight": weight, "bias": bias, **options},
             )  # fmt: skip
             parts = -(-tokens // tables.compress_stride)
             if parts == 1:
@@ -216,15 +221,42 @@ def _rows_of(tables: PageTables, slots: jax.Array) -> PageTables:
 
 
 @with_usual_promotion
-def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables) -> jax.Array:
+def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any) -> jax.Array:
     """Writes each slot's newest tokens; the pool."""
     token = jnp.arange(rows.shape[1], dtype=jnp.int32)
     position = (tables.lengths - tables.counts)[:, None] + token
     pages = pages_of(tables.original.block_table, position // tables.page_block_size)
-    # Where there is no token, past the end: JAX drops it.
-    pages = jnp.where(token < tables.counts[:, None], pages, len(pool))
+    row = position % tables.page_block_size
+    there = token < tables.counts[:, None]
     new = jnp.asarray(rows).reshape(*rows.shape[:2], *pool.shape[2:])
-    return pool.at[pages, position % tables.page_block_size].set(new, mode="drop")
+    if pool.dtype == jnp.bfloat16 and not UPDATES_BFLOAT16_IN_PLACE:
+        at = jnp.where(there, pages * tables.page_block_size + row, -1)
+        return _write_as_windows(pool, new, at, **options)
+    # What is past the end, JAX drops.
+    return pool.at[jnp.where(there, pages, len(pool)), row].set(new, mode="drop")
+
+
+def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options: Any) -> jax.Array:
+    """Writes rows by the operator that updates in place: as windows of which the last row counts.
+
+    Args:
+        pool: `[pages, page, ...]`.
+        rows: `[n, S, ...]`.
+        at: int32 `[n, S]`, where, rows of pages numbered through; negative: nowhere.
+        **options: implementation and on_fault.
+    """
+    size, count, width = BLOCK_GRANULE, at.size, math.prod(pool.shape[2:])
+    # Flat rows have any heads that are small enough.
+    heads = pool.shape[2] if pool.ndim == 4 else width // math.gcd(width, HEAD_SIZE_MAX)
+    windows = jnp.pad(rows.reshape(count, 1, width), ((0, 0), (size - 1, 0), (0, 0)))
+    weight = np.zeros((size, heads), np.float32)
+    weight[-1] = 1
+    written = nsa_compress_infer(
+        windows, weight, at.reshape(-1), size, size, size,
+        block_table=jnp.arange(count, dtype=jnp.int32)[:, None],
+        actual_seq_len=jnp.full(count, size, jnp.int32), cache=pool, **options,
+    )  # fmt: skip
+    return jnp.asarray(written)
 
 
 @with_usual_promotion
@@ -234,7 +266,7 @@ def _compress(
     *,
     tables: PageTables,
     original: tuple[jax.Array, jax.Array],
-    **options: Any,
+    options: dict[str, Any],
 ) -> tuple[jax.Array, jax.Array]:
     """Writes the windows that tokens `[part * d, (part + 1) * d)` of each slot's newest end."""
     page, stride = tables.page_block_size, tables.compress_stride
@@ -246,8 +278,8 @@ def _compress(
     lengths = tables.lengths - tables.counts + done + counts
     window = completed_window(lengths, counts, **sizes)
     key, value = nsa_compress_infer(
-        original, options.pop("weight"),
-        window_slots(window, tables.compressed.block_table, page_block_size=page),
+        original,
+        slot_mapping=window_slots(window, tables.compressed.block_table, page_block_size=page),
         page_block_size=page, block_table=tables.original.block_table, actual_seq_len=lengths,
         actual_seq_qlen=counts, cache=caches, **sizes, **options,
     )  # fmt: skip

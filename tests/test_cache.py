@@ -258,8 +258,8 @@ def test_decoding_over_it_is_dense_attention(implementation, window, several):
 @pytest.mark.parametrize("tokens", [1, PROMPT])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_owned_pools_are_not_copied(dtype, tokens, scanned):
-    if dtype == "bfloat16" and jax.__version_info__ < (0, 12):
-        pytest.skip("XLA's float normalization for the CPU converts bfloat16 pools before JAX 0.12")
+    if dtype == "bfloat16" and native.unavailable("cpu", "compress") is not None:
+        pytest.skip("before JAX 0.12, XLA's scatter for the CPU converts bfloat16 pools")
     tables, pools = empty(32, 16, dtype, pages=301)
     shape = (SIZES["slots"], tokens, KEY_VALUE_HEADS)
     key, value = jnp.ones((*shape, HEAD_SIZE), dtype), jnp.ones((*shape, VALUE_SIZE), dtype)
@@ -315,19 +315,29 @@ def test_counts_that_only_the_program_knows_change_nothing_where_they_cannot_be(
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_pools_may_be_flat_and_compression_ones_own(flat):
-    tables, pools = empty(32, 16)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pools_may_be_flat_and_compression_ones_own(flat, dtype):
+    tables, pools = empty(32, 16, dtype)
     if flat:
         pools = jax.tree.map(lambda pool: pool.reshape(*pool.shape[:2], -1), pools)
     tables, _ = tables.allocate([40, 0, 0])
-    key, value = (np.ones((3, 40, KEY_VALUE_HEADS, n), np.float32) for n in (8, 4))
+    key, value = (
+        np.random.default_rng(n).normal(size=(3, 40, KEY_VALUE_HEADS, n)).astype(dtype)
+        for n in (HEAD_SIZE, VALUE_SIZE)
+    )
     written = pools.append(tables, key, value, None)
     assert jax.tree.map(jnp.shape, written) == jax.tree.map(jnp.shape, pools)
-    assert written.key.sum() == 40 * KEY_VALUE_HEADS * HEAD_SIZE
-    assert written.compressed_key.sum() == 0
+    for pool, rows in ((written.key, key), (written.value, value)):
+        mine = np.asarray(pool)[np.asarray(tables.original.block_table[0, :3])]
+        np.testing.assert_array_equal(
+            mine.reshape(48, *rows.shape[2:]), np.pad(rows[0], ((0, 8), (0, 0), (0, 0)))
+        )
+        assert np.count_nonzero(pool) == np.count_nonzero(mine)
+    assert not np.any(written.compressed_key)
     bias = (np.full((KEY_VALUE_HEADS, HEAD_SIZE), 2, np.float32), None)
     both = pools.append(tables, key, value, [w * 0 for w in weights(32)], bias)
     assert both.compressed_key.sum() == 2 * KEY_VALUE_HEADS * HEAD_SIZE
+    assert not np.any(both.compressed_value)
 
 
 @pytest.mark.parametrize("slots", [[-1, 1], [-5, 1], [3, 1], [2**31 - 1, 1]])
