@@ -1,6 +1,4 @@
 // Which rows a sequence has, for dense and ragged queries and for operands that hold nonsense.
-//
-// Bazel runs it; by hand: g++ -std=c++17 -Icc tests/cc/problem_test.cc -o /tmp/t && /tmp/t
 
 #include <cstdint>
 #include <limits>

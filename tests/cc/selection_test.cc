@@ -1,6 +1,4 @@
 // Block geometry and order against their definitions, for every legal window.
-//
-// Bazel runs it; by hand: g++ -std=c++17 -Icc tests/cc/selection_test.cc -o /tmp/t && /tmp/t
 
 #include "selection.h"
 
