@@ -190,7 +190,11 @@ class Attention {
       }
     }
     const int64_t positions = RoundUp(tile.count, kGranule);
-    if (next.count == 0) unit = &unit_, next = tile;  // nothing, once more
+    if (next.count == 0) {  // no rows, at addresses that may be fetched all the same
+      unit = &unit_;
+      next = tile;
+      next.count = 0;
+    }
     return Multiplier::FetchAhead(
         {KeyRow(*unit, next, 0), key_stride_, unit->heads * head_size_ * kElement, next.count},
         {ValueRow(*unit, next, 0), value_stride_, unit->heads * value_size_ * kElement, next.count},

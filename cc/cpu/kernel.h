@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "compress_attention.h"
+#include "cpu/alignment.h"
 
 namespace jax_nsa::cpu {
 
@@ -23,7 +24,6 @@ using compress_attention::Problem;
 
 constexpr int64_t kMaxRows = 128;          // of a panel
 constexpr int64_t kPositionGranule = 16;   // page sizes and tiles are multiples of it
-constexpr int64_t kAlignment = 64;         // bytes; of scratch memory and of partials
 constexpr float kNoPeak = -3.4028235e38f;  // no product is below it; finite
 
 // What is the same for all units of a call.

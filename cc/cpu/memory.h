@@ -12,7 +12,7 @@
 #include <mutex>
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "cpu/alignment.h"
 
 namespace jax_nsa::cpu {
 

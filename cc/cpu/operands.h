@@ -70,24 +70,19 @@ struct Operands {
     }
   }
 
-  static constexpr int64_t StepWords(int64_t size) { return RoundUp(size, kChunk); }
-
-  // Writes the StepWords(size) words of a step, in the order of Type::Load: one value row, or two,
-  // of which the second may be null.
+  // Writes the words of a step of values, in the order of Type::Load: two rows in pairs, of which
+  // the second may be null.
   static void PackStep(const char* first, const char* second, int64_t size, uint32_t* words) {
-    if constexpr (kPairs) {
-      int64_t c = 0;
-      for (; second != nullptr && c + kChunk <= size; c += kChunk) {
-        const int64_t offset = c * kElementSize;
-        StorePairs(Load<Word>(first + offset), Load<Word>(second + offset), words + c);
-      }
-      for (; c < size; c += kChunk) {
-        const Word low = LoadPairs(first + c * kElementSize, size - c);
-        const Word high = second ? LoadPairs(second + c * kElementSize, size - c) : Word{};
-        StorePairs(low, high, words + c);
-      }
-    } else {
-      Convert(first, size, words);
+    static_assert(kPairs);
+    int64_t c = 0;
+    for (; second != nullptr && c + kChunk <= size; c += kChunk) {
+      const int64_t offset = c * kElementSize;
+      StorePairs(Load<Word>(first + offset), Load<Word>(second + offset), words + c);
+    }
+    for (; c < size; c += kChunk) {
+      const Word low = LoadPairs(first + c * kElementSize, size - c);
+      const Word high = second ? LoadPairs(second + c * kElementSize, size - c) : Word{};
+      StorePairs(low, high, words + c);
     }
   }
 

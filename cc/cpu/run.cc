@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <functional>
 #include <limits>
 #include <new>
 #include <utility>
+
+#include "cpu/sizes.h"
+#include "cpu/top_blocks.h"
 
 namespace jax_nsa::cpu {
 namespace {
@@ -18,52 +19,12 @@ constexpr int64_t kMinUnitBytes = 1024 << 10;  // work that pays for a merge
 constexpr int64_t kMaxUnitBytes = 4 << 20;
 constexpr int64_t kUnits = 64;  // that a large call should have, for many threads
 
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t RoundUp(int64_t n, int64_t multiple) { return CeilDiv(n, multiple) * multiple; }
-
-int64_t ElementSize(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
-
 // Rows of a panel in memory: a power of two that divides a vector, or whole vectors.
 int64_t PaddedRows(int64_t rows, int64_t lanes) {
   if (rows > lanes) return RoundUp(rows, lanes);
   int64_t padded = 1;
   while (padded < rows) padded *= 2;
   return padded;
-}
-
-// A block as a number that is greater than that of another if it goes before, as selection.h
-// orders them.
-uint64_t Ranked(float importance, int64_t index) {
-  // Floats that are not negative are ordered as the integers of their bits; NaN is below them.
-  uint32_t bits = 0;
-  if (importance >= 0) {
-    std::memcpy(&bits, &importance, sizeof bits);
-    ++bits;
-  }
-  return uint64_t{bits} << 32 | ~static_cast<uint32_t>(index);
-}
-
-// Writes the indices of the most important of `count` blocks, padded with -1.
-void Select(const float* importance, int64_t count, const Problem& problem,
-            std::vector<uint64_t>& heap, int32_t* indices) {
-  const int64_t k = problem.select_count;
-  const auto ranked = [&](int64_t j) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    return Ranked(problem.forced.Has(j, count) ? kInfinity : importance[j], j);
-  };
-  const std::greater<uint64_t> before;
-  heap.clear();
-  for (int64_t j = 0; j < std::min(k, count); ++j) heap.push_back(ranked(j));
-  std::make_heap(heap.begin(), heap.end(), before);
-  for (int64_t j = k; j < count; ++j) {
-    const uint64_t block = ranked(j);
-    if (!before(block, heap.front())) continue;
-    std::pop_heap(heap.begin(), heap.end(), before);
-    heap.back() = block;
-    std::push_heap(heap.begin(), heap.end(), before);
-  }
-  std::sort_heap(heap.begin(), heap.end(), before);
-  for (int64_t n = 0; n < k; ++n) indices[n] = n < count ? static_cast<int32_t>(~heap[n]) : -1;
 }
 
 // Calls the function; false if it ran out of memory.
@@ -89,13 +50,7 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel,
   plan_.num_taps = problem.blocks.num_taps();
   plan_.closing = problem.blocks.aligned ? 1 : 0;
   plan_.max_blocks = problem.max_blocks();
-  // Kernels take the scale's sign, and whether it is zero, into account with the queries. Neither
-  // end may spoil a difference of nothing or of infinity.
-  constexpr float kLog2E = 1.44269504f;
-  using Limits = std::numeric_limits<float>;
-  plan_.exponent_scale = problem.scale == 0 ? 1
-                                            : std::clamp(std::fabs(problem.scale) * kLog2E,
-                                                         Limits::min(), Limits::max());
+  plan_.exponent_scale = ExponentScale(problem.scale);
   for (int64_t o = 0; o < plan_.num_taps; ++o) {
     plan_.weights[o] = static_cast<float>(problem.blocks.Weight(o));
   }
@@ -187,14 +142,14 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
 // Before any position is compressed, all blocks that are not forced are of equal importance.
 void Run::SelectWithoutPositions(int64_t sequence, const SequenceRows& rows) {
   const Problem& problem = plan_.problem;
-  std::vector<uint64_t> heap;
+  std::vector<RankedBlock> heap;
   for (int64_t t = 0; t < rows.count; ++t) {
     const int64_t blocks = NumBlocks(problem, plan_.arrays, sequence, rows.count, t);
     const std::vector<float> importance(blocks, 0.0f);
     for (int64_t head = 0; head < problem.key_value_heads; ++head) {
       const int64_t row = (rows.first + t) * problem.key_value_heads + head;
-      Select(importance.data(), blocks, problem, heap,
-             plan_.arrays.topk_indices + row * problem.select_count);
+      SelectBlocks(importance.data(), blocks, problem, heap,
+                   plan_.arrays.topk_indices + row * problem.select_count);
     }
   }
 }
@@ -376,7 +331,7 @@ void Run::Merge(const Group& group, int64_t h) {
   float* const peak = layout.peaks + h * layout.state;
   float* const total = layout.totals + h * layout.state;
   const int64_t head = unit.first_head + h;
-  std::vector<uint64_t> heap;
+  std::vector<RankedBlock> heap;
   heap.reserve(std::min(problem.select_count, unit.num_blocks));
   std::fill_n(importance, unit.tokens * unit.num_blocks, 0.0f);
   const int64_t rows = unit.tokens * plan_.group;
@@ -403,8 +358,8 @@ void Run::Merge(const Group& group, int64_t h) {
     const int64_t row = (unit.first_row + t) * problem.key_value_heads + head;
     const int64_t blocks =
         NumBlocks(problem, arrays, unit.sequence, unit.count, unit.first_token + t);
-    Select(importance + t * unit.num_blocks, blocks, problem, heap,
-           arrays.topk_indices + row * problem.select_count);
+    SelectBlocks(importance + t * unit.num_blocks, blocks, problem, heap,
+                 arrays.topk_indices + row * problem.select_count);
   }
 }
 

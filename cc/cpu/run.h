@@ -4,17 +4,14 @@
 #define JAX_NSA_CPU_RUN_H_
 
 #include <cstdint>
-#include <functional>
 #include <mutex>
 #include <vector>
 
+#include "cpu/help.h"
 #include "cpu/kernel.h"
 #include "cpu/memory.h"
 
 namespace jax_nsa::cpu {
-
-// Work that reads less is not given to other threads: waking them costs more.
-constexpr int64_t kSerialBytes = 256 << 10;
 
 // How a call is divided. It follows from the call alone, never from the number of threads, and so
 // do the bits of its results.
@@ -32,9 +29,6 @@ class Run {
   int64_t num_units() const { return num_units_; }
   // Bytes of keys and values that the call reads.
   int64_t bytes() const { return bytes_; }
-
-  // Asks so many threads to come, or come back, and work.
-  using CallHelp = std::function<void(int64_t threads)>;
 
   // Works until nothing is left to take. Returns true to the one caller that finishes the last.
   bool Work(const CallHelp& call_help = [](int64_t) {});

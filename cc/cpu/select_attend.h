@@ -33,7 +33,7 @@ struct SelectScratch {
     char* next = static_cast<char*>(memory);
     const auto take = [&](int64_t words) {
       char* const taken = next;
-      next += RoundUp(4 * words, select::kAlignment);
+      next += RoundUp(4 * words, kAlignment);
       return taken;
     };
     const int64_t row_words = PaddedWords(plan.problem.head_size);

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cpu/alignment.h"
 #include "select_attention.h"
 
 namespace jax_nsa::cpu::select {
@@ -21,7 +22,6 @@ using select_attention::Arrays;
 using select_attention::Problem;
 using select_attention::RowFault;
 
-constexpr int64_t kAlignment = 64;         // bytes; of scratch memory and of partials
 constexpr float kNoPeak = -3.4028235e38f;  // no product is below it; finite
 
 // The sections of an item: what only the chosen blocks have, what the window has too, and what only

@@ -25,7 +25,7 @@ struct MergeScratch {
     float* next = static_cast<float*>(memory);
     const auto take = [&](int64_t floats) {
       float* const taken = next;
-      next += RoundUp(floats, select::kAlignment / 4);
+      next += RoundUp(floats, kAlignment / 4);
       return taken;
     };
     const int64_t state = Most(plan.group, kLanes);

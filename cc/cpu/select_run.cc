@@ -1,11 +1,12 @@
 #include "cpu/select_run.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <new>
 #include <utility>
+
+#include "cpu/sizes.h"
 
 namespace jax_nsa::cpu::select {
 namespace {
@@ -14,20 +15,7 @@ namespace {
 constexpr int64_t kUnits = 64;         // that a large call should have, for many threads
 constexpr int64_t kMinUnitRows = 256;  // work that pays for a merge
 
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t RoundUp(int64_t n, int64_t multiple) { return CeilDiv(n, multiple) * multiple; }
 constexpr int64_t Aligned(int64_t bytes) { return RoundUp(bytes, kAlignment); }
-
-int64_t ElementSize(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
-
-// Kernels take the scale's sign, and whether it is zero, into account with the queries. Neither end
-// may spoil a difference of nothing or of infinity.
-float ExponentScale(float scale) {
-  constexpr float kLog2E = 1.44269504f;
-  using Limits = std::numeric_limits<float>;
-  if (scale == 0) return 1;
-  return std::clamp(std::fabs(scale) * kLog2E, Limits::min(), Limits::max());
-}
 
 }  // namespace
 
@@ -274,7 +262,7 @@ class Run::Worker {
   int present_ = 0;
 };
 
-bool Run::Work() {
+bool Run::Work(const CallHelp&) {
   int64_t done = 0;
   Worker worker(this);
   if (!worker.has_memory()) out_of_memory_ = true;

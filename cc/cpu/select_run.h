@@ -6,14 +6,12 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/help.h"
 #include "cpu/memory.h"
 #include "cpu/select_kernel.h"
 #include "cpu/select_rows.h"
 
 namespace jax_nsa::cpu::select {
-
-// Work that reads less is not given to other threads: waking them costs more.
-constexpr int64_t kSerialBytes = 256 << 10;
 
 // How a call is divided follows from the call alone, never from the number of threads, and so do
 // the bits of its results.
@@ -28,8 +26,8 @@ class Run {
   int64_t bytes() const { return bytes_; }
 
   // Works until nothing is left to take. Returns true to the one caller that finishes the last
-  // unit.
-  bool Work();
+  // unit. Needs no more threads than came.
+  bool Work(const CallHelp& = [](int64_t) {});
 
   // Whether memory ran out, to be asked when all is finished; there are no results then.
   bool out_of_memory() const { return out_of_memory_; }

@@ -39,13 +39,15 @@ inline int64_t FirstClosing(const Plan& plan, int64_t position) {
   return (position + plan.closing + stride - 1) / stride - 1;
 }
 
-// The first block that no position up to `end` closes, or for the last tile of a unit, adds to.
+// The end of the blocks that are summed in a tile which ends at position `end`: of those that close
+// before it. The last tile of a unit also sums the blocks that its positions only begin.
 inline int64_t BlocksEnd(const Plan& plan, const Unit& unit, const Partial& partial, int64_t end) {
   return end >= unit.end
              ? partial.last_block
              : Most(partial.first_block, Least(partial.last_block, FirstClosing(plan, end)));
 }
 
+// The first of the blocks that are summed in a tile.
 inline int64_t BlocksBegin(const Plan& plan, const Unit& unit, const Partial& partial,
                            const Tile& tile) {
   return tile.index == 0 ? partial.first_block : BlocksEnd(plan, unit, partial, tile.begin);

@@ -17,7 +17,7 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-// What is read after the present tile. The rows of the tile itself are fetched a granule ahead.
+// What is read after the present tile. Rows are fetched as those a granule before are worked on.
 class AheadByRow {
  public:
   AheadByRow(const Rows& keys, const Rows& values) : keys_(keys.first), values_(values.first) {}
@@ -41,7 +41,7 @@ class Vectors {
   static constexpr bool kPairs = ValueProducts::kElements == 2;  // whether weights are in pairs
   static constexpr int64_t kStepGranule = 1;
 
-  // What must be while it is used.
+  // What the processor must be told while products are made: nothing.
   struct Scope {
     explicit Scope(int64_t) {}
   };
@@ -54,7 +54,7 @@ class Vectors {
     return {keys, values};
   }
 
-  static constexpr int64_t kAtOnce = kGranule;
+  static constexpr int64_t kAtOnce = kGranule;  // positions
 
   // Products of kGranule keys with queries: scores [position][padded rows]. `next` are read next.
   static void Score(const HeadRows& keys, const HeadRows& next, const Queries& queries,

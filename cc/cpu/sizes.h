@@ -1,0 +1,32 @@
+// Arithmetic that schedulers of several operators share.
+
+#ifndef JAX_NSA_CPU_SIZES_H_
+#define JAX_NSA_CPU_SIZES_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "paged.h"
+
+namespace jax_nsa::cpu {
+
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t RoundUp(int64_t n, int64_t multiple) { return CeilDiv(n, multiple) * multiple; }
+
+constexpr int64_t ElementSize(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
+
+// The factor from products of queries and keys to powers of two. Kernels take the scale's sign, and
+// whether it is zero, into account with the queries. Neither end may spoil a difference of nothing
+// or of infinity.
+inline float ExponentScale(float scale) {
+  constexpr float kLog2E = 1.44269504f;
+  using Limits = std::numeric_limits<float>;
+  if (scale == 0) return 1;
+  return std::clamp(std::fabs(scale) * kLog2E, Limits::min(), Limits::max());
+}
+
+}  // namespace jax_nsa::cpu
+
+#endif  // JAX_NSA_CPU_SIZES_H_
