@@ -73,11 +73,16 @@ class Shape:
 
     @property
     def floors(self) -> dict[str, int]:
-        """Bytes of keys and values that each part must read, once for all tokens of a sequence."""
+        """Bytes of keys and values that each part must read.
+
+        Compressed ones and the window once for all tokens of a sequence, blocks for each: tokens
+        with random queries choose blocks of their own.
+        """
         row = self.key_value_heads * (HEAD_SIZE + VALUE_SIZE) * 2
-        chosen = min(self.length, SELECT_BLOCK * SELECT_COUNT) + min(self.length, WINDOW)
+        chosen = self.tokens * min(self.length, SELECT_BLOCK * SELECT_COUNT)
+        window = min(self.length, WINDOW + self.tokens - 1)
         compressed = self.sequences * self.compressed_length * row
-        selected = self.sequences * chosen * row
+        selected = self.sequences * (chosen + window) * row
         return {
             "compressed": compressed,
             "selected + window": selected,

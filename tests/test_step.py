@@ -219,6 +219,14 @@ class TestCpu(StepContract):
 class TestCuda(StepContract):
     implementation = "cuda"
 
+    def test_a_scan_that_keeps_results_calls_each_kernel_once(self):
+        run, (query, *arrays) = step_of(arguments_of(USUAL), "cuda")
+        queries = jnp.stack([query, -query])
+        scan = jax.jit(lambda q: jax.lax.scan(lambda _, q: (None, run(q, *arrays)), None, q))
+        text = scan.lower(queries).compile().as_text()
+        for operator in ("compress_attention", "select_attention"):
+            assert text.count(f'custom_call_target="jax_nsa_{operator}_cuda"') == 1, operator
+
 
 # The contract can fail: each wrong sum turns it red.
 
