@@ -167,11 +167,15 @@ def nsa_decode_step(
         query, selected.key, selected.value, indices, **shared, **of_blocks,
         **original("selected", selected),
     )  # fmt: skip
-    of_window, window_lse = nsa_window_attention_infer(
-        query, window.key, window.value, window_size=window_size, return_lse=True, **shared,
-        **original("window", window),
+    of_window = nsa_window_attention_infer(
+        query, window.key, window.value, window_size=window_size,
+        return_lse=actual_seq_qlen is not None, **shared, **original("window", window),
     )  # fmt: skip
-    return gated.add_branches(gates, attention, of_selected, of_window, window_lse), indices
+    absent = None
+    if isinstance(of_window, tuple):  # only where tokens are counted may a row hold none
+        of_window, window_lse = of_window
+        absent = window_lse == -jnp.inf
+    return gated.add_branches(gates, attention, of_selected, of_window, absent), indices
 
 
 def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:

@@ -223,15 +223,12 @@ class TestCuda(StepContract):
 # The contract can fail: each wrong sum turns it red.
 
 RIGHT = gated.add_branches
-NO_LSE = jnp.float32(0)
 WRONG_SUMS = {
-    "gates in another order": lambda g, c, s, w, lse: RIGHT(g[..., ::-1], c, s, w, lse),
-    "gates of another head": lambda g, c, s, w, lse: RIGHT(jnp.roll(g, 1, -2), c, s, w, lse),
-    "no window": lambda g, c, s, w, lse: RIGHT(g, c, s, 0 * w, lse),
-    "selected for compressed": lambda g, c, s, w, lse: RIGHT(g, s, s, w, lse),
-    "rows without a token by their gates": lambda g, c, s, w, lse: RIGHT(
-        g, c, s, w, jnp.maximum(lse, NO_LSE)
-    ),
+    "gates in another order": lambda g, c, s, w, none: RIGHT(g[..., ::-1], c, s, w, none),
+    "gates of another head": lambda g, c, s, w, none: RIGHT(jnp.roll(g, 1, -2), c, s, w, none),
+    "no window": lambda g, c, s, w, none: RIGHT(g, c, s, 0 * w, none),
+    "selected for compressed": lambda g, c, s, w, none: RIGHT(g, s, s, w, none),
+    "rows without a token by their gates": lambda g, c, s, w, none: RIGHT(g, c, s, w, None),
 }
 
 

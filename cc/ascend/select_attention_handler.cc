@@ -39,6 +39,9 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
   if (call->problem.partial || call->arrays.lse != nullptr || call->arrays.window_lse != nullptr) {
     return ffi::Unexpected(Unimplemented("CANN's kernel gives no log-sum-exp"));
   }
+  if (call->problem.gated) {
+    return ffi::Unexpected(Unimplemented("CANN's kernel gives each branch by itself, not gated"));
+  }
   return call;
 }
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.select_attention.problem import Problem
+from jax_nsa.select_attention.reference import rows_of_query
 
 
 @jax.jit
@@ -25,7 +26,7 @@ def add_branches(
     compressed: jax.Array,
     selected: jax.Array,
     window: jax.Array,
-    window_lse: jax.Array,
+    absent: jax.Array | None,
 ) -> jax.Array:
     """Adds the branches up in float32, and rounds once.
 
@@ -34,8 +35,8 @@ def add_branches(
         compressed: `[..., N, Dv]`, the attention of each branch.
         selected: the same.
         window: the same.
-        window_lse: float32 `[..., N]`; -inf in a row without a position. Such a row holds no token,
-            its attentions are 0, and its gates may be anything.
+        absent: bool, of as many axes as query's rows have and one more; whether a row holds no
+            token. Its attentions are 0, and its gates may be anything. None: all hold one.
 
     Returns:
         `[..., N, Dv]`, the dtype of the attentions.
@@ -45,7 +46,7 @@ def add_branches(
         for branch, attention in enumerate((compressed, selected, window))
     )
     total = jnp.asarray(total, compressed.dtype)
-    return jnp.where(window_lse[..., None] == -jnp.inf, compressed, total)
+    return total if absent is None else jnp.where(absent[..., None], compressed, total)
 
 
 def compose(
@@ -55,9 +56,14 @@ def compose(
     if not problem.gated:
         return apply(operands, problem=problem)
     needed = {n: array for n, array in operands.items() if n not in ("gates", "compressed")}
-    branches = apply(needed, problem=dataclasses.replace(problem, gated=False, return_lse=True))
+    branches = apply(needed, problem=dataclasses.replace(problem, gated=False))
+    absent = None
+    if "token_counts" in operands:
+        # Of a part of a sequence any length is good.
+        rows = rows_of_query(needed, dataclasses.replace(problem, partial=True))
+        absent = rows["absent"].reshape(*operands["query"].shape[:-2], 1)
     attention = add_branches(
         operands["gates"], operands["compressed"], branches["attention"],
-        branches["window_attention"], branches["window_lse"],
+        branches["window_attention"], absent,
     )  # fmt: skip
     return {"attention": attention}

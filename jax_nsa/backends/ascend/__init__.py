@@ -106,13 +106,16 @@ def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
 
     return jax.lax.platform_dependent(
         *operands,
-        cpu=lambda *arrays: run("ascend_host", call, arrays),
+        cpu=lambda *arrays: tuple(
+            call.by_simpler(lambda part, *its: run("ascend_host", part, its), arrays)
+        ),
         default=lambda *arrays: tuple(
-            on_device(call, arrays, lambda inner, operands: run(NAME, inner, operands))
+            on_device(call, arrays, lambda part, its: run(NAME, part, its))
         ),
     )
 
 
 def on_device(call: Call, operands: Sequence[jax.Array], run: Run) -> Sequence[jax.Array]:
     """The call on arrays that are on the NPU; `run` runs one that CANN's operator serves."""
-    return _PARTS[call.operator.target].on_device(call, operands, run)
+    part_of = _PARTS[call.operator.target]
+    return call.by_simpler(lambda part, *its: part_of.on_device(part, its, run), operands)
