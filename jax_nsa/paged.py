@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_nsa import checks
@@ -25,6 +27,24 @@ def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
             f"got shape {integers.shape}"
         )
     return integers
+
+
+def constant_lengths(
+    operands: Mapping[str, jax.Array], lengths: Integers | None
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Lengths that are constants of the program, which a kernel may use, as `bind` takes them.
+
+    Those that the host knows are, under a trace; eagerly, they would make each step's program a new
+    one.
+
+    Args:
+        operands: all of the call.
+        lengths: of its sequences; None: they are not those of the whole call.
+    """
+    traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
+    if not traced or lengths is None or lengths.host is None:
+        return ()
+    return (("lengths", tuple(lengths.host.tolist())),)
 
 
 def counts_of_tokens(

@@ -160,44 +160,36 @@ def nsa_decode_step(
         **of_blocks, **original("selected", selected),
     )  # fmt: skip
     if window is None:
-        of_selected, of_window, _, window_lse = chosen(window_size=window_size, return_lse=True)
+        branches = (attention, *chosen(window_size=window_size))
     else:
-        of_selected = chosen()
-        of_window, window_lse = nsa_window_attention_infer(
-            query, window.key, window.value, window_size=window_size, return_lse=True, **shared,
+        of_window = nsa_window_attention_infer(
+            query, window.key, window.value, window_size=window_size, **shared,
             **original("window", window),
         )  # fmt: skip
-    return _gated_sum(gates, attention, of_selected, of_window, window_lse), indices
+        branches = (attention, chosen(), of_window)
+    return _gated_sum(gates, *branches), indices
 
 
 @jax.jit
 @with_usual_promotion
-def _gated_sum(
-    gates: jax.Array,
-    compressed: jax.Array,
-    selected: jax.Array,
-    window: jax.Array,
-    window_lse: jax.Array,
-) -> jax.Array:
+def _gated_sum(gates: jax.Array, *branches: jax.Array) -> jax.Array:
     """Adds the branches up in float32, and rounds once.
+
+    Where a branch is 0 it adds 0, whatever its gate: so are all branches of a row that holds no
+    token, whose gates may be anything.
 
     Args:
         gates: `[..., N, 3]`, query's dtype or float32.
-        compressed: `[..., N, Dv]`, the attention of each branch.
-        selected: the same.
-        window: the same.
-        window_lse: float32 `[..., N]`; -inf in a row without a position. Such a row holds no token,
-            its attentions are 0, and its gates may be anything.
+        *branches: `[..., N, Dv]`, the attention of each.
 
     Returns:
         `[..., N, Dv]`, the dtype of the attentions.
     """
-    total = sum(
-        gates[..., branch, None].astype(jnp.float32) * attention.astype(jnp.float32)
-        for branch, attention in enumerate((compressed, selected, window))
+    terms = (
+        jnp.where(branch == 0, 0, gates[..., i, None].astype(jnp.float32) * branch)
+        for i, branch in enumerate(branches)
     )
-    total = jnp.asarray(total, compressed.dtype)
-    return jnp.where(window_lse[..., None] == -jnp.inf, compressed, total)
+    return jnp.asarray(sum(terms), branches[0].dtype)
 
 
 def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:

@@ -21,6 +21,15 @@ HOST = {"dtype": "bfloat16", "bias": False}
 DEVICE = HOST | {"page": 64}
 
 
+def vary(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """Makes the contract's usual calls such as a route takes."""
+    for name in ("USUAL", "PAIR", "COUNTED"):
+        geometry = replace(getattr(contract, name), **changes)
+        if name == "PAIR" and len(geometry.head_sizes) == 1:
+            geometry = replace(geometry, head_sizes=(2 * geometry.head_sizes[0], 16))
+        monkeypatch.setattr(contract, name, geometry)
+
+
 class Contract(CompressContract):
     """The contract as far as CANN's kernel has what a test asks for."""
 
@@ -29,11 +38,7 @@ class Contract(CompressContract):
     @pytest.fixture(autouse=True)
     def _usual(self, monkeypatch, standin):
         """Tests vary the usual calls."""
-        for name in ("USUAL", "PAIR", "COUNTED"):
-            geometry = replace(getattr(contract, name), **self.changes)
-            if name == "PAIR" and len(geometry.head_sizes) == 1:
-                geometry = replace(geometry, head_sizes=(2 * geometry.head_sizes[0], 16))
-            monkeypatch.setattr(contract, name, geometry)
+        vary(monkeypatch, self.changes)
 
     def serves(self, arguments: dict[str, Any]) -> bool:
         """Whether the route takes such arguments."""

@@ -230,16 +230,11 @@ def nsa_compress_attention_infer(
         _check_pages(table, integers, page=page, pages=key.shape[0])
     operands, one_token_each = _operands(query, key, value, table, integers, problem, packed)
 
-    # Under a trace, lengths given as host values are constants of the program, which a kernel may
-    # use; eagerly, they would make each step's program a new one.
-    traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
-    lengths = integers["actual_cmp_seq_kvlen"].host
-    constants = []
-    if traced and lengths is not None and context_axis is None:
-        constants.append(("lengths", tuple(lengths.tolist())))
+    whole = None if context_axis is not None else integers["actual_cmp_seq_kvlen"]
     bind = functools.partial(
-        OPERATOR.bind, implementation=names, on_fault=on_fault, constants=constants
-    )
+        OPERATOR.bind, implementation=names, on_fault=on_fault,
+        constants=paged.constant_lengths(operands, whole),
+    )  # fmt: skip
     if context_axis is None:
         results = bind(operands, problem=problem)
     else:

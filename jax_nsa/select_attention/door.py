@@ -295,7 +295,11 @@ def _attend(
             query, counted, sequences=sequences, packed=packed,
             tokens=query.shape[0 if packed else 1],
         )  # fmt: skip
-    bind = functools.partial(OPERATOR.bind, implementation=names, on_fault=on_fault)
+    whole = None if context_axis is not None else kv_lengths
+    bind = functools.partial(
+        OPERATOR.bind, implementation=names, on_fault=on_fault,
+        constants=paged.constant_lengths(operands, whole),
+    )  # fmt: skip
     if context_axis is None:
         results = bind(operands, problem=problem)
     else:

@@ -108,7 +108,7 @@ def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
         *operands,
         cpu=lambda *arrays: run("ascend_host", call, arrays),
         default=lambda *arrays: tuple(
-            on_device(call, arrays, lambda inner, operands: run(NAME, inner, operands))
+            on_device(call, arrays, lambda part, its: run(NAME, part, its))
         ),
     )
 
