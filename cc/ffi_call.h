@@ -1,5 +1,5 @@
 // From an XLA FFI call to named arrays and scalars, checked; and the sentence for each fault of a
-// sequence. Knows no operator: what its arrays are called is passed in.
+// sequence. What an operator's user calls its arrays is passed in.
 
 #ifndef JAX_NSA_FFI_CALL_H_
 #define JAX_NSA_FFI_CALL_H_

@@ -12,7 +12,7 @@ namespace jax_nsa {
 
 enum class DataType { kBFloat16, kFloat16, kFloat32 };
 
-// Limits that kernels build on; jax_nsa/checks.py has them in the user's terms.
+// Limits that kernels build on; jax_nsa/paged.py has them in the user's terms.
 constexpr int64_t kPageGranule = 16;  // rows; page sizes are multiples of it
 constexpr int64_t kMaxPage = 256;     // rows
 constexpr int64_t kMaxGroup = 128;    // query heads for each of key's; groups divide it
@@ -66,9 +66,9 @@ struct SequenceRows {
 // What is wrong with a sequence.
 enum class Fault { kNone, kLength, kTokenCount, kOriginalLength, kPageId };
 
-// Finds the rows of sequence b, clamped to the arrays whatever the operands hold. On a fault other
-// than kNone the owned rows become NaN and -1 where the call does not fail. Page ids are checked
-// where they are read, with IsPage.
+// Finds the rows of sequence b, clamped so that no operand's contents lead outside the arrays. On a
+// fault other than kNone the owned rows become NaN and -1 where the call does not fail. Page ids are
+// checked where they are read, with IsPage.
 JAX_NSA_HOST_DEVICE inline Fault FindRows(const PagedProblem& problem, const PagedArrays& arrays,
                                           int64_t b, SequenceRows* rows) {
   const int64_t count = arrays.token_counts ? arrays.token_counts[b] : problem.tokens;

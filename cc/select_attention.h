@@ -18,7 +18,7 @@ struct Problem : PagedProblem {
   int64_t window_size;        // 0 where there is no window
   bool partial;               // whether other devices hold the positions beyond the capacity
 
-  // Positions below it are this device's, of a sequence of so many tokens.
+  // The end of what this device holds of a sequence of `limit` tokens.
   JAX_NSA_HOST_DEVICE constexpr int64_t End(int64_t limit) const {
     return limit < capacity() ? limit : capacity();
   }
@@ -60,8 +60,8 @@ JAX_NSA_HOST_DEVICE inline const int32_t* ChosenBlocks(const Problem& problem, c
   return arrays.topk_indices + (row * problem.key_value_heads + head) * problem.select_count;
 }
 
-// Whether an entry of topk_indices is one that a sequence of so many tokens may have: none, or a
-// block that it has begun. Where other devices hold positions too, blocks are others' or later.
+// Whether an entry of topk_indices is one that a sequence of so many tokens may have: -1, or a block
+// that it has begun. With `partial` any passes, as it may be another device's block.
 JAX_NSA_HOST_DEVICE inline bool IsBlock(const Problem& problem, int64_t length, int32_t id) {
   return problem.partial || id == -1 || (id >= 0 && id * problem.select_block_size < length);
 }

@@ -141,9 +141,10 @@ def custom_call(
     further = dict(further_results or {})
     results = [r.name for r in call.operator.results(call.problem)]
     aliases = {
-        call.names.index(name): at for at, name in enumerate(results)
-        if name.rsplit("_", 1)[0] in call.operator.aliases
-    }  # fmt: skip
+        call.names.index(name): at
+        for at, name in enumerate(results)
+        if call.operator.is_aliased(name)
+    }
     outcomes = jax.ffi.ffi_call(
         target_name(backend, call.operator.target),
         [*call.results(), *further.values()],

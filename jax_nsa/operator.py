@@ -66,6 +66,9 @@ class Problem(Protocol):
     def scalars(self) -> dict[str, int | float]:
         """What kernels are told, by name."""
 
+    def with_heads(self, key_value_heads: int) -> Problem:
+        """The problem of a part of the heads."""
+
 
 @dataclasses.dataclass(eq=False)
 class Operator:
@@ -93,13 +96,19 @@ class Operator:
     primitive: _compat.Primitive = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
+        if self.target in ALL:
+            raise ValueError(f"there is an operator {self.target} already")
         self.primitive = primitive.of(self)
         ALL[self.target] = self
 
     def operand(self, name: str) -> Array:
         """The description of the operand that a call names."""
         known = {array.name: array for array in self.operands}
-        return (known.get(name) or known[re.sub(r"_\d+$", "", name)]).named(name)
+        return (known.get(name) or known[_kind(name)]).named(name)
+
+    def is_aliased(self, result: str) -> bool:
+        """Whether a result takes over the memory of the operand of its name."""
+        return result in self.aliases or _kind(result) in self.aliases
 
     def bind(
         self,
@@ -133,6 +142,11 @@ class Operator:
             pool_maps=1,
         )
         return dict(zip((r.name for r in self.results(problem)), results, strict=True))
+
+
+def _kind(name: str) -> str:
+    """What `name_0`, `name_1` ... are several of."""
+    return re.sub(r"_\d+$", "", name)
 
 
 # Every operator by its target, in the order of their definition.

@@ -1,7 +1,8 @@
 """The JAX primitive of an operator, made from its record: shapes, derivative, `jax.vmap`, lowering.
 
 Under `jax.vmap` mapped operands fold into the sequences and mapped pools into one pool, so that any
-number of mapped calls is one call.
+number of mapped calls is one call. Where what all sequences share is mapped, such as weights, they
+are as many calls.
 """
 
 from __future__ import annotations

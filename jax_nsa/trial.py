@@ -105,8 +105,8 @@ class Trial:
 
     def compress(self, implementation: str) -> tuple[jax.Array, jax.Array]:
         """The compressed pools with the row that the step completes."""
-        mean = jnp.full((BLOCKS.compress_block_size, KEY_VALUE_HEADS), BLOCKS.compress_block_size)
-        weight = 1 / mean.astype(jnp.float32)
+        size = BLOCKS.compress_block_size  # a power of two: the mean's weights are exact
+        weight = jnp.full((size, KEY_VALUE_HEADS), 1 / size, self.key.dtype)
         key, value = nsa_compress_infer(
             (self.key, self.value), (weight, weight), self.slots, BLOCKS.compress_block_size,
             BLOCKS.compress_stride, PAGE, block_table=self.block_table,

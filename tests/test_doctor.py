@@ -114,6 +114,20 @@ def test_an_implementation_of_some_operators_is_tried_on_these(monkeypatch, caps
     assert "the whole step" not in printed
 
 
+def test_what_an_implementation_refuses_is_no_failure(monkeypatch, capsys):
+    limited = Impostor("limited", "", None)
+    limited.refuses = lambda call, platform: (
+        "two heads are too many" if call.operator.target == "select_attention" else None
+    )
+    monkeypatch.setattr(backends, "ALL", {"limited": limited})
+    monkeypatch.setenv(backends.IMPLEMENTATION_VARIABLE, "limited")
+    assert doctor.main() == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for title in ("selected, window", "the whole step"):
+        told = f'limited {title}: not served: implementation="limited": two heads are too many'
+        assert told in printed
+
+
 @pytest.mark.parametrize(
     ("platform", "driver", "compiled", "says"),
     [

@@ -22,7 +22,7 @@ namespace {
 
 ffi::Error Unimplemented(const std::string& reason) {
   return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                    "nsa_compress_attention on implementation \"ascend\": " + reason);
+                    "nsa_compress_attention_infer on implementation \"ascend\": " + reason);
 }
 
 // Decodes a call and refuses what CANN's kernel does not have, whatever the sequences are.

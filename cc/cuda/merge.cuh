@@ -34,7 +34,7 @@ struct ConsumerState {
   int faulty;
 };
 
-// exp2(a - b), where -inf stands for nothing at all.
+// exp2(a - b); 0 where b is -inf, as where nothing was seen, so that -inf - -inf makes no NaN.
 __device__ inline float Shrink(float a, float b) { return b == -INFINITY ? 0.0f : Exp2(a - b); }
 
 // Where row `row` of the chunk lies in [rows, heads].
@@ -60,8 +60,8 @@ __device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
   }
 }
 
-// Takes down the norm of a row of the merged item, from its greatest score and the sum of its
-// exponentials. A row that sees nothing has a score of -inf and a sum of 0.
+// Stores the norm of a row of the merged item: its greatest score and one over the sum of its
+// exponentials, and the log-sum-exp where it is asked for. A row that sees nothing has a score of -inf and a sum of 0.
 __device__ inline void StoreNorm(const Params& params, const Part& part, int row, float maximum,
                                  float total, RowNorms& norms) {
   norms.maxima[row] = total == 0.0f ? 0.0f : maximum;
@@ -220,7 +220,7 @@ __device__ inline void FillTokens(const Params& params, const Part& part, int fi
       fill(static_cast<uint16_t*>(params.arrays.attention) + at, size,
            static_cast<uint16_t>(faulty ? 0x7fff : 0));
     }
-    // A token that comes before any position may have a block all the same, but not two of them.
+    // With aligned blocks a token before the first compressed position has block 0, and no other.
     const bool holds_token = !faulty && token < part.sequence.count;
     const int num_blocks = holds_token ? part.sequence.NumBlocks(params, token) : 0;
     const int count = static_cast<int>(params.problem.select_count);

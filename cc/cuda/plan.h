@@ -8,13 +8,13 @@
 //            as kMaxRows rows hold, a row being one query head of one token
 //   tile     32 positions of a sequence, of one key/value head
 //   item     one sequence, key/value head and chunk: so many tiles
-//   entry    a place in the list: a tile, or one of some places after an item's tiles that stand
-//            for the time that its end takes
+//   entry    a unit of cost in the list: an item has one for each tile, and after these some for
+//            the time that finishing it takes (ItemEntries)
 //   share    the entries of one thread block
 //   part     the tiles of one item that are in one share. An item of several parts is cut
-//   region   where in the workspace a part of a cut item waits for the others, and where records
-//            lie that shared memory has no room for. A thread block has two: 0 for an item that
-//            began in an earlier share, 1 for any other
+//   region   a place in the workspace for a part's sums until the item's other parts are there,
+//            and for the records that shared memory has no room for. A thread block has two: 0
+//            for an item that began in an earlier share, 1 for any other
 //   record   what a tile leaves behind for the scores of blocks: each row's greatest score so far
 //            and, relative to it, the weighted sums of its exponentials in each slot (block sums)
 //   slot     a block that the tile's positions add to, counted from the first of them
@@ -74,9 +74,9 @@ JAX_NSA_HOST_DEVICE constexpr int RowGroups(int rows) {
 }
 
 // Shares are equal and follow each other in the list, so that a share has parts of two cut items at
-// most, its first and its last. A cut item costs a merge: if the call has `items` items, all
-// equally long, shares end where items do, or items where shares do, provided that enough thread
-// blocks are left at work.
+// most, its first and its last. A cut item costs a merge: if all `items` items are equally long, a
+// share is a whole number of items, or an item a whole number of shares, unless that leaves more
+// than a tenth of the thread blocks idle.
 struct Plan {
   int32_t ctas;              // thread blocks
   int32_t items;             // that the call can have at most
@@ -119,8 +119,9 @@ JAX_NSA_HOST_DEVICE constexpr int RecordFloats(int rows, int slots) {
 }
 constexpr int kRecordGap = 4;
 
-// The records of an item that is in several parts are read in batches, of one token's rows and
-// those beside them that share 16 bytes, of so many tiles at most.
+// The records of an item that is in several parts are read in batches of one token's rows, of so
+// many tiles at most. Copies are of 16 bytes: with fewer than 4 rows, a batch has their neighbours
+// too.
 constexpr int kMaxBatchTiles = 128;
 JAX_NSA_HOST_DEVICE constexpr int BatchRows(int group) { return group > 4 ? group : 4; }
 JAX_NSA_HOST_DEVICE constexpr int BatchTileFloats(int group, int slots) {
@@ -159,7 +160,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   // An equal share of what there can be at most, and never less than kMinShare.
   const int64_t share = total > int64_t{ctas} * kMinShare ? CeilDiv(total, ctas) : kMinShare;
   plan.ctas = static_cast<int32_t>(CeilDiv(total, share));
-  // Somewhat fewer thread blocks keep memory as busy.
+  // Nine tenths of the thread blocks keep memory as busy as all.
   const int64_t items = MaxItems(problem), enough = 9;  // tenths
   plan.items = static_cast<int32_t>(items);
   if (items > plan.ctas) {

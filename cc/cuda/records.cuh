@@ -20,7 +20,7 @@ struct Batch {
   int number;
   int token;       // of the chunk
   int first, end;  // tiles
-  int fetched;     // the first that is there, which may be the last of the batch before
+  int fetched;     // the first tile that is fetched: first - 1 where a block lies in two batches
 };
 
 // The records of one item.

@@ -21,13 +21,13 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   if (call.has_error()) return call.error();
   if (const char* reason = Refuses(call->problem)) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      std::string("nsa_select_attention: the CUDA kernel cannot serve ") + reason);
+                      std::string("nsa_select_attention_infer: the CUDA kernel cannot serve ") + reason);
   }
   const cudaError_t error =
       Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream);
   if (error != cudaSuccess) {
     return ffi::Error(ffi::ErrorCode::kInternal,
-                      std::string("nsa_select_attention: the CUDA kernel cannot start: ") +
+                      std::string("nsa_select_attention_infer: the CUDA kernel cannot start: ") +
                           cudaGetErrorString(error));
   }
   return ffi::Error::Success();

@@ -115,8 +115,7 @@ class FetchedShare {
   const Candidates& candidates_;
 };
 
-// The eight threads of a warp that are equal modulo 4 rank one of every 32 orders together: this
-// one.
+// Which of every 32 orders the eight threads of this one's group rank together.
 __device__ inline int OwnOrder() { return ThreadIndex() / 32 * 4 + ThreadIndex() % 4; }
 
 // How many of `size` orders, at most kRanked, go before the eight threads' own. Orders past the
@@ -183,7 +182,8 @@ __device__ inline void List(const Share& share, uint64_t least, uint64_t* list, 
   share.Visit([&](uint32_t key, int block) {
     const uint64_t order = Order(key, block);
     if (order >= least) {
-      // Of atomicAdd, and of atomicInc up to ~0u, the compiler makes one for the whole warp.
+      // atomicInc with a limit below ~0u is an instruction of each lane; of an atomicAdd the
+      // compiler makes one for the whole warp, and code around it.
       const unsigned i = atomicInc(&scratch.listed, ~0u >> 1);
       if (i < room) list[i] = order;
     }
@@ -319,7 +319,7 @@ __device__ inline uint64_t FindThreshold(const Share& share, int needed, int eno
 template <typename Share>
 __device__ inline void ChooseMany(const Share& share, int needed, uint64_t* spill,
                                   TopkScratch& scratch, int32_t* indices) {
-  // Ranking and sorting take as long for some more than are needed.
+  // Ranking and sorting are padded to these sizes anyway, so some more than needed cost nothing.
   const int enough = needed <= kRanked ? kRanked : 1 << (32 - __clz(needed - 1));
   uint64_t* list = enough <= kSharedChosen ? scratch.list : spill;
   const uint64_t least = FindThreshold(share, needed, enough, scratch);

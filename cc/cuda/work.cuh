@@ -85,8 +85,8 @@ struct Part {
   }
   __device__ int own_region() const { return blockIdx.x * 2 + (begin == 0 ? 1 : 0); }
 
-  // Whether the item has parts in several shares, and whether this is the last of them. (A share
-  // has at most one of these, the first that it has of all.)
+  // Whether the item has parts in several shares, and whether this is the last of them. A share
+  // holds at most one such last part, and begins with it.
   __device__ bool is_cut() const { return parts > 1; }
   __device__ bool is_last() const { return begin > 0 && end == sequence.tiles; }
   // Tiles [PartBegin(part), PartBegin(part + 1)) of the item are in the part.
@@ -142,8 +142,8 @@ __device__ inline void FindShare(const Params& params, Share& share) {
   longest = __reduce_max_sync(~0u, of_warp.y);
   up_to += __reduce_add_sync(~0u, lane < warp ? of_warp.x : 0);
 
-  // As many items as there can be, all as long as the longest. (Comparing with any other one's
-  // length won't do: lengths of 2, 1 and 3 add up to three times 2.)
+  // Only if there are plan.items items, all as long as the longest, do they add up to so many
+  // tiles. (With the first one's length it would not follow: 2 + 1 + 3 is three times 2.)
   const Plan& plan = params.plan;
   const bool uniform = int64_t{plan.items} * longest == total;
   int entries, item_entries = 0;
@@ -154,7 +154,7 @@ __device__ inline void FindShare(const Params& params, Share& share) {
     const int shares = max(1, min(plan.shares_per_item, tiles / kMinShare));
     entries = Quotient(tiles + shares - 1, shares);
     item_entries = shares * entries;
-    // Each thread's entries grow alike.
+    // Every item now has item_entries entries: sums over items grow in proportion.
     total = item_entries * plan.items;
     own = Quotient(own, longest) * item_entries;
     up_to = Quotient(up_to, longest) * item_entries;

@@ -162,10 +162,9 @@ def choose(platform: str, names: Sequence[str] | None, call: Call) -> Backend:
 
 def identity(backend: Backend, call: Call) -> str:
     """All that decides the results of a call, in words: equal where the results are."""
-    decisive = dataclasses.replace(call, operands=())
     shapes = [f"{a.dtype.name}{list(a.shape)}" for a in call.operands]
     return (
         f"jax_nsa {native.RELEASE}: {call.operator.name} by {backend.NAME} "
-        f"{dict(backend.configuration(call))} of {decisive.names} {shapes}: {call.problem}, "
+        f"{dict(backend.configuration(call))} of {call.names} {shapes}: {call.problem}, "
         f"on_fault={call.on_fault}, maps={call.maps}, pool_maps={call.pool_maps}"
     )

@@ -108,11 +108,11 @@ def nsa_compress_infer(
         actual_seq_qlen: integers `[B]`, this step's tokens `q_b <= d` of each sequence; None: one
             each.
         implementation: None takes the best available for the platform that the program is
-            compiled for; a name or a sequence of names ("reference", "cpu", "cuda") forces one or
-            orders them.
+            compiled for; a name or a sequence of names ("reference", "cpu", "cuda", "ascend")
+            forces one or orders them.
         on_fault: what an implementation on the host does about a bad value that only the running
-            program knows: "fail" the call, or write "nan" nowhere: drop that window; None fails it
-            in a program of one device and drops the window in one of several.
+            program knows: "fail" the call, or, with "nan", write nothing of that window; None fails
+            the call in a program of one device and drops the window in one of several.
 
     Returns:
         The cache with the windows written, in its shape and dtype, `[R, N, D]` say; a tuple of two

@@ -91,8 +91,9 @@ def nsa_select_attention_infer(
     window is the positions `[max(0, limit - window_size), limit)`, the current token included.
 
     It is pure: it works eagerly, under `jax.jit`, `jax.vmap` and in control flow. Lists, tuples and
-    NumPy arrays of integers are checked before anything runs; values in JAX arrays are never waited
-    for, and take effect by the run-time rules below.
+    NumPy arrays of integers are checked before anything runs, the block table as far as the host
+    knows which pages are read; values in JAX arrays are never waited for, and take effect by the
+    run-time rules below.
 
     Args:
         query: bfloat16, float16 or float32 `[B, S, N, D]` with layout "BSND", `[B, S, N * D]` with
