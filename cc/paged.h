@@ -67,8 +67,8 @@ struct SequenceRows {
 enum class Fault { kNone, kLength, kTokenCount, kOriginalLength, kPageId };
 
 // Finds the rows of sequence b, clamped so that no operand's contents lead outside the arrays. On a
-// fault other than kNone the owned rows become NaN and -1 where the call does not fail. Page ids are
-// checked where they are read, with IsPage.
+// fault other than kNone the owned rows become NaN and -1 where the call does not fail. Page ids
+// are checked where they are read, with IsPage.
 JAX_NSA_HOST_DEVICE inline Fault FindRows(const PagedProblem& problem, const PagedArrays& arrays,
                                           int64_t b, SequenceRows* rows) {
   const int64_t count = arrays.token_counts ? arrays.token_counts[b] : problem.tokens;

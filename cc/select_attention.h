@@ -60,8 +60,8 @@ JAX_NSA_HOST_DEVICE inline const int32_t* ChosenBlocks(const Problem& problem, c
   return arrays.topk_indices + (row * problem.key_value_heads + head) * problem.select_count;
 }
 
-// Whether an entry of topk_indices is one that a sequence of so many tokens may have: -1, or a block
-// that it has begun. With `partial` any passes, as it may be another device's block.
+// Whether an entry of topk_indices is one that a sequence of so many tokens may have: -1, or a
+// block that it has begun. With `partial` any passes, as it may be another device's block.
 JAX_NSA_HOST_DEVICE inline bool IsBlock(const Problem& problem, int64_t length, int32_t id) {
   return problem.partial || id == -1 || (id >= 0 && id * problem.select_block_size < length);
 }

@@ -61,7 +61,8 @@ __device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
 }
 
 // Stores the norm of a row of the merged item: its greatest score and one over the sum of its
-// exponentials, and the log-sum-exp where it is asked for. A row that sees nothing has a score of -inf and a sum of 0.
+// exponentials, and the log-sum-exp where it is asked for. A row that sees nothing has a score of
+// -inf and a sum of 0.
 __device__ inline void StoreNorm(const Params& params, const Part& part, int row, float maximum,
                                  float total, RowNorms& norms) {
   norms.maxima[row] = total == 0.0f ? 0.0f : maximum;

@@ -20,8 +20,9 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   ffi::ErrorOr<select_attention::Call> call = select_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call.error();
   if (const char* reason = Refuses(call->problem)) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      std::string("nsa_select_attention_infer: the CUDA kernel cannot serve ") + reason);
+    return ffi::Error(
+        ffi::ErrorCode::kInvalidArgument,
+        std::string("nsa_select_attention_infer: the CUDA kernel cannot serve ") + reason);
   }
   const cudaError_t error =
       Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream);
