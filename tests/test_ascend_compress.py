@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from ascend.device_route import DeviceRoute
-from compress import contract
-from compress.contract import CompressContract, listed
+from compress import contract, faults, transformations
+from compress.calls import COUNTED, PAIR, USUAL, listed
+from compress.contract import CompressContract
 from compress.problems import CACHES, Geometry, build, geometries
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -23,11 +24,12 @@ DEVICE = HOST | {"page": 64}
 
 def vary(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     """Makes the contract's usual calls such as a route takes."""
-    for name in ("USUAL", "PAIR", "COUNTED"):
-        geometry = replace(getattr(contract, name), **changes)
+    for name, usual in (("USUAL", USUAL), ("PAIR", PAIR), ("COUNTED", COUNTED)):
+        geometry = replace(usual, **changes)
         if name == "PAIR" and len(geometry.head_sizes) == 1:
             geometry = replace(geometry, head_sizes=(2 * geometry.head_sizes[0], 16))
-        monkeypatch.setattr(contract, name, geometry)
+        for module in (contract, faults, transformations):
+            monkeypatch.setattr(module, name, geometry, raising=False)
 
 
 class Contract(CompressContract):
@@ -115,7 +117,7 @@ class TestDeviceRoute(Contract):
         self.check(replace(Geometry(), **DEVICE, head_sizes=(32, 16), cache=cache, lengths=lengths))
 
     def test_faults(self):
-        arguments = build(replace(contract.COUNTED, head_sizes=(16, 32)))
+        arguments = build(replace(faults.COUNTED, head_sizes=(16, 32)))
         for name, index, value, message in [
             ("actual_seq_len", 2, -1, "actual_seq_len[2] must be in [0, 192]"),
             ("actual_seq_qlen", 2, 17, "actual_seq_qlen[2] must be in [0, 16]"),

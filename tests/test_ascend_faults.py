@@ -170,11 +170,13 @@ def variants(standin_libraries, tmp_path_factory):
         "half": directory("half", "libascendcl.so"),
         "no operators": directory("no_operators", *runtime),
         "old": directory("old", *runtime),
+        "partial": directory("partial", *runtime),
         "custom": directory("custom", *runtime, "libopapi.so"),
         "split": directory("split", *runtime),
         "home": directory("home"),
     }
     build_operators(variants["old"], "libopapi.so", ())
+    build_operators(variants["partial"], "libopapi.so", ("compress_attention",))
     build_operators(variants["custom"], "libcust_opapi.so", OPERATORS)
     build_operators(variants["split"], "libopapi.so", ())
     build_operators(variants["split"], "libopapi_math.so", ())
@@ -217,6 +219,18 @@ class TestLoading:
         assert result.returncode == 0, result.stderr
         for sentence in sentences:
             assert sentence in result.stdout
+
+    def test_one_operator_alone(self, standin, variants):
+        """A CANN that lacks the others serves it."""
+        script = """
+            for target in ("compress_attention", "select_attention", "compress"):
+                print(native.module().ascend_unavailable(target))
+            """
+        result = run_alone(standin, script, JAX_NSA_CANN_LIBRARY_PATH=variants["partial"])
+        there, *absent = result.stdout.splitlines()
+        assert there == "None", result.stderr
+        assert "has no function aclnnNsaSelectedAttentionInfer" in absent[0]
+        assert "has no function aclnnNsaCompressWithCache" in absent[1]
 
     def test_no_cann_at_all(self, standin):
         result = run_alone(standin, self.QUESTION)
