@@ -13,18 +13,14 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-// Weights are powers of two, relative to a reference of each row: its greatest product, or a little
-// less, as what was summed is only rescaled when a product exceeds the reference by much. With
-// `pairs`, weights of two positions are rounded into a word.
+// Weights are powers of two, relative to each row's greatest product so far, its reference. That
+// one's own weight is 1, which rounding leaves alone: where one position has nearly all the weight,
+// so is its share. With `pairs`, weights of two positions are rounded into a word.
 template <class Type, bool pairs>
 class Softmax {
  public:
   Softmax(const select::Plan& plan, float* scores, uint32_t* words)
-      : scores_(scores),
-        words_(words),
-        rows_(plan.group),
-        scale_(plan.exponent_scale),
-        slack_(Slack(scale_)) {}
+      : scores_(scores), words_(words), rows_(plan.group), scale_(plan.exponent_scale) {}
 
   // Begins a section.
   void Begin(const select::Partial& partial, int64_t columns) {
@@ -43,7 +39,7 @@ class Softmax {
     for (int64_t v = 0; v < stride_; v += kLanes) {
       const Float peak = Peak(v, end);
       const Float reference = Load<Float>(partial.reference + v);
-      if (begun_ || AnyGreater(peak, reference + slack_)) Raise(v, peak, partial, columns);
+      if (begun_ || AnyGreater(peak, reference)) Raise(v, peak, partial, columns);
       WithConstant(Least(rows_, kLanes), [&](auto rows) { WeighRows<rows()>(v, end, partial); });
     }
     begun_ = false;
@@ -93,6 +89,7 @@ class Softmax {
     Store(factors, Exp2((old - peak) * scale_));
     Store(partial.total + v, Load<Float>(partial.total + v) * Load<Float>(factors));
     for (int64_t r = 0; r < Least(rows_, kLanes); ++r) {
+      if (factors[r] == 1.0f) continue;
       float* const row = partial.attention + (v + r) * columns;
       for (int64_t c = 0; c < columns; c += kLanes) {
         Store(row + c, Load<Float>(row + c) * factors[r]);
@@ -132,7 +129,7 @@ class Softmax {
   uint32_t* const words_;
   const int64_t rows_;
   const int64_t stride_ = Most(rows_, kLanes);  // from one vector of a row to the next
-  const float scale_, slack_;
+  const float scale_;
   bool begun_ = false;  // the section has no tile yet
 };
 

@@ -100,13 +100,6 @@ inline Float GreatestOfRows(Float a, int64_t rows) {
   return a;
 }
 
-// How much a product may exceed the reference of weights, powers of two of `scale` times products.
-// They reach up to 2^6: no more than what float32 and bfloat16 do not notice.
-inline float Slack(float scale) {
-  const float slack = 6 / scale;
-  return slack < 1e30f ? slack : 1e30f;
-}
-
 // 2^f to 2 ulp, for f in [-1/2, 1/2].
 inline Float Exp2OfFraction(Float f) {
   Float p = Set(0x1.5c08e6p-10f);  // minimax polynomial of relative error 7.5e-8

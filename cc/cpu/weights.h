@@ -30,9 +30,9 @@ struct WeightsMemory {
   uint32_t* pairs;  // [steps of a tile][padded rows], weights as words
 };
 
-// The weights of the heads of a unit, tile by tile. They are powers of two relative to a reference
-// of each row: its greatest product so far, or a little less, as what was summed is only rescaled
-// when a product exceeds the reference by much.
+// The weights of the heads of a unit, tile by tile: powers of two, relative to each row's greatest
+// product so far. That one's own weight is 1, which rounding leaves alone: where one position has
+// nearly all the weight, so is its share.
 template <class Type, class Multiplier>
 class Weights {
  public:
@@ -96,13 +96,13 @@ class Weights {
         peaks[chain] = Max(Load<Float>(weights_ + i), peaks[chain]);
       });
       const Float peak = Max(Max(peaks[0], peaks[1]), Max(peaks[2], peaks[3]));
-      if (tile.index == 0 || AnyGreater(peak, Load<Float>(partial.peak + v) + slack_)) {
+      if (tile.index == 0 || AnyGreater(peak, Load<Float>(partial.peak + v))) {
         Raise(tile, h, v, peak, partial);
       }
-      const Float reference = Load<Float>(partial.peak + v);
+      const Float greatest = Load<Float>(partial.peak + v);
       ForVectors(v, end, stride, [&](int64_t i, int chain) {
         // The difference first: however large products are, that of the greatest is 0.
-        const Float weight = Exp2((Load<Float>(weights_ + i) - reference) * scale_);
+        const Float weight = Exp2((Load<Float>(weights_ + i) - greatest) * scale_);
         Store(weights_ + i, weight);
         totals[chain] += weight;
         if (chain == 0) ahead.Step(kChains);  // one for each, in fewer calls
@@ -136,7 +136,7 @@ class Weights {
     }
   }
 
-  // Makes the peak the reference of rows v and further, and rescales what was summed.
+  // Takes in the peak of rows v and further, and rescales what was summed.
   [[gnu::noinline]] void Raise(const Tile& tile, int64_t h, int64_t v, Float peak,
                                const Partial& partial) const {
     peak = GreatestOfRows(peak, padded_rows_);
@@ -150,6 +150,7 @@ class Weights {
     float* const history = History(h);
     for (int64_t r = v; r < Least(v + kLanes, padded_rows_); ++r) {
       const float factor = factors[r - v];
+      if (factor == 1.0f) continue;
       float* const row = partial.attention + r * columns_;
       for (int64_t c = 0; c < columns_; c += kLanes) Store(row + c, Load<Float>(row + c) * factor);
       for (int64_t i = r; i < history_size_; i += padded_rows_) history[i] *= factor;
@@ -243,7 +244,6 @@ class Weights {
   const int64_t columns_ = PaddedWords(plan_.problem.value_size);  // of partials
   const int64_t history_size_ = plan_.num_taps * padded_rows_;     // floats of a head
   const float scale_ = plan_.exponent_scale;
-  const float slack_ = Slack(scale_);
 };
 
 }  // namespace
