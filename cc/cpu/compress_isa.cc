@@ -31,12 +31,11 @@ Kernel FindKernel(std::string_view name) {
 #if defined(__x86_64__)
   if (isa == "sse2") return sse2::kCompressKernel;
   if (isa == "avx2") return avx2::kCompressKernel;
-  return avx512::kCompressKernel;
+  if (isa == "avx512" || isa == "amx") return avx512::kCompressKernel;
 #elif defined(__aarch64__)
-  return neon::kCompressKernel;
-#else
-  return nullptr;
+  if (isa == "neon") return neon::kCompressKernel;
 #endif
+  return nullptr;
 }
 
 }  // namespace compress

@@ -31,12 +31,11 @@ const Kernel* FindKernel(std::string_view name) {
 #if defined(__x86_64__)
   if (isa == "sse2") return &sse2::kSelectKernel;
   if (isa == "avx2") return &avx2::kSelectKernel;
-  return &avx512::kSelectKernel;
+  if (isa == "avx512" || isa == "amx") return &avx512::kSelectKernel;
 #elif defined(__aarch64__)
-  return &neon::kSelectKernel;
-#else
-  return nullptr;
+  if (isa == "neon") return &neon::kSelectKernel;
 #endif
+  return nullptr;
 }
 
 }  // namespace select
