@@ -97,7 +97,8 @@ def _advice(platform: str) -> list[str]:
     if platform == "cuda" and "cuda" not in compiled:
         advice.append(
             "This JAX has a GPU, and the installed jax_nsa was compiled without CUDA kernels: "
-            "reinstall it with nvcc on the PATH."
+            "reinstall it with nvcc on the PATH, or with NVIDIA's compiler from PyPI: "
+            "`JAX_NSA_CUDA_COMPILER=pypi pip install --force-reinstall --no-deps .`"
         )
     if platform == "cpu" and os.path.exists(NVIDIA_DRIVER):
         advice.append(
