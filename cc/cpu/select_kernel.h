@@ -57,6 +57,7 @@ struct Partial {
   float* attention;  // [group, padded value size], weighted values, in the order of the kernel
   float* reference;  // [at least a vector of group] the product whose weight is 1
   float* total;      // [the same] sum of the weights
+  float* rounded;    // [the same] of the weights as values met them
 };
 
 // One implementation of the work.

@@ -18,6 +18,7 @@ struct MergeScratch {
   float* sums;       // [rows, padded value size]
   float* reference;  // [at least a vector of rows], the greatest
   float* total;      // the same
+  float* rounded;    // the same
   float* factors;    // the same
   int64_t size;      // bytes
 
@@ -32,6 +33,7 @@ struct MergeScratch {
     sums = take(plan.group * PaddedWords(plan.problem.value_size));
     reference = take(state);
     total = take(state);
+    rounded = take(state);
     factors = take(state);
     size = reinterpret_cast<char*>(next) - static_cast<char*>(memory);
   }
@@ -49,6 +51,7 @@ inline void AddPartials(const select::Plan& plan, const select::Partial* const* 
     }
     Store(scratch.reference + v, reference);
     Store(scratch.total + v, Float{});
+    Store(scratch.rounded + v, Float{});
   }
   for (int64_t n = 0; n < count; ++n) {
     const select::Partial& partial = *partials[n];
@@ -58,6 +61,8 @@ inline void AddPartials(const select::Plan& plan, const select::Partial* const* 
       const Float total = Load<Float>(partial.total + v);
       Store(scratch.factors + v, factor);
       Store(scratch.total + v, Load<Float>(scratch.total + v) + total * factor);
+      const Float rounded = Load<Float>(partial.rounded + v);
+      Store(scratch.rounded + v, Load<Float>(scratch.rounded + v) + rounded * factor);
     }
     for (int64_t r = 0; r < rows; ++r) {
       const float factor = scratch.factors[r];
@@ -80,8 +85,8 @@ void MergePartials(const select::Plan& plan, int64_t row, int64_t head,
   const int64_t first = row * plan.problem.heads + head * rows;
   constexpr int64_t kBytes = sizeof(typename Out::Bits);
   for (int64_t r = 0; r < rows; ++r) {
-    const float total = scratch.total[r];
-    const float inverse = total == 0 ? 0 : 1 / total;  // 0 where there is no position
+    const float total = scratch.total[r], rounded = scratch.rounded[r];
+    const float inverse = rounded == 0 ? 0 : 1 / rounded;  // 0 where there is no position
     char* const target = static_cast<char*>(attention) + (first + r) * size * kBytes;
     for (int64_t c = 0; c < size; c += kChunk) {
       Float a = Load<Float>(scratch.sums + r * columns + c) * inverse;

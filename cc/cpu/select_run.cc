@@ -34,7 +34,7 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
   scratch_size_ = Aligned(kernel.scratch_size(plan_));
   const int64_t state = std::max(plan_.group, kernel.lanes);
   const int64_t columns = RoundUp(problem.value_size, 2 * kernel.lanes);
-  partial_size_ = Aligned(4 * plan_.group * columns) + 2 * Aligned(4 * state);
+  partial_size_ = Aligned(4 * plan_.group * columns) + 3 * Aligned(4 * state);
   if (units_per_item_ > 1) Share();
 }
 
@@ -75,7 +75,8 @@ Partial Run::PartialAt(char* partials, int64_t number) const {
   const int64_t state = Aligned(4 * std::max(plan_.group, kernel_.lanes));
   char* const end = partials + (number + 1) * partial_size_;
   const auto floats = [](char* memory) { return reinterpret_cast<float*>(memory); };
-  return {floats(partials + number * partial_size_), floats(end - 2 * state), floats(end - state)};
+  return {floats(partials + number * partial_size_), floats(end - 3 * state),
+          floats(end - 2 * state), floats(end - state)};
 }
 
 // The tokens of a sequence follow each other for each kv head: they read much the same rows.

@@ -13,14 +13,19 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-// Weights are powers of two, relative to each row's greatest product so far, its reference. That
-// one's own weight is 1, which rounding leaves alone: where one position has nearly all the weight,
-// so is its share. With `pairs`, weights of two positions are rounded into a word.
+// Weights are powers of two, relative to a reference of each row: its greatest product, or a little
+// less, as what was summed is only rescaled when a product exceeds the reference by much. With
+// `pairs`, weights of two positions are rounded into a word. Means divide by the sum of what was
+// rounded: where one position has nearly all the weight, rounding it must not move the mean.
 template <class Type, bool pairs>
 class Softmax {
  public:
   Softmax(const select::Plan& plan, float* scores, uint32_t* words)
-      : scores_(scores), words_(words), rows_(plan.group), scale_(plan.exponent_scale) {}
+      : scores_(scores),
+        words_(words),
+        rows_(plan.group),
+        scale_(plan.exponent_scale),
+        slack_(kSlack / scale_ < kMostSlack ? kSlack / scale_ : kMostSlack) {}
 
   // Begins a section.
   void Begin(const select::Partial& partial, int64_t columns) {
@@ -28,6 +33,7 @@ class Softmax {
     for (int64_t i = 0; i < stride_; i += kLanes) {
       Store(partial.reference + i, Set(select::kNoPeak));
       Store(partial.total + i, Float{});
+      Store(partial.rounded + i, Float{});
     }
     begun_ = true;
   }
@@ -39,7 +45,7 @@ class Softmax {
     for (int64_t v = 0; v < stride_; v += kLanes) {
       const Float peak = Peak(v, end);
       const Float reference = Load<Float>(partial.reference + v);
-      if (begun_ || AnyGreater(peak, reference)) Raise(v, peak, partial, columns);
+      if (begun_ || AnyGreater(peak, reference + slack_)) Raise(v, peak, partial, columns);
       WithConstant(Least(rows_, kLanes), [&](auto rows) { WeighRows<rows()>(v, end, partial); });
     }
     begun_ = false;
@@ -50,6 +56,7 @@ class Softmax {
     for (int64_t r = 0; r < rows_; ++r) {
       for (int64_t lane = r + rows_; lane < kLanes; lane += rows_) {
         partial.total[r] += partial.total[lane];
+        partial.rounded[r] += partial.rounded[lane];
       }
     }
   }
@@ -60,6 +67,8 @@ class Softmax {
   }
 
  private:
+  // Weights reach up to 2^kSlack: no more than what float32 and bfloat16 do not notice.
+  static constexpr float kSlack = 6, kMostSlack = 1e30f;
   static constexpr int kChains = 4;  // of what is compared one after another
 
   // The greatest score of each lane.
@@ -88,6 +97,7 @@ class Softmax {
     float factors[kLanes];
     Store(factors, Exp2((old - peak) * scale_));
     Store(partial.total + v, Load<Float>(partial.total + v) * Load<Float>(factors));
+    Store(partial.rounded + v, Load<Float>(partial.rounded + v) * Load<Float>(factors));
     for (int64_t r = 0; r < Least(rows_, kLanes); ++r) {
       if (factors[r] == 1.0f) continue;
       float* const row = partial.attention + (v + r) * columns;
@@ -108,6 +118,7 @@ class Softmax {
   void WeighRows(int64_t v, int64_t end, const select::Partial& partial) {
     const Float reference = Load<Float>(partial.reference + v);
     Float even_total = Load<Float>(partial.total + v), odd_total = {};
+    Float rounded = Load<Float>(partial.rounded + v);
     uint32_t* target = words_ + v;
     for (int64_t i = v; i < end; i += 2 * stride_, target += stride_) {
       const bool both = i + stride_ < end;
@@ -116,20 +127,24 @@ class Softmax {
       even_total += even;
       odd_total += odd;
       if constexpr (pairs) {
-        Store(target, Type::template RoundPairs<rows>(even, odd));
+        const Word words = Type::template RoundPairs<rows>(even, odd);
+        rounded = BFloat16Products::MultiplyAdd(words, Word{} + 0x3f803f80u, rounded);  // by 1
+        Store(target, words);
       } else {
         Store(scores_ + i, even);
         if (both) Store(scores_ + i + stride_, odd);
       }
     }
-    Store(partial.total + v, even_total + odd_total);
+    const Float total = even_total + odd_total;
+    Store(partial.total + v, total);
+    Store(partial.rounded + v, pairs ? rounded : total);
   }
 
   float* const scores_;
   uint32_t* const words_;
   const int64_t rows_;
   const int64_t stride_ = Most(rows_, kLanes);  // from one vector of a row to the next
-  const float scale_;
+  const float scale_, slack_;
   bool begun_ = false;  // the section has no tile yet
 };
 
