@@ -61,7 +61,7 @@ def test_more_positions_than_the_kernel_reads(standin):
 def test_more_sequences_than_one_run_takes(standin):
     """3072 of the selected branch; a sequence for each row of query and key/value head."""
     geometry = replace(
-        test_ascend_select.USUAL, lengths=(17,) * 1537, k=1, block=16, group=1, window=None,
+        test_ascend_select.USUAL, lengths=(17,) * 1537, k=None, group=1, window=3,
         hostile=False,
     )  # fmt: skip
     before = standin.counter(test_ascend_select.LAUNCHES)
