@@ -130,12 +130,13 @@ class Server:
                 right = int(np.logical_and.accumulate(same).sum()) + 1
                 request.tokens += written[slot, :right].tolist()
                 self.decoded += right
-        displaced = []
-        if not fits.all():
-            slot, request = self.running.popitem()
-            displaced.append(request)
-            self.preempted += 1
+        before = len(self.running)
         self.leave()
+        displaced = []
+        if not fits.all() and len(self.running) == before:  # and so nobody left pages behind
+            displaced.append(self.running.popitem()[1])
+            self.preempted += 1
+            self.leave()
         return displaced
 
     def leave(self) -> None:

@@ -7,7 +7,8 @@
 
     tables, fits = tables.allocate(counts)                  # once a step
     pools = pools.append(tables, key, value, weight)        # in each layer
-    attention, _ = nsa_decode_step(query, gates, *pools.views(tables), ...)
+    attention, _ = nsa_decode_step(
+        query, gates, *pools.views(tables), actual_seq_qlen=tables.counts, ...)
 
 A prompt is a step of many tokens, a speculative step one of several. Under `jax.jit` all shapes are
 fixed, whichever sequences come and go.
@@ -229,11 +230,16 @@ def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any)
     row = position % tables.page_block_size
     there = token < tables.counts[:, None]
     new = jnp.asarray(rows).reshape(*rows.shape[:2], *pool.shape[2:])
-    if pool.dtype == jnp.bfloat16 and not UPDATES_BFLOAT16_IN_PLACE:
-        at = jnp.where(there, pages * tables.page_block_size + row, -1)
-        return _write_as_windows(pool, new, at, **options)
-    # What is past the end, JAX drops.
-    return pool.at[jnp.where(there, pages, len(pool)), row].set(new, mode="drop")
+    at = jnp.where(there & (pages >= 0), pages * tables.page_block_size + row, -1)
+
+    def scatter(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+        page = jnp.where(at < 0, len(pool), at // tables.page_block_size)  # past the end: dropped
+        return pool.at[page, at % tables.page_block_size].set(new, mode="drop")
+
+    if pool.dtype != jnp.bfloat16 or UPDATES_BFLOAT16_IN_PLACE:
+        return scatter(pool, new, at)
+    on_cpu = functools.partial(_write_as_windows, **options)
+    return lax.platform_dependent(pool, new, at, cpu=on_cpu, default=scatter)
 
 
 def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options: Any) -> jax.Array:

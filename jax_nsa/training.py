@@ -150,7 +150,7 @@ def nsa_attention(
     to what it sees of these blocks and to the `window_size` newest tokens.
 
     Memory: rows are computed in chunks, and computed again for the gradient; at any time there are
-    a few arrays of float32 `[B, chunk_size, N, S + C]`.
+    a few arrays of float32 `[B, chunk_size, N, S + C]`, and of bool `[B, chunk_size, Nkv, k, S]`.
 
     Args:
         query: bfloat16, float16 or float32 `[B, S, N, D]`.

@@ -216,7 +216,7 @@ class Truth:
         for block in range(CHOOSABLE):
             for m in range(BLOCKS.select_block_size // stride):
                 for n in range(BLOCKS.compress_block_size // stride):
-                    position = BLOCKS.select_block_size // stride * block + m + n
+                    position = BLOCKS.select_block_size // stride * (block + 1) - m - n
                     if position < LENGTH:
                         importance[..., block] += by_group[..., position]
         importance[..., [0, -2, -1]] = np.inf

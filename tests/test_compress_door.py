@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +254,38 @@ class TestWindows:
     def test_refused(self):
         with pytest.raises(ValueError, match="compress_stride must be one of"):
             completed_window(np.array([1]), compress_block_size=32, compress_stride=8)
+
+
+class TestWindowHelpers:
+    """What users build a compression of their own from never names a row that is not there."""
+
+    SIZES: ClassVar = {"compress_block_size": 16, "compress_stride": 16}
+
+    def test_no_slot_past_the_table(self):
+        window = completed_window(np.array([272]), **self.SIZES)
+        assert window.position[0] == 16
+        np.testing.assert_array_equal(window_slots(window, [[0]], page_block_size=16), [-1])
+        np.testing.assert_array_equal(window_slots(window, [[0, 3]], page_block_size=16), [48])
+
+    @pytest.mark.parametrize("page", [-1, 2, 99])
+    def test_no_tokens_of_another_page(self, page):
+        window = completed_window(np.array([32]), **self.SIZES)
+        pool = np.ones((2, 16, 3), np.float32)
+        gathered = functools.partial(
+            gather_window, pool, window=window, key_value_head_num=1, compress_block_size=16
+        )
+        assert np.all(np.isnan(gathered(np.array([[0, page]]))))
+        np.testing.assert_array_equal(gathered(np.array([[page, 1]])), np.ones((1, 16, 1, 3)))
+
+    @pytest.mark.parametrize("lengths", [np.array([16.9]), [[16]], None])
+    def test_lengths_are_integers(self, lengths):
+        with pytest.raises((TypeError, ValueError), match="actual_seq_len"):
+            completed_window(lengths, **self.SIZES)
+
+    def test_no_length_wraps(self):
+        assert not completed_window(np.array([2**32 + 16]), **self.SIZES).completes[0]
+
+    def test_page_size(self):
+        window = completed_window(np.array([16]), **self.SIZES)
+        with pytest.raises(ValueError, match="page_block_size"):
+            window_slots(window, [[0]], page_block_size=0)

@@ -138,6 +138,18 @@ def test_serve_makes_place(serve, capsys):
     assert "all texts are the training forward's" in capsys.readouterr().out
 
 
+def test_serve_displaces_none_that_has_finished(serve, monkeypatch):
+    """The first runs out of pages in the step in which the second writes its last byte."""
+    text = serve.model.sources()
+    requests = [
+        serve.Request(text[:31].tolist(), 60, 0),
+        serve.Request(text[100:105].tolist(), 24, 0),
+    ]
+    monkeypatch.setattr(serve, "arrivals", lambda _: [*requests])
+    serve.main(requests=2, slots=2, pages=5)
+    assert [len(request.tokens) for request in requests] == [60, 24]
+
+
 def test_serve_writes_the_same_with_drafts(serve):
     server = serve.main(requests=3, slots=2, pages=40, speculate=4)
     assert server.preempted == 0

@@ -122,13 +122,13 @@ COMPRESS_MUTANTS = {
         "row = jnp.where(writes, slots, -1)",
         "usual",
     ),
-    "rows for two written": ("& alone &", "&", "a_row_for_two"),
+    "rows for two written": ("& (times_named[slot] == 1)", "", "a_row_for_two"),
     "a sequence without a window claims its row": (
-        "& named[None, :]",
-        "",
+        "slot = jnp.where(named, slots, rows)",
+        "slot = jnp.where((slots >= 0) & (slots < rows), slots, rows)",
         "a_row_for_three_of_which_one_has_no_window",
     ),
-    "bad pages read": ("alone & has_pages", "alone", "bad_page"),
+    "bad pages read": (" & has_pages", "", "bad_page"),
     "bad lengths complete": (
         "legal = (lengths >= 0) & (lengths <= block_table.shape[1] * page)",
         "legal = lengths >= 0",

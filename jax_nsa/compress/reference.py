@@ -46,9 +46,9 @@ def compress(operands: Mapping[str, jax.Array], problem: Problem) -> dict[str, j
 
     # 3. The row of the cache. One that two sequences name is nobody's: both would write it.
     named = window.completes & (slots >= 0) & (slots < rows)
-    same = (slots[:, None] == slots[None, :]) & named[None, :]
-    alone = jnp.sum(same, axis=1, dtype=jnp.int32) == 1
-    writes = named & alone & has_pages
+    slot = jnp.where(named, slots, rows)
+    times_named = jnp.zeros(rows + 1, jnp.int32).at[slot].add(1)
+    writes = named & (times_named[slot] == 1) & has_pages
     # Not -1 for what is not written: that would be the last row.
     row = jnp.where(writes, slots, rows)
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import _compat, blocks, checks
+from jax_nsa import _compat, blocks, checks, paged
 from jax_nsa.checks import ArrayLike
 
 
@@ -68,17 +68,18 @@ def completed_window(
         The windows, as JAX arrays. Lengths and counts that cannot be complete none.
 
     Raises:
-        ValueError: illegal sizes.
+        TypeError: lengths or counts that are not integers.
+        ValueError: illegal sizes, or lengths or counts of another rank.
     """
     size = blocks.check_block_size(
         "compress_block_size", checks.integer("compress_block_size", compress_block_size)
     )
     stride = checks.integer("compress_stride", compress_stride)
     blocks.check_stride(size, stride)
-    lengths = jnp.asarray(actual_seq_len, jnp.int32)
+    lengths = checks.Integers("actual_seq_len", actual_seq_len, rank=1).array()
     counts = jnp.ones_like(lengths)
     if actual_seq_qlen is not None:
-        counts = jnp.asarray(actual_seq_qlen, jnp.int32)
+        counts = checks.Integers("actual_seq_qlen", actual_seq_qlen, rank=1).array()
     legal = (lengths >= 0) & (counts >= 0) & (counts <= stride)
     return last_window(jnp.where(legal, lengths, 0), counts, size=size, stride=stride)
 
@@ -93,8 +94,10 @@ def window_slots(window: Window, block_table: ArrayLike, *, page_block_size: int
         page_block_size: rows in a page of it.
 
     Returns:
-        int32 `[B]`, rows numbered through all pages; -1 where there is no window.
+        int32 `[B]`, rows numbered through all pages; -1 where there is no window, or no page
+        for it.
     """
+    page_block_size = paged.page_size(page_block_size)
     column = window.position // page_block_size
     pages = pages_of(jnp.asarray(block_table, jnp.int32), column[:, None])[:, 0]
     slots = pages * page_block_size + window.position % page_block_size
@@ -120,7 +123,8 @@ def gather_window(
         compress_block_size: `l`, tokens in a window.
 
     Returns:
-        pool's dtype `[B, l, N, D]`; 0 where a sequence completes no window.
+        pool's dtype `[B, l, N, D]`; 0 where a sequence completes no window, NaN for tokens whose
+        page is not one of the pool's.
     """
     pool = jnp.asarray(pool)
     page = pool.shape[1]
@@ -128,11 +132,17 @@ def gather_window(
     pages = pages_of(jnp.asarray(block_table, jnp.int32), position // page)
     by_head = pool.reshape(*pool.shape[:2], key_value_head_num, -1)
     taken = by_head[jnp.clip(pages, 0, pool.shape[0] - 1), position % page]
+    is_there = ((pages >= 0) & (pages < pool.shape[0]))[..., None, None]
+    taken = jnp.where(is_there, taken, jnp.full((), jnp.nan, pool.dtype))
     # Rows that no window needs may hold anything, and a factor of 0 would not clear a NaN.
     return jnp.where(window.completes[:, None, None, None], taken, jnp.zeros((), pool.dtype))
 
 
 def pages_of(block_table: jax.Array, columns: jax.Array) -> jax.Array:
-    """Entries of each sequence's row of the block table: int32 `[B, n]` from columns `[B, n]`."""
-    columns = jnp.minimum(columns, block_table.shape[1] - 1)
-    return jnp.take_along_axis(block_table, columns, axis=1)
+    """Entries of each sequence's row of the block table: int32 `[B, n]` from columns `[B, n]`.
+
+    -1 for columns that the table does not have.
+    """
+    there = columns < block_table.shape[1]
+    pages = jnp.take_along_axis(block_table, jnp.where(there, columns, 0), axis=1)
+    return jnp.where(there, pages, -1)

@@ -88,7 +88,7 @@ def spoil_integers(arguments: Arguments, random: Random) -> str:
 def spoil_value(arguments: Arguments, random: Random) -> str:
     """One integer outside its range, of a sequence that has tokens and positions."""
     lengths = next(n for n in INTEGERS[1:4] if n in arguments)
-    name = pick(random, *{lengths, *(n for n in ("actual_seq_qlen",) if n in arguments)})
+    name = pick(random, *(n for n in (lengths, "actual_seq_qlen") if n in arguments))
     array = arguments[name].copy()
     array[random.integers(len(array))] = pick(random, -1, -(2**31), 2**31 - 1, 10**6)
     arguments[name] = array

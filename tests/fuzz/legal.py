@@ -159,7 +159,7 @@ OPERATORS = {
 
 
 def check(operator: str, implementation: str, random: Random) -> str:
-    """Draws a call and holds it to the oracle, plainly and transformed; returns what it was."""
+    """Draws a call, and its transformation if it is attention, and holds it to the oracle."""
     known = OPERATORS[operator]
     geometry = known.draw(random)
     form = pick(random, *contract.FORMS)
@@ -182,12 +182,18 @@ def check(operator: str, implementation: str, random: Random) -> str:
 
 
 def _check_vmap(tester: Any, known: Operator, geometry: Any, random: Random) -> None:
-    """Two of the same under `jax.vmap`, some operands mapped and some shared."""
-    arguments = known.build(geometry)
-    mapped = {n for n in _arrays(arguments) if random.random() < 0.5} | {"query"}
-    arrays = {n: np.stack([arguments[n]] * 2) for n in mapped}
-    results = jax.jit(jax.vmap(lambda mapped: call(tester, {**arguments, **mapped})))(arrays)
-    for i in range(2):
+    """Two calls of one geometry under `jax.vmap`; all that tells them apart is mapped."""
+    both = [known.build(dataclasses.replace(geometry, seed=geometry.seed + i)) for i in range(2)]
+    names = _arrays(both[0])
+    same = {n for n in names if np.array_equal(both[0][n], both[1][n])}
+    mapped = {n for n in names if n not in same or random.random() < 0.5}
+    if random.integers(2):  # or they share their caches, and with them whose pages are whose
+        shared = {"key", "value", "block_table"}
+        mapped -= shared
+        both[1] |= {n: both[0][n] for n in shared}
+    arrays = {n: np.stack([arguments[n] for arguments in both]) for n in mapped}
+    results = jax.jit(jax.vmap(lambda mapped: call(tester, {**both[0], **mapped})))(arrays)
+    for i, arguments in enumerate(both):
         tester.assert_agrees(tuple(r[i] for r in results), arguments)
 
 
