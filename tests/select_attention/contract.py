@@ -190,7 +190,7 @@ class SelectAttentionContract:
         """The first of four tokens does not see the block that the last three are in."""
         geometry = replace(USUAL, lengths=(67,), token_counts=(4,), k=1, return_lse=True)
         arguments = build(geometry)
-        arguments["topk_indices"] = np.full((4, 2, 1), 2, np.int32)
+        arguments["topk_indices"] = np.full((4, geometry.key_value_heads, 1), 2, np.int32)
         results = self.call(arguments)
         self.assert_agrees(results, arguments)
         np.testing.assert_array_equal(np.asarray(results[0])[0], 0)
