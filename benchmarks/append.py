@@ -3,8 +3,9 @@
     python -m benchmarks.append                     64 sequences of 4096 tokens
     python -m benchmarks.append --sequences 8 --tokens 32768
 
-Each program decodes as many tokens as lie between two windows, so that each sequence completes one
-window in it. Figures are medians of programs that take turns, for one token.
+What is timed is the library's own cache: `PageTables.allocate`, `PagePools.append`. Each program
+decodes as many tokens as lie between two windows, so that each sequence completes one window in it.
+Figures are medians of programs that take turns, for one token.
 """
 
 from __future__ import annotations
@@ -12,80 +13,39 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks import measure
-from jax_nsa import PagedKV, nsa_compress_infer, nsa_decode_step
+from jax_nsa import PagePools, PageTables, nsa_decode_step
 
 HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE, PAGE = 64, 4, 192, 128, 128
 SIZE, STRIDE, BLOCK, CHOSEN, WINDOW = 32, 16, 64, 16, 512
 
 
-class Caches(NamedTuple):
-    """Pools of original keys and values and of compressed ones, and their block tables."""
+def make_cache(sequences: int, tokens: int) -> tuple[PageTables, PagePools]:
+    """A cache of sequences of about so many tokens, and room for a program's tokens more.
 
-    pools: tuple[jax.Array, jax.Array]
-    compressed: tuple[jax.Array, jax.Array]
-    table: jax.Array
-    compressed_table: jax.Array
-
-
-def make_caches(sequences: int, tokens: int) -> Caches:
-    """Caches with room for `tokens` tokens of each sequence, their pages in a random order."""
-    random = np.random.default_rng(0)
-
-    def paged(rows: int, seed: int) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        columns = -(-rows // PAGE)
-        pages = sequences * columns
-        table = random.permutation(pages).reshape(sequences, columns)
-        key, value = (
-            jax.random.normal(
-                jax.random.key(seed + i), (pages, PAGE, KEY_VALUE_HEADS * size), jnp.bfloat16
-            )
-            for i, size in enumerate((HEAD_SIZE, VALUE_SIZE))
-        )
-        return (key, value), jnp.asarray(table, jnp.int32)
-
-    pools, table = paged(tokens, 0)
-    compressed, compressed_table = paged(tokens // STRIDE, 2)
-    return Caches(pools, compressed, table, compressed_table)
-
-
-def rows_of(table: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The page of each sequence's position, and the row in it."""
-    return jnp.take_along_axis(table, positions[:, None] // PAGE, axis=1)[:, 0], positions % PAGE
-
-
-def write_rows(caches: Caches, lengths: jax.Array, rows: Any) -> Caches:
-    """Writes a token's keys and values, which make sequences so long."""
-    page, row = rows_of(caches.table, lengths - 1)
-    pools = tuple(pool.at[page, row].set(new) for pool, new in zip(caches.pools, rows, strict=True))
-    return caches._replace(pools=pools)
-
-
-def write_windows(caches: Caches, lengths: jax.Array) -> Caches:
-    """Writes the windows that the token completes."""
-    page, row = rows_of(caches.compressed_table, (lengths - SIZE) // STRIDE)
-    weight = jnp.full((SIZE, KEY_VALUE_HEADS), 1 / SIZE, jnp.bfloat16)
-    compressed = nsa_compress_infer(
-        caches.pools, (weight, weight), page * PAGE + row, SIZE, STRIDE, PAGE,
-        block_table=caches.table, actual_seq_len=lengths, cache=caches.compressed,
+    Lengths differ, so that each token completes the windows of a sixteenth of the sequences.
+    """
+    columns = -(-tokens // PAGE)
+    tables = PageTables.empty(
+        slots=sequences, pages=sequences * columns, pages_per_slot=columns, page_block_size=PAGE,
+        compress_block_size=SIZE, compress_stride=STRIDE,
     )  # fmt: skip
-    return caches._replace(compressed=compressed)
+    tables, fits = tables.allocate([tokens - 2 * STRIDE + b % STRIDE for b in range(sequences)])
+    assert fits.all()
+    pools = PagePools.empty(tables, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE)
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    return tables, jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape, p.dtype), pools)
 
 
-def step(caches: Caches, lengths: jax.Array, query: jax.Array) -> jax.Array:
-    """The token's attention."""
-    gates = jnp.full((*query.shape[:2], 3), 0.5, query.dtype)
+def step(tables: PageTables, pools: PagePools, query: jax.Array) -> jax.Array:
+    """A token's attention."""
     return nsa_decode_step(
-        query, gates,
-        PagedKV(*caches.compressed, caches.compressed_table, (lengths - SIZE) // STRIDE + 1),
-        PagedKV(*caches.pools, caches.table, lengths),
+        query, jnp.full((*query.shape[:2], 3), 0.5, query.dtype), *pools.views(tables),
         scale_value=HEAD_SIZE**-0.5, head_num=HEADS, key_value_head_num=KEY_VALUE_HEADS,
         select_block_size=BLOCK, select_block_count=CHOSEN, compress_block_size=SIZE,
         compress_stride=STRIDE, window_size=WINDOW,
@@ -106,51 +66,47 @@ def main() -> None:
         help="programs that a median is of, after one that compiles",
     )
     arguments = parser.parse_args()
-    sequences, tokens = arguments.sequences, arguments.tokens
-
-    # Lengths differ, so that each token completes the windows of a sixteenth of the sequences.
-    lengths = tokens - 2 * STRIDE + jnp.arange(sequences, dtype=jnp.int32) % STRIDE
+    sequences = arguments.sequences
+    tables, pools = make_cache(sequences, arguments.tokens)
     keys = jax.random.split(jax.random.key(9), 3)
-    new = tuple(
-        jax.random.normal(key, (STRIDE, sequences, KEY_VALUE_HEADS * size), jnp.bfloat16)
-        for key, size in zip(keys[:2], (HEAD_SIZE, VALUE_SIZE), strict=True)
-    )
-    queries = jax.random.normal(keys[2], (STRIDE, sequences, HEADS, HEAD_SIZE), jnp.bfloat16)
-
-    def decode(write: Callable[..., Caches]) -> Callable[[Caches], Caches]:
-        def one(carry: tuple[Caches, jax.Array], rows: Any) -> Any:
-            caches, lengths = carry
-            return (write(caches, lengths + 1, rows), lengths + 1), None
-
-        return jax.jit(
-            lambda caches: jax.lax.scan(one, (caches, lengths), new, unroll=True)[0][0],
-            donate_argnums=0,
+    key, value, queries = (
+        jax.random.normal(k, (STRIDE, sequences, heads, size), jnp.bfloat16)
+        for k, heads, size in zip(
+            keys, (KEY_VALUE_HEADS, KEY_VALUE_HEADS, HEADS), (HEAD_SIZE, VALUE_SIZE, HEAD_SIZE),
+            strict=True,
         )
+    )  # fmt: skip
+    mean = jnp.full((SIZE, KEY_VALUE_HEADS), 1 / SIZE)
 
     @jax.jit
-    def stepping(caches: Caches) -> jax.Array:
-        def one(_: None, query: jax.Array) -> Any:
-            return None, step(caches, lengths, query)
+    def allocate(tables: PageTables) -> PageTables:
+        for _ in range(STRIDE):
+            tables, _ = tables.allocate(jnp.ones(sequences, jnp.int32))
+        return tables
 
-        return jax.lax.scan(one, None, queries, unroll=True)[1]
+    def append(pools: PagePools, tables: PageTables) -> PagePools:
+        for t in range(STRIDE):
+            tables, _ = tables.allocate(jnp.ones(sequences, jnp.int32))
+            pools = pools.append(tables, key[t][:, None], value[t][:, None], (mean, mean))
+        return pools
 
-    writes = {
-        "rows": decode(write_rows),
-        "windows": decode(lambda caches, lengths, rows: write_windows(caches, lengths)),
-    }
-    samples: dict[str, list[float]] = {"rows": [], "windows": [], "step": []}
-    caches = make_caches(sequences, tokens)
+    @jax.jit
+    def attend(pools: PagePools, tables: PageTables) -> Any:
+        return [step(tables, pools, query) for query in queries]
+
+    appending = jax.jit(append, donate_argnums=0)
+    samples: dict[str, list[float]] = {"pages alone": [], "append": [], "step": []}
     for _ in range(arguments.repeat + 1):
-        for name, write in writes.items():
-            start = time.perf_counter()
-            caches = jax.block_until_ready(write(caches))
-            samples[name].append(time.perf_counter() - start)
-        samples["step"].append(measure.seconds(lambda caches=caches: stepping(caches)))
+        samples["pages alone"].append(measure.seconds(lambda: allocate(tables)))
+        start = time.perf_counter()
+        pools = jax.block_until_ready(appending(pools, tables))
+        samples["append"].append(time.perf_counter() - start)
+        samples["step"].append(measure.seconds(lambda pools=pools: attend(pools, tables)))
     medians = {name: statistics.median(times[1:]) / STRIDE for name, times in samples.items()}
-    print(f"{jax.devices()[0].device_kind}: {sequences} sequences of {tokens} tokens, a token")
+    print(f"{jax.devices()[0].device_kind}: {sequences} sequences of {arguments.tokens} tokens")
     for name, median in medians.items():
         share = median / medians["step"]
-        print(f"{name:8} {median * 1e6:10.1f} us {share:7.2%} of the step")
+        print(f"{name:12} {median * 1e6:10.1f} us a token {share:7.2%} of the step")
 
 
 if __name__ == "__main__":
