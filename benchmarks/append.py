@@ -78,21 +78,29 @@ def main() -> None:
     )  # fmt: skip
     mean = jnp.full((SIZE, KEY_VALUE_HEADS), 1 / SIZE)
 
+    one_each = jnp.ones(sequences, jnp.int32)
+
     @jax.jit
     def allocate(tables: PageTables) -> PageTables:
-        for _ in range(STRIDE):
-            tables, _ = tables.allocate(jnp.ones(sequences, jnp.int32))
-        return tables
+        def one(tables: PageTables, _: None) -> Any:
+            return tables.allocate(one_each)[0], None
+
+        return jax.lax.scan(one, tables, None, STRIDE)[0]
 
     def append(pools: PagePools, tables: PageTables) -> PagePools:
-        for t in range(STRIDE):
-            tables, _ = tables.allocate(jnp.ones(sequences, jnp.int32))
-            pools = pools.append(tables, key[t][:, None], value[t][:, None], (mean, mean))
-        return pools
+        def one(cache: tuple[PageTables, PagePools], rows: Any) -> Any:
+            tables, _ = cache[0].allocate(one_each)
+            return (tables, cache[1].append(tables, *rows, (mean, mean))), None
+
+        rows = key[:, :, None], value[:, :, None]
+        return jax.lax.scan(one, (tables, pools), rows)[0][1]
 
     @jax.jit
     def attend(pools: PagePools, tables: PageTables) -> Any:
-        return [step(tables, pools, query) for query in queries]
+        def one(_: None, query: jax.Array) -> Any:
+            return None, step(tables, pools, query)
+
+        return jax.lax.scan(one, None, queries)[1]
 
     appending = jax.jit(append, donate_argnums=0)
     samples: dict[str, list[float]] = {"pages alone": [], "append": [], "step": []}

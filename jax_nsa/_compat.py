@@ -15,10 +15,16 @@ from jax.interpreters import mlir
 from jaxlib.mlir import ir
 
 Primitive = core.Primitive  # its public home, jax.extend, imports all of Pallas
-# Before, XLA for CPUs converts a whole bfloat16 array, and back, to update a row of it.
-UPDATES_BFLOAT16_IN_PLACE = version.__version_info__ >= (0, 12)
 _Parameters = ParamSpec("_Parameters")
 _Result = TypeVar("_Result")
+
+
+def updates_bfloat16_in_place() -> bool:
+    """Whether XLA updates a row of a bfloat16 array in place; else it converts all of it, and back.
+
+    The platform is the default one: a choice inside the program would copy the array, too.
+    """
+    return version.__version_info__ >= (0, 12) or jax.default_backend() != "cpu"
 
 
 def with_usual_promotion(

@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from jax_nsa import checks
-from jax_nsa._compat import UPDATES_BFLOAT16_IN_PLACE, with_usual_promotion
+from jax_nsa._compat import updates_bfloat16_in_place, with_usual_promotion
 from jax_nsa.blocks import BLOCK_GRANULE
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress.door import nsa_compress_infer
@@ -236,10 +236,9 @@ def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any)
         page = jnp.where(at < 0, len(pool), at // tables.page_block_size)  # past the end: dropped
         return pool.at[page, at % tables.page_block_size].set(new, mode="drop")
 
-    if pool.dtype != jnp.bfloat16 or UPDATES_BFLOAT16_IN_PLACE:
-        return scatter(pool, new, at)
-    on_cpu = functools.partial(_write_as_windows, **options)
-    return lax.platform_dependent(pool, new, at, cpu=on_cpu, default=scatter)
+    if pool.dtype == jnp.bfloat16 and not updates_bfloat16_in_place():
+        return _write_as_windows(pool, new, at, **options)
+    return scatter(pool, new, at)
 
 
 def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options: Any) -> jax.Array:
