@@ -34,6 +34,7 @@ from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress.door import nsa_compress_infer
 from jax_nsa.compress.problem import HEAD_SIZE_MAX
 from jax_nsa.compress.window import completed_window, pages_of, window_slots
+from jax_nsa.paged import VALUE_SIZE_MAX
 from jax_nsa.pages import PageTables
 from jax_nsa.step import PagedKV
 
@@ -71,7 +72,7 @@ class PagePools:
             tables: what tells how many pages there are, and how large.
             key_value_head_num: `Nkv`.
             head_size: `D`.
-            value_size: `Dv`; None: `D`.
+            value_size: `Dv`, at most 128 and `D`; None: `D`.
             dtype: bfloat16, float16 or float32.
 
         Raises:
@@ -81,6 +82,11 @@ class PagePools:
         heads = checks.count("key_value_head_num", key_value_head_num)
         sizes = [checks.count("head_size", head_size)]
         sizes += sizes if value_size is None else [checks.count("value_size", value_size)]
+        if sizes[-1] > min(VALUE_SIZE_MAX, sizes[0]):
+            raise ValueError(
+                f"value_size must be at most {VALUE_SIZE_MAX} and at most head_size ({sizes[0]}), "
+                f"got {sizes[-1]}{' as head_size' if value_size is None else ''}"
+            )
         name = checks.choice("dtype", jnp.dtype(dtype).name, checks.FLOATS)
         return cls(*(
             jnp.zeros((len(pages.free), tables.page_block_size, heads, size), name)

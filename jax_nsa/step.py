@@ -76,7 +76,8 @@ def nsa_decode_step(
         attention = gates[0] * compressed + gates[1] * selected + gates[2] * window,
 
     summed in float32 and rounded once. It equals `nsa_compress_attention_infer` and
-    `nsa_select_attention_infer` one after the other; tokens of one step see each other causally.
+    `nsa_select_attention_infer` one after the other; tokens of one step see each other causally, of
+    which there may be `compress_stride` for each sequence. Whole prompts are for `nsa_attention`.
 
     Args:
         query: bfloat16, float16 or float32 `[T, N, D]`, one row per new token; with layout "BSND"
@@ -100,8 +101,9 @@ def nsa_decode_step(
             `nsa_compress_attention_infer`.
         init_blocks: how many of the first blocks are always chosen.
         local_blocks: how many of the last blocks are always chosen.
-        actual_seq_qlen: integers `[B]`, the query tokens of each sequence; None: one each (TND) or
-            all `S`.
+        actual_seq_qlen: integers `[B]`, the query tokens of each sequence, at most
+            `compress_stride`, which is not checked where only the running program knows them;
+            None: one each (TND) or all `S`.
         layout: "TND" or "BSND".
         implementation: as `nsa_compress_attention_infer` takes it.
         context_axis: as `nsa_compress_attention_infer` takes it, for all caches alike.
@@ -125,6 +127,7 @@ def nsa_decode_step(
     query = checks.floats("query", query)
     gates = checks.floats("gates", gates)
     _check_gates(gates, query)
+    _check_tokens(actual_seq_qlen, query, layout, compress_stride)
     shared: dict[str, Any] = {
         "scale_value": scale_value, "head_num": head_num,
         "key_value_head_num": key_value_head_num, "layout": layout,
@@ -190,6 +193,25 @@ def _gated_sum(gates: jax.Array, *branches: jax.Array) -> jax.Array:
         for i, branch in enumerate(branches)
     )
     return jnp.asarray(sum(terms), branches[0].dtype)
+
+
+def _check_tokens(
+    counts: IntegersLike | None, query: ArrayLike, layout: str, compress_stride: int
+) -> None:
+    """Refuses more tokens than the compressed branch keeps causal, where the host knows them."""
+    stride = checks.integer("compress_stride", compress_stride)
+    legal = (
+        f"at most compress_stride = {stride} tokens of each sequence in one step, as a token "
+        "ignores one compressed position that ends after it, and not two (compute a prompt with "
+        "nsa_attention)"
+    )
+    if counts is not None:
+        known = checks.Integers("actual_seq_qlen", counts, rank=1).host
+        if known is not None and (known > stride).any():
+            b = int(np.argmax(known > stride))
+            raise ValueError(f"actual_seq_qlen[{b}] must be {legal}; got {int(known[b])}")
+    elif layout == "BSND" and isinstance(query.shape[1], int) and query.shape[1] > stride:
+        raise ValueError(f"query's second axis must be {legal}; got {query.shape[1]}")
 
 
 def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:

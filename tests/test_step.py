@@ -374,3 +374,14 @@ def test_export():
 def test_bad_arguments_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         nsa_decode_step(**arguments_of(USUAL) | changes)
+
+
+def test_more_tokens_than_stay_causal_are_refused():
+    """Beyond them, a token would see compressed positions of tokens after it."""
+    arguments = arguments_of(Step(replace(USUAL.original, layout="BSND", tokens=17)))
+    with pytest.raises(ValueError, match=r"second axis must be at most compress_stride = 16.* 17"):
+        nsa_decode_step(**arguments)
+    counts = {"actual_seq_qlen": np.array([3, 17])}
+    with pytest.raises(ValueError, match=r"actual_seq_qlen\[1\] must be at most .* got 17"):
+        nsa_decode_step(**arguments | counts)
+    nsa_decode_step(**arguments | {"actual_seq_qlen": np.array([3, 16])})

@@ -140,8 +140,9 @@ def nsa_compress_attention_infer(
             up to 128, at least `compress_stride`.
         compress_stride: `d`, original tokens between two compressed positions: 16, 32, 48 or 64.
         atten_mask: anything but None makes tokens causal (its content is not read): a token
-            ignores the last compressed position if that position's window ends after the token.
-            Needs `actual_sel_seq_kvlen`.
+            ignores the last compressed position if that position's window ends after the token,
+            which is all that it must not see if a sequence has at most `d` tokens. Needs
+            `actual_sel_seq_kvlen`.
         block_table: integers `[B, P]`: position `i` of sequence `b` lives in page
             `block_table[b, i // page_block_size]`. Entries that no position needs are not read.
             Required.
