@@ -86,4 +86,11 @@ const Kernel* FindKernel(std::string_view name) {
   return nullptr;
 }
 
+std::string_view FindVectorIsa(std::string_view name) {
+  const Kernel* const found = FindKernel(name);
+  if (found == nullptr) return {};
+  const std::string_view isa = found->name;
+  return isa == "amx" ? "avx512" : isa;
+}
+
 }  // namespace jax_nsa::cpu

@@ -16,6 +16,10 @@ const std::vector<const Kernel*>& SupportedKernels();
 // The supported kernel of that name, the best one if the name is empty, or null.
 const Kernel* FindKernel(std::string_view name);
 
+// The instruction set of FindKernel(name), for operators that have no use for tiles: AVX-512 where
+// that is AMX. Empty where there is no such kernel.
+std::string_view FindVectorIsa(std::string_view name);
+
 }  // namespace jax_nsa::cpu
 
 #endif  // JAX_NSA_CPU_ISA_H_

@@ -25,13 +25,11 @@ extern const select::Kernel kSelectKernel;
 namespace select {
 
 const Kernel* FindKernel(std::string_view name) {
-  const cpu::Kernel* const found = cpu::FindKernel(name);
-  if (found == nullptr) return nullptr;
-  [[maybe_unused]] const std::string_view isa = found->name;
+  [[maybe_unused]] const std::string_view isa = FindVectorIsa(name);
 #if defined(__x86_64__)
   if (isa == "sse2") return &sse2::kSelectKernel;
   if (isa == "avx2") return &avx2::kSelectKernel;
-  if (isa == "avx512" || isa == "amx") return &avx512::kSelectKernel;
+  if (isa == "avx512") return &avx512::kSelectKernel;
 #elif defined(__aarch64__)
   if (isa == "neon") return &neon::kSelectKernel;
 #endif

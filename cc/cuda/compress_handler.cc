@@ -2,10 +2,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <string>
-
 #include "compress_call.h"
 #include "cuda/compress_launch.h"
+#include "cuda/started.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cuda::compress {
@@ -18,13 +17,7 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   const ffi::ErrorOr<jax_nsa::compress::Call> call =
       jax_nsa::compress::Decode(args, rets, attributes);
   if (call.has_error()) return call.error();
-  const cudaError_t error = Launch(call->problem, call->arrays, stream);
-  if (error != cudaSuccess) {
-    return ffi::Error(ffi::ErrorCode::kInternal,
-                      std::string("nsa_compress_infer: the CUDA kernel cannot start: ") +
-                          cudaGetErrorString(error));
-  }
-  return ffi::Error::Success();
+  return Started("nsa_compress_infer", Launch(call->problem, call->arrays, stream));
 }
 
 }  // namespace

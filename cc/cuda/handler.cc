@@ -7,6 +7,7 @@
 #include "compress_attention_call.h"
 #include "cuda/launch.h"
 #include "cuda/plan.h"
+#include "cuda/started.h"
 #include "cuda/workspace.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -24,14 +25,9 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
         ffi::ErrorCode::kInvalidArgument,
         std::string("nsa_compress_attention_infer: the CUDA kernel cannot serve ") + reason);
   }
-  const cudaError_t error =
-      Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream);
-  if (error != cudaSuccess) {
-    return ffi::Error(ffi::ErrorCode::kInternal,
-                      std::string("nsa_compress_attention_infer: the CUDA kernel cannot start: ") +
-                          cudaGetErrorString(error));
-  }
-  return ffi::Error::Success();
+  return Started(
+      "nsa_compress_attention_infer",
+      Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream));
 }
 
 }  // namespace

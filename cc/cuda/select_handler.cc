@@ -6,6 +6,7 @@
 
 #include "cuda/select_launch.h"
 #include "cuda/select_plan.h"
+#include "cuda/started.h"
 #include "cuda/workspace.h"
 #include "select_attention_call.h"
 #include "xla/ffi/api/ffi.h"
@@ -24,14 +25,8 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
         ffi::ErrorCode::kInvalidArgument,
         std::string("nsa_select_attention_infer: the CUDA kernel cannot serve ") + reason);
   }
-  const cudaError_t error =
-      Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream);
-  if (error != cudaSuccess) {
-    return ffi::Error(ffi::ErrorCode::kInternal,
-                      std::string("nsa_select_attention_infer: the CUDA kernel cannot start: ") +
-                          cudaGetErrorString(error));
-  }
-  return ffi::Error::Success();
+  return Started("nsa_select_attention_infer", Launch(call->problem, call->arrays, call->workspace,
+                                                      call->workspace_bytes, stream));
 }
 
 }  // namespace
