@@ -25,6 +25,7 @@ import platform
 import re
 import statistics
 import sys
+from typing import Any
 
 import jax
 
@@ -144,6 +145,16 @@ def print_row(row: dict) -> None:
         )
 
 
+def write(report: dict[str, Any], path: str | None, name: str) -> None:
+    """Writes a report to `path`, or under `name` and the time among the results."""
+    if not path:
+        RESULTS.mkdir(exist_ok=True)
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = str(RESULTS / f"{name}-{stamp}.json")
+    pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written to {path}", file=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -194,14 +205,7 @@ def main() -> None:
                 continue
             report["rows"].append(row)
             print_row(row)
-    if arguments.output:
-        path = pathlib.Path(arguments.output)
-    else:
-        RESULTS.mkdir(exist_ok=True)
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = RESULTS / f"{report['machine']['platform']}-{stamp}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {path}", file=sys.stderr)
+    write(report, arguments.output, report["machine"]["platform"])
 
 
 if __name__ == "__main__":

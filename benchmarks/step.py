@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import math
 import pathlib
 import statistics
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import measure, step_peer
-from benchmarks.__main__ import RESULTS, machine
+from benchmarks.__main__ import machine, write
 from jax_nsa import (
     PagedKV,
     nsa_compress_attention_infer,
@@ -245,14 +242,7 @@ def main() -> None:
     for name in arguments.what or SHAPES:
         report["rows"][name] = run(SHAPES[name], arguments.repeat, arguments.peer)
         print_row(name, report["rows"][name])
-    if arguments.output:
-        path = pathlib.Path(arguments.output)
-    else:
-        RESULTS.mkdir(exist_ok=True)
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = RESULTS / f"step-{report['machine']['platform']}-{stamp}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {path}", file=sys.stderr)
+    write(report, arguments.output, f"step-{report['machine']['platform']}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_nsa import checks
@@ -168,6 +169,44 @@ def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None
             f"{heads * size}, got {array.shape[2]} in shape {shape}"
         )
     return array
+
+
+def floats(query: Any, key: Any, value: Any) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+    """Returns query and the pools as arrays of one dtype."""
+    query = checks.floats("query", query)
+    like = ("query", query)
+    return query, checks.floats("key", key, like=like), checks.floats("value", value, like=like)
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    packed: bool,
+    head_num: Any,
+    key_value_heads: int,
+    page: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns query, and the pools as `[pages, page, Nkv * size]`, held to each other's shapes.
+
+    Args:
+        query: `[B, S, N, D]`, or packed `[T, N, D]`.
+        key: the pool of keys, of 3 or 4 axes.
+        value: the pool of values, likewise.
+        packed: whether rows are packed.
+        head_num: N, as the caller states it.
+        key_value_heads: `Nkv`.
+        page: rows in a page.
+    """
+    axes = "[tokens, heads, head_size]" if packed else "[B, S, heads, head_size]"
+    query_shape(query, axes=axes)
+    stated = checks.count("head_num", head_num)
+    heads(query.shape, stated=stated, key_value_heads=key_value_heads)
+    key, value = pools(
+        key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
+    )
+    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
 
 
 def query_shape(query: ArrayLike, *, axes: str) -> None:

@@ -200,18 +200,21 @@ def _check_tokens(
 ) -> None:
     """Refuses more tokens than the compressed branch keeps causal, where the host knows them."""
     stride = checks.integer("compress_stride", compress_stride)
-    legal = (
-        f"at most compress_stride = {stride} tokens of each sequence in one step, as a token "
-        "ignores one compressed position that ends after it, and not two (compute a prompt with "
-        "nsa_attention)"
-    )
     if counts is not None:
         known = checks.Integers("actual_seq_qlen", counts, rank=1).host
-        if known is not None and (known > stride).any():
-            b = int(np.argmax(known > stride))
-            raise ValueError(f"actual_seq_qlen[{b}] must be {legal}; got {int(known[b])}")
+        if known is None or not (known > stride).any():
+            return
+        b = int(np.argmax(known > stride))
+        name, most = f"actual_seq_qlen[{b}]", int(known[b])
     elif layout == "BSND" and isinstance(query.shape[1], int) and query.shape[1] > stride:
-        raise ValueError(f"query's second axis must be {legal}; got {query.shape[1]}")
+        name, most = "query's second axis", query.shape[1]
+    else:
+        return
+    raise ValueError(
+        f"{name} must be at most compress_stride = {stride} tokens of each sequence in one step, "
+        "as a token ignores one compressed position that ends after it, and not two (compute a "
+        f"prompt with nsa_attention); got {most}"
+    )
 
 
 def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:

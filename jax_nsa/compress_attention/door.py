@@ -218,9 +218,10 @@ def nsa_compress_attention_infer(
         causal=atten_mask is not None,
         return_lse=checks.flag("return_lse", return_lse),
     )
-    query, key, value = _check_arrays(
-        query, key, value, problem, packed=packed, head_num=head_num, page=page
-    )
+    query, key, value = paged.attention(
+        *paged.floats(query, key, value), packed=packed, head_num=head_num,
+        key_value_heads=problem.key_value_heads, page=page,
+    )  # fmt: skip
     table = checks.Integers("block_table", block_table, rank=2)
     devices = 1 if context_axis is None else checks.axis_size(context_axis)
     integers = _check_integers(
@@ -243,28 +244,6 @@ def nsa_compress_attention_infer(
     if one_token_each:
         return tuple(jax.lax.squeeze(r, (1,)) for r in results.values())
     return tuple(results.values())
-
-
-def _check_arrays(
-    query: Any, key: Any, value: Any, problem: Problem, *, packed: bool, head_num: Any, page: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query, and the pools as `[pages, page, Nkv * size]`, held to their dtypes and shapes."""
-    query = checks.floats("query", query)
-    key, value = (
-        checks.floats(name, array, like=("query", query))
-        for name, array in (("key", key), ("value", value))
-    )
-    paged.query_shape(
-        query, axes="[tokens, heads, head_size]" if packed else "[B, S, heads, head_size]"
-    )
-    key_value_heads = problem.key_value_heads
-    paged.heads(
-        query.shape, stated=checks.count("head_num", head_num), key_value_heads=key_value_heads
-    )
-    key, value = paged.pools(
-        key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
-    )
-    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
 
 
 def _check_integers(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_nsa import checks, paged
@@ -16,11 +15,7 @@ def check_arrays(
     query: Any, key: Any, value: Any, problem: Problem, *, layout: str, head_num: int, page: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query as `[B, S, N, D]` or packed `[T, N, D]`, the pools as `[pages, page, Nkv * size]`."""
-    query = checks.floats("query", query)
-    key, value = (
-        checks.floats(name, array, like=("query", query))
-        for name, array in (("key", key), ("value", value))
-    )
+    query, key, value = paged.floats(query, key, value)
     if layout == "BSH":
         shape = tuple(query.shape)
         if len(shape) != 3 or shape[2] == 0 or shape[2] % head_num:
@@ -29,14 +24,10 @@ def check_arrays(
                 f"multiple of head_num ({head_num}), got {shape}"
             )
         query = query.reshape(*shape[:2], head_num, shape[2] // head_num)
-    axes = "[tokens, heads, head_size]" if layout == "TND" else "[B, S, heads, head_size]"
-    paged.query_shape(query, axes=axes)
-    key_value_heads = problem.key_value_heads
-    paged.heads(query.shape, stated=head_num, key_value_heads=key_value_heads)
-    key, value = paged.pools(
-        key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
-    )
-    return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    return paged.attention(
+        query, key, value, packed=layout == "TND", head_num=head_num,
+        key_value_heads=problem.key_value_heads, page=page,
+    )  # fmt: skip
 
 
 def check_chosen(
