@@ -385,3 +385,34 @@ def test_more_tokens_than_stay_causal_are_refused():
     with pytest.raises(ValueError, match=r"actual_seq_qlen\[1\] must be at most .* got 17"):
         nsa_decode_step(**arguments | counts)
     nsa_decode_step(**arguments | {"actual_seq_qlen": np.array([3, 16])})
+
+
+# What keeps a scan on a GPU from computing the compressed branch twice.
+
+
+def test_indices_are_kept_and_read_behind_a_barrier():
+    """XLA clones a custom call into the fusion that keeps its result, if others read it, too.
+
+    On a GPU, `test_a_scan_that_keeps_results_calls_each_kernel_once` counts the calls; this needs
+    none.
+    """
+    run, arrays = step_of(arguments_of(USUAL), "reference")
+    jaxpr = jax.make_jaxpr(run)(*arrays).jaxpr
+    calls = {e.primitive.name: e for e in jaxpr.eqns}
+    indices = calls["jax_nsa_compress_attention"].outvars[1]
+    read = set(calls["jax_nsa_select_attention"].invars)
+
+    def reached(start, *, stop):
+        """What is computed from `start`, not going on behind the primitive `stop`."""
+        found = {start}
+        for equation in jaxpr.eqns:
+            if equation.primitive.name != stop and found & set(equation.invars):
+                found |= set(equation.outvars)
+        return found
+
+    everything = reached(indices, stop="jax_nsa_select_attention")
+    assert jaxpr.outvars[1] in everything
+    assert read & everything
+    in_front = reached(indices, stop="optimization_barrier")
+    assert jaxpr.outvars[1] not in in_front
+    assert not read & in_front
