@@ -232,7 +232,7 @@ def compile_kernel(compiler: str, isa: str, target: pathlib.Path, *flags: str) -
     subprocess.run(
         [compiler, "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-exceptions", "-Wno-psabi",
          f"-DJAX_NSA_ISA={isa}", f"-I{REPOSITORY / 'cc'}", *flags, "-c",
-         str(REPOSITORY / "cc/cpu/kernel.cc"), "-o", str(target)],
+         str(REPOSITORY / "cc/cpu/compress_attention_kernel.cc"), "-o", str(target)],
         check=True, timeout=600,
     )  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_kernel_of_aarch64(tmp_path):
     subprocess.run(
         [compiler, "-std=c++17", "-O2", "-static", f"-I{REPOSITORY / 'cc'}",
          *(str(REPOSITORY / f) for f in
-           ("tests/cc/cpu_kernel_test.cc", "cc/cpu/isa.cc", "cc/cpu/run.cc")),
+           ("tests/cc/cpu_kernel_test.cc", "cc/cpu/isa.cc", "cc/cpu/compress_attention_run.cc")),
          str(tmp_path / "kernel.o"), "-o", str(tmp_path / "test"), "-pthread"],
         check=True, timeout=600,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 // What the handler and the kernels of compression agree on. `compress_kernel.cc` is compiled once
-// for each instruction set; a Kernel is the result. Only plain data here, as in kernel.h, for the
-// same reason.
+// for each instruction set; a Kernel is the result. Only plain data here, as in
+// compress_attention_kernel.h, for the same reason.
 
 #ifndef JAX_NSA_CPU_COMPRESS_KERNEL_H_
 #define JAX_NSA_CPU_COMPRESS_KERNEL_H_

@@ -10,7 +10,7 @@
 
 namespace jax_nsa::cpu {
 
-// Each is kernel.cc, compiled for one instruction set.
+// Each is compress_attention_kernel.cc, compiled for one instruction set.
 #if defined(__x86_64__)
 namespace sse2 {
 extern const Kernel kKernel;

@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "cpu/compress_attention_kernel.h"
 
 namespace jax_nsa::cpu {
 

@@ -6,7 +6,7 @@
 // two attentions it serves. A *unit* of work attends over some of the positions of an item and
 // leaves a *partial* for each section; the attentions are merged from these.
 //
-// Only plain data here, as in kernel.h, for the same reason.
+// Only plain data here, as in compress_attention_kernel.h, for the same reason.
 
 #ifndef JAX_NSA_CPU_SELECT_KERNEL_H_
 #define JAX_NSA_CPU_SELECT_KERNEL_H_

@@ -1,5 +1,6 @@
 // Vectors of the instruction set that this translation unit is compiled for: all that differs
-// between instruction sets, but for tiles. Everything has internal linkage (see kernel.h).
+// between instruction sets, but for tiles. Everything has internal linkage (see
+// compress_attention_kernel.h).
 //
 // A *word* is what one 32-bit lane holds of the operands of a product: a float, or, where the
 // machine multiplies pairs of bfloat16, such a pair.

@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/kernel.h"
+#include "cpu/compress_attention_kernel.h"
 
 namespace jax_nsa::cpu {
 

@@ -1,7 +1,7 @@
 // The two products of attention over the rows of a page, by vectors.
 //
-// A *multiplier* is a class of static members that attend.h is generic over: this one, or that of
-// amx.h.
+// A *multiplier* is a class of static members that compress_attention_attend.h is generic over:
+// this one, or that of amx.h.
 
 #ifndef JAX_NSA_CPU_VECTORS_H_
 #define JAX_NSA_CPU_VECTORS_H_

@@ -1,13 +1,14 @@
-// Flags by which the parts of a cut item tell that they are in their regions (plan.h).
+// Flags by which the parts of a cut item tell that they are in their regions
+// (compress_attention_plan.h).
 
 #ifndef JAX_NSA_CUDA_FLAGS_CUH_
 #define JAX_NSA_CUDA_FLAGS_CUH_
 
 #include <cstdint>
 
-#include "cuda/params.cuh"
+#include "cuda/compress_attention_params.cuh"
+#include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/work.cuh"
 
 namespace jax_nsa::cuda {
 

@@ -14,15 +14,15 @@
 #include <vector>
 
 #include "compress_attention_reference.h"
+#include "cpu/compress_attention_run.h"
 #include "cpu/isa.h"
-#include "cpu/run.h"
 #include "elements.h"
 #include "expect.h"
 
 namespace jax_nsa::cpu {
 
-// kernel.cc with the tiles of emulated_amx_instructions.h, where the machine has AVX-512 BF16 for
-// the rest.
+// compress_attention_kernel.cc with the tiles of emulated_amx_instructions.h, where the machine has
+// AVX-512 BF16 for the rest.
 #if defined(JAX_NSA_EMULATED_AMX)
 namespace emulated_amx {
 extern const Kernel kKernel;

@@ -27,7 +27,7 @@ struct Case {
   bool ragged = false;  // query rows
   float spread = 1.3f;  // of the scores
   // Equal scores of some positions, lower ones of all others. With one position a block, those of
-  // three of the groups in which topk.cuh looks for a bound.
+  // three of the groups in which compress_attention_topk.cuh looks for a bound.
   bool peaks = false;
   bool wants_lse = true, wants_scores = false, aligned_rows = true;
   Forced forced = {1, 2};

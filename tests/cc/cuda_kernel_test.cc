@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "compress_attention_reference.h"
-#include "cuda/launch.h"
-#include "cuda/plan.h"
+#include "cuda/compress_attention_launch.h"
+#include "cuda/compress_attention_plan.h"
 #include "cuda_kernel_cases.h"
 #include "elements.h"
 #include "emulated_cuda/machine.h"

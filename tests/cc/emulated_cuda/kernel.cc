@@ -1,4 +1,4 @@
-// cc/cuda/kernel.cu, compiled for the emulated machine.
+// cc/cuda/compress_attention_kernel.cu, compiled for the emulated machine.
 
 #include "cuda_runtime_api.h"
 #include "language.h"
@@ -13,7 +13,7 @@ alignas(128) char memory[232448];
 }  // namespace
 }  // namespace jax_nsa::cuda
 
-#include "cuda/kernel.cu"
+#include "cuda/compress_attention_kernel.cu"
 
 cudaError_t cudaGetDevice(int* device) {
   *device = emulated_cuda::current_device;

@@ -1,18 +1,18 @@
 // Attention of a unit of work: one walk over its pages.
 
-#ifndef JAX_NSA_CPU_ATTEND_H_
-#define JAX_NSA_CPU_ATTEND_H_
+#ifndef JAX_NSA_CPU_COMPRESS_ATTENTION_ATTEND_H_
+#define JAX_NSA_CPU_COMPRESS_ATTENTION_ATTEND_H_
 
 #include <cstdint>
 
+#include "cpu/compress_attention_kernel.h"
+#include "cpu/compress_attention_tile.h"
+#include "cpu/compress_attention_weights.h"
 #include "cpu/fetch.h"
-#include "cpu/kernel.h"
 #include "cpu/operands.h"
 #include "cpu/rows.h"
 #include "cpu/scores.h"
 #include "cpu/simd.h"
-#include "cpu/tile.h"
-#include "cpu/weights.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
@@ -238,4 +238,4 @@ class Attention {
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_CPU_ATTEND_H_
+#endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_ATTEND_H_

@@ -1,12 +1,12 @@
 // What the kernel is launched with, and where things lie in the workspace.
 
-#ifndef JAX_NSA_CUDA_PARAMS_CUH_
-#define JAX_NSA_CUDA_PARAMS_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_PARAMS_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_PARAMS_CUH_
 
 #include <cstdint>
 
 #include "compress_attention.h"
-#include "cuda/plan.h"
+#include "cuda/compress_attention_plan.h"
 
 namespace jax_nsa::cuda {
 
@@ -35,7 +35,7 @@ struct Params {
   compress_attention::Arrays arrays;
   Plan plan;
   char* workspace;
-  int32_t stages;         // of the ring (pipeline.cuh)
+  int32_t stages;         // of the ring (compress_attention_pipeline.cuh)
   int32_t shared_floats;  // of shared memory behind the ring's stages, for records
   int32_t ring_floats;    // the same, once the ring is through and its memory is free too
   int32_t batch_tiles;    // of a batch of records, at most; two batches fit into ring_floats
@@ -83,7 +83,7 @@ struct Params {
   }
   // The sum of each row's exponentials, [rows]. All are negative if a page id is faulty.
   __device__ float* part_sum(int region) const { return part_max(region) + plan.rows; }
-  // Room for the records of a region's tiles (records.cuh).
+  // Room for the records of a region's tiles (compress_attention_records.cuh).
   __device__ float* tiles(int region) const {
     return reinterpret_cast<float*>(workspace + plan.tiles_offset) + region * plan.region_floats;
   }
@@ -95,4 +95,4 @@ struct Params {
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_PARAMS_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PARAMS_CUH_

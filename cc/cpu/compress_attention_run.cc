@@ -1,4 +1,4 @@
-#include "cpu/run.h"
+#include "cpu/compress_attention_run.h"
 
 #include <algorithm>
 #include <cmath>

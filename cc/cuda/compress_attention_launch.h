@@ -1,7 +1,7 @@
 // Starts the kernel on a stream.
 
-#ifndef JAX_NSA_CUDA_LAUNCH_H_
-#define JAX_NSA_CUDA_LAUNCH_H_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_LAUNCH_H_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_LAUNCH_H_
 
 #include <cuda_runtime_api.h>
 
@@ -18,10 +18,11 @@ using compress_attention::Problem;
 const char* Refuses(const Problem& problem);
 
 // Queues the computation on `stream` of the current device: one kernel, nothing else. `workspace`
-// lies on the device and may hold anything; plan.h's WorkspaceBytes says how large it must be.
+// lies on the device and may hold anything; compress_attention_plan.h's WorkspaceBytes says how
+// large it must be.
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
                    int64_t workspace_bytes, cudaStream_t stream);
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_LAUNCH_H_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_LAUNCH_H_

@@ -1,5 +1,5 @@
-// What the scheduler and the kernels agree on. `kernel.cc` is compiled once for each instruction
-// set; a Kernel is the result, and `isa.h` says which this machine can run.
+// What the scheduler and the kernels agree on. `compress_attention_kernel.cc` is compiled once for
+// each instruction set; a Kernel is the result, and `isa.h` says which this machine can run.
 //
 // A *panel* is the rows that read one kv head's keys together: the `group` query heads of each of
 // some tokens of a sequence, row r = (token r / group, head r % group). A *unit* of work attends
@@ -9,8 +9,8 @@
 // Only plain data here: the translation units of the kernels must not emit inline functions, of
 // which the linker would keep one copy, perhaps of an instruction set that the machine lacks.
 
-#ifndef JAX_NSA_CPU_KERNEL_H_
-#define JAX_NSA_CPU_KERNEL_H_
+#ifndef JAX_NSA_CPU_COMPRESS_ATTENTION_KERNEL_H_
+#define JAX_NSA_CPU_COMPRESS_ATTENTION_KERNEL_H_
 
 #include <cstdint>
 
@@ -96,4 +96,4 @@ struct Kernel {
 
 }  // namespace jax_nsa::cpu
 
-#endif  // JAX_NSA_CPU_KERNEL_H_
+#endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_KERNEL_H_

@@ -1,10 +1,10 @@
 // The kernel, for the instruction set that this file is compiled for: which types and multipliers
 // serve a call.
 
-#include "cpu/kernel.h"
+#include "cpu/compress_attention_kernel.h"
 
-#include "cpu/attend.h"
-#include "cpu/merge.h"
+#include "cpu/compress_attention_attend.h"
+#include "cpu/compress_attention_merge.h"
 #include "cpu/simd.h"
 #include "cpu/vectors.h"
 #if defined(__AMX_BF16__) || defined(JAX_NSA_EMULATED_AMX)

@@ -5,8 +5,8 @@
 #include <string>
 
 #include "compress_attention_call.h"
-#include "cuda/launch.h"
-#include "cuda/plan.h"
+#include "cuda/compress_attention_launch.h"
+#include "cuda/compress_attention_plan.h"
 #include "cuda/started.h"
 #include "cuda/workspace.h"
 #include "xla/ffi/api/ffi.h"

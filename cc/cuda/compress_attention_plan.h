@@ -28,8 +28,8 @@
 //   part     | first         | last     |            | first      | last    |
 //   region   | 1 of block 0  | 0 of 1   |            | 1 of 1     | 0 of 2  |
 
-#ifndef JAX_NSA_CUDA_PLAN_H_
-#define JAX_NSA_CUDA_PLAN_H_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_PLAN_H_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_PLAN_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -218,4 +218,4 @@ inline int64_t WorkspaceBytes(const Problem& problem) {
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_PLAN_H_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PLAN_H_

@@ -2,12 +2,12 @@
 // the loading warps in turn and emptied by the others. It runs on through the end of an item, so
 // that the next item's tiles arrive while the last one's results are worked out.
 
-#ifndef JAX_NSA_CUDA_PIPELINE_CUH_
-#define JAX_NSA_CUDA_PIPELINE_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_PIPELINE_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_PIPELINE_CUH_
 
-#include "cuda/params.cuh"
+#include "cuda/compress_attention_params.cuh"
+#include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/work.cuh"
 
 namespace jax_nsa::cuda {
 
@@ -212,4 +212,4 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_PIPELINE_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PIPELINE_CUH_

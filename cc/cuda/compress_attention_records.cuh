@@ -1,17 +1,17 @@
-// Where the records of tiles lie (plan.h), which are kept until the rows' greatest scores and
-// totals are known for the whole item.
+// Where the records of tiles lie (compress_attention_plan.h), which are kept until the rows'
+// greatest scores and totals are known for the whole item.
 //
 // Writing all of them to the device's memory would cost a tenth of the time that loading keys and
 // values takes. So as many as there is room for stay in shared memory, if the item is not cut. The
 // others go through the workspace and are discarded from the L2 cache once read, unless they are
 // few.
 
-#ifndef JAX_NSA_CUDA_RECORDS_CUH_
-#define JAX_NSA_CUDA_RECORDS_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_RECORDS_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_RECORDS_CUH_
 
-#include "cuda/params.cuh"
+#include "cuda/compress_attention_params.cuh"
+#include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/work.cuh"
 
 namespace jax_nsa::cuda {
 
@@ -142,4 +142,4 @@ class Records {
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_RECORDS_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_RECORDS_CUH_

@@ -2,16 +2,16 @@
 // 16 rows. Lane 4g + t holds of any [16, 8n] result the rows g and g + 8, columns 8j + 2t and
 // 8j + 2t + 1 for each j < n, as the matrix instruction leaves them.
 
-#ifndef JAX_NSA_CUDA_ATTEND_CUH_
-#define JAX_NSA_CUDA_ATTEND_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_ATTEND_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_ATTEND_CUH_
 
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/params.cuh"
-#include "cuda/pipeline.cuh"
+#include "cuda/compress_attention_params.cuh"
+#include "cuda/compress_attention_pipeline.cuh"
+#include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/work.cuh"
 
 namespace jax_nsa::cuda {
 
@@ -64,7 +64,8 @@ class WarpRows {
     if constexpr (!kPlain) LoadQuery();
   }
 
-  // Adds a tile's positions, from `first_position` on. `record` is the tile's (records.cuh).
+  // Adds a tile's positions, from `first_position` on. `record` is the tile's
+  // (compress_attention_records.cuh).
   __device__ void Attend(const Stage& stage, int first_position, const uint32_t* weights,
                          uint64_t* release, int releases, float* record) {
     float p[4][4];  // scores, then their exponentials
@@ -294,4 +295,4 @@ class WarpRows {
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_ATTEND_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_ATTEND_CUH_

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "compress_attention_call.h"
+#include "cpu/compress_attention_run.h"
 #include "cpu/isa.h"
-#include "cpu/run.h"
 #include "cpu/threads.h"
 #include "xla/ffi/api/ffi.h"
 

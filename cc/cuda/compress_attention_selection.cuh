@@ -1,16 +1,17 @@
-// Which blocks are chosen: importances from an item's block sums, for topk.cuh to compare.
+// Which blocks are chosen: importances from an item's block sums, for compress_attention_topk.cuh
+// to compare.
 
-#ifndef JAX_NSA_CUDA_SELECTION_CUH_
-#define JAX_NSA_CUDA_SELECTION_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_SELECTION_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_SELECTION_CUH_
 
 #include <cmath>
 #include <type_traits>
 
-#include "cuda/params.cuh"
+#include "cuda/compress_attention_params.cuh"
+#include "cuda/compress_attention_records.cuh"
+#include "cuda/compress_attention_topk.cuh"
+#include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/records.cuh"
-#include "cuda/topk.cuh"
-#include "cuda/work.cuh"
 #include "selection.h"
 
 namespace jax_nsa::cuda {
@@ -212,4 +213,4 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_SELECTION_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_SELECTION_CUH_

@@ -1,22 +1,23 @@
 // The kernel: attention, importance and selection in one launch.
 //
-// One persistent thread block for each multiprocessor goes through its share of the work (plan.h,
-// work.cuh). Four warps fill a ring of stages in shared memory (pipeline.cuh); eight warps each
-// take 16 rows of a tile of 32 positions (attend.cuh), and when a part of an item is through they
-// merge it with the others and select (merge.cuh, selection.cuh).
+// One persistent thread block for each multiprocessor goes through its share of the work
+// (compress_attention_plan.h, compress_attention_work.cuh). Four warps fill a ring of stages in
+// shared memory (compress_attention_pipeline.cuh); eight warps each take 16 rows of a tile of 32
+// positions (compress_attention_attend.cuh), and when a part of an item is through they merge it
+// with the others and select (compress_attention_merge.cuh, compress_attention_selection.cuh).
 
 #include <cstdlib>
 #include <mutex>
 
-#include "cuda/attend.cuh"
+#include "cuda/compress_attention_attend.cuh"
+#include "cuda/compress_attention_launch.h"
+#include "cuda/compress_attention_merge.cuh"
+#include "cuda/compress_attention_params.cuh"
+#include "cuda/compress_attention_pipeline.cuh"
+#include "cuda/compress_attention_records.cuh"
+#include "cuda/compress_attention_selection.cuh"
+#include "cuda/compress_attention_work.cuh"
 #include "cuda/flags.cuh"
-#include "cuda/launch.h"
-#include "cuda/merge.cuh"
-#include "cuda/params.cuh"
-#include "cuda/pipeline.cuh"
-#include "cuda/records.cuh"
-#include "cuda/selection.cuh"
-#include "cuda/work.cuh"
 
 namespace jax_nsa::cuda {
 namespace {

@@ -1,14 +1,14 @@
 // The results of a panel from the partials of its units.
 
-#ifndef JAX_NSA_CPU_MERGE_H_
-#define JAX_NSA_CPU_MERGE_H_
+#ifndef JAX_NSA_CPU_COMPRESS_ATTENTION_MERGE_H_
+#define JAX_NSA_CPU_COMPRESS_ATTENTION_MERGE_H_
 
 #include <cstdint>
 
-#include "cpu/kernel.h"
+#include "cpu/compress_attention_kernel.h"
+#include "cpu/compress_attention_tile.h"
 #include "cpu/operands.h"
 #include "cpu/simd.h"
-#include "cpu/tile.h"
 #include "cpu/values.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
@@ -194,4 +194,4 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_CPU_MERGE_H_
+#endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_MERGE_H_

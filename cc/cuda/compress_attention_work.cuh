@@ -1,10 +1,11 @@
-// Which tiles a thread block processes: its share of the list that plan.h describes, item by
-// item. The loading warps and the computing ones walk the same share, each at its own pace.
+// Which tiles a thread block processes: its share of the list that compress_attention_plan.h
+// describes, item by item. The loading warps and the computing ones walk the same share, each at
+// its own pace.
 
-#ifndef JAX_NSA_CUDA_WORK_CUH_
-#define JAX_NSA_CUDA_WORK_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_WORK_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_WORK_CUH_
 
-#include "cuda/params.cuh"
+#include "cuda/compress_attention_params.cuh"
 #include "cuda/ptx.cuh"
 
 namespace jax_nsa::cuda {
@@ -238,4 +239,4 @@ class WorkList {
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_WORK_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_WORK_CUH_

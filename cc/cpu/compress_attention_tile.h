@@ -1,11 +1,11 @@
 // The positions of a unit of work in tiles, and which blocks close in each.
 
-#ifndef JAX_NSA_CPU_TILE_H_
-#define JAX_NSA_CPU_TILE_H_
+#ifndef JAX_NSA_CPU_COMPRESS_ATTENTION_TILE_H_
+#define JAX_NSA_CPU_COMPRESS_ATTENTION_TILE_H_
 
 #include <cstdint>
 
-#include "cpu/kernel.h"
+#include "cpu/compress_attention_kernel.h"
 #include "cpu/operands.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
@@ -56,4 +56,4 @@ inline int64_t BlocksBegin(const Plan& plan, const Unit& unit, const Partial& pa
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_CPU_TILE_H_
+#endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_TILE_H_

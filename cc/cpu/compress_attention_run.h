@@ -1,14 +1,14 @@
 // One call as units of work that any number of threads may take.
 
-#ifndef JAX_NSA_CPU_RUN_H_
-#define JAX_NSA_CPU_RUN_H_
+#ifndef JAX_NSA_CPU_COMPRESS_ATTENTION_RUN_H_
+#define JAX_NSA_CPU_COMPRESS_ATTENTION_RUN_H_
 
 #include <cstdint>
 #include <mutex>
 #include <vector>
 
+#include "cpu/compress_attention_kernel.h"
 #include "cpu/help.h"
-#include "cpu/kernel.h"
 #include "cpu/memory.h"
 
 namespace jax_nsa::cpu {
@@ -97,4 +97,4 @@ class Run {
 
 }  // namespace jax_nsa::cpu
 
-#endif  // JAX_NSA_CPU_RUN_H_
+#endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_RUN_H_

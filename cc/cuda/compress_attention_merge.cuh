@@ -3,16 +3,16 @@
 // by the thread block that has its last part, once that one's share is through. It waits for the
 // other parts; then its loading warps merge the attention while its consumer warps select.
 
-#ifndef JAX_NSA_CUDA_MERGE_CUH_
-#define JAX_NSA_CUDA_MERGE_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_MERGE_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_MERGE_CUH_
 
 #include <cmath>
 
-#include "cuda/attend.cuh"
-#include "cuda/params.cuh"
+#include "cuda/compress_attention_attend.cuh"
+#include "cuda/compress_attention_params.cuh"
+#include "cuda/compress_attention_selection.cuh"
+#include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
-#include "cuda/selection.cuh"
-#include "cuda/work.cuh"
 
 namespace jax_nsa::cuda {
 
@@ -372,4 +372,4 @@ __device__ inline void FinishAttention(const Params& params, const Part& part,
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_MERGE_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_MERGE_CUH_

@@ -4,17 +4,17 @@
 // softmax and window sums are vertical. A panel of fewer rows than lanes is padded to a power of
 // two, and a vector holds several positions.
 
-#ifndef JAX_NSA_CPU_WEIGHTS_H_
-#define JAX_NSA_CPU_WEIGHTS_H_
+#ifndef JAX_NSA_CPU_COMPRESS_ATTENTION_WEIGHTS_H_
+#define JAX_NSA_CPU_COMPRESS_ATTENTION_WEIGHTS_H_
 
 #include <cstdint>
 
+#include "cpu/compress_attention_kernel.h"
+#include "cpu/compress_attention_tile.h"
 #include "cpu/fetch.h"
-#include "cpu/kernel.h"
 #include "cpu/operands.h"
 #include "cpu/rows.h"
 #include "cpu/simd.h"
-#include "cpu/tile.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
@@ -249,4 +249,4 @@ class Weights {
 }  // namespace
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA
 
-#endif  // JAX_NSA_CPU_WEIGHTS_H_
+#endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_WEIGHTS_H_

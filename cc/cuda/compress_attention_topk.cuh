@@ -7,12 +7,12 @@
 // groups' best ones the n-th is a bound: n candidates at least reach it, rarely many more. Those
 // that do are ranked by comparing each with every other. Otherwise a histogram finds the bound.
 
-#ifndef JAX_NSA_CUDA_TOPK_CUH_
-#define JAX_NSA_CUDA_TOPK_CUH_
+#ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_TOPK_CUH_
+#define JAX_NSA_CUDA_COMPRESS_ATTENTION_TOPK_CUH_
 
 #include <cstdint>
 
-#include "cuda/plan.h"
+#include "cuda/compress_attention_plan.h"
 #include "cuda/ptx.cuh"
 
 namespace jax_nsa::cuda {
@@ -383,4 +383,4 @@ __device__ inline void SelectBlocks(const Candidates& candidates, int num_blocks
 
 }  // namespace jax_nsa::cuda
 
-#endif  // JAX_NSA_CUDA_TOPK_CUH_
+#endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_TOPK_CUH_
