@@ -11,14 +11,19 @@ import jaxlib.version
 import pytest
 
 pytest.register_assert_rewrite(
-    "agreement",
-    "choices",
     "contract",
     "compress.calls",
     "compress.contract",
     "compress.faults",
     "compress.transformations",
+    "compress_attention.agreement",
+    "compress_attention.calls",
+    "compress_attention.choices",
+    "compress_attention.contract",
+    "compress_attention.faults",
+    "compress_attention.programs",
     "select_attention.contract",
+    "select_attention.faults",
 )
 
 # Tests of sharding need several devices.
@@ -46,7 +51,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a contract test that takes a `dtype` with each one that the implementation has."""
+    """Runs a contract's tests with each `example` call, and each `dtype` of the implementation."""
+    if "example" in metafunc.fixturenames:
+        examples = metafunc.cls.EXAMPLES
+        metafunc.parametrize("example", examples.values(), ids=examples)
     if hasattr(metafunc.cls, "domain") and "dtype" in metafunc.fixturenames:
         metafunc.parametrize("dtype", metafunc.cls.domain.dtypes)
 

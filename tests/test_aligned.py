@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compress_attention.problems import Geometry, build
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from problems import Geometry, build
 
 from jax_nsa import native, nsa_compress_attention_infer
 

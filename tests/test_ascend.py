@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ascend.device_route import DeviceRoute
 from ascend.domain import CANN
-from contract import CompressAttentionContract
+from compress_attention.contract import CompressAttentionContract
 
 pytest_plugins = ("ascend.fixtures",)
 

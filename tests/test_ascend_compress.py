@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 from ascend.device_route import DeviceRoute
-from compress import contract, faults, transformations
-from compress.calls import COUNTED, PAIR, USUAL, listed
+from compress.calls import COUNTED, USUAL, listed
 from compress.contract import CompressContract
 from compress.problems import CACHES, Geometry, build, geometries
 from hypothesis import assume, given
@@ -18,29 +18,13 @@ from hypothesis import strategies as st
 pytest_plugins = ("ascend.fixtures",)
 
 FLOAT16 = st.sampled_from(["bfloat16", "float16"])
-HOST = {"dtype": "bfloat16", "bias": False}
+HOST = MappingProxyType({"dtype": "bfloat16", "bias": False})
 DEVICE = HOST | {"page": 64}
 
 
-def vary(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    """Makes the contract's usual calls such as a route takes."""
-    for name, usual in (("USUAL", USUAL), ("PAIR", PAIR), ("COUNTED", COUNTED)):
-        geometry = replace(usual, **changes)
-        if name == "PAIR" and len(geometry.head_sizes) == 1:
-            geometry = replace(geometry, head_sizes=(2 * geometry.head_sizes[0], 16))
-        for module in (contract, faults, transformations):
-            monkeypatch.setattr(module, name, geometry, raising=False)
-
-
+@pytest.mark.usefixtures("standin")
 class Contract(CompressContract):
     """The contract as far as CANN's kernel has what a test asks for."""
-
-    changes: dict[str, Any]
-
-    @pytest.fixture(autouse=True)
-    def _usual(self, monkeypatch, standin):
-        """Tests vary the usual calls."""
-        vary(monkeypatch, self.changes)
 
     def serves(self, arguments: dict[str, Any]) -> bool:
         """Whether the route takes such arguments."""
@@ -55,10 +39,10 @@ class Contract(CompressContract):
             and weights[0].shape[1] <= 64
         )
 
-    def call(self, arguments: dict[str, Any], form: str = "eager, arrays", **options: Any) -> Any:
+    def apply(self, arguments: dict[str, Any], **options: Any) -> Any:
         if not self.serves(arguments):
             pytest.skip(f"outside the domain of {self.implementation}")
-        return super().call(arguments, form, **options)
+        return super().apply(arguments, **options)
 
 
 def not_here(reason: str) -> Any:
@@ -89,8 +73,12 @@ class TestDeviceRoute(Contract):
     """Under an Ascend PJRT plugin: buffers on the device."""
 
     implementation = DeviceRoute.NAME
-    changes = DEVICE | {"head_sizes": (16,)}
+    changes = DEVICE
     fails_on_faults = True
+
+    def usual(self, geometry: Geometry, **changes: Any) -> Geometry:
+        sizes = (32, 16)[-len(geometry.head_sizes) :]
+        return super().usual(geometry, **{"head_sizes": sizes} | changes)
 
     def serves(self, arguments):
         heads = listed(arguments["weight"])[0].shape[1]
@@ -117,7 +105,7 @@ class TestDeviceRoute(Contract):
         self.check(replace(Geometry(), **DEVICE, head_sizes=(32, 16), cache=cache, lengths=lengths))
 
     def test_faults(self):
-        arguments = build(replace(faults.COUNTED, head_sizes=(16, 32)))
+        arguments = build(self.usual(COUNTED, head_sizes=(16, 32)))
         for name, index, value, message in [
             ("actual_seq_len", 2, -1, "actual_seq_len[2] must be in [0, 192]"),
             ("actual_seq_qlen", 2, 17, "actual_seq_qlen[2] must be in [0, 16]"),
@@ -130,7 +118,7 @@ class TestDeviceRoute(Contract):
             self._check_fault(faulty, arguments, message, unwritten=(2,))
 
     def test_a_cache_without_rows(self):
-        arguments = build(replace(contract.USUAL, lengths=(32, 31), skipped=(0,)))
+        arguments = build(self.usual(USUAL, lengths=(32, 31), skipped=(0,)))
         arguments["cache"] = arguments["cache"][:0]
         assert self.call(arguments).shape == (0, 2, 16)
 

@@ -16,8 +16,8 @@ import test_ascend_select
 import test_ascend_step
 from ascend.domain import CANN
 from ascend.standin import StandIn
-from contract import SEED_EXAMPLE, CompressAttentionContract
-from problems import Geometry, build
+from compress_attention.contract import SEED_EXAMPLE, CompressAttentionContract
+from compress_attention.problems import Geometry, build
 from step.problems import Step, arguments_of
 from test_step import assert_is_the_sum, step_of
 

@@ -13,11 +13,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from agreement import ATTENTION_TOLERANCE, assert_agrees
 from ascend.device_route import DEVICE, DeviceRoute
-from problems import Geometry, build
+from compress_attention import oracle
+from compress_attention.agreement import assert_agrees
+from compress_attention.problems import Geometry, build
+from domain import ATTENTION_TOLERANCE
 
 from jax_nsa import backends, native, nsa_compress_attention_infer
 from jax_nsa.backends import ascend

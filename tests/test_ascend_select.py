@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,44 +11,40 @@ import pytest
 from ascend.device_route import DeviceRoute
 from hypothesis import given
 from hypothesis import strategies as st
-from select_attention import contract
+from select_attention.calls import USUAL
 from select_attention.contract import SelectAttentionContract
-from select_attention.problems import Geometry, build, geometries
+from select_attention.problems import build, geometries
 
 pytest_plugins = ("ascend.fixtures",)
 
-USUAL = replace(contract.USUAL, dtype="bfloat16")
+HOST = MappingProxyType({"dtype": "bfloat16"})
 # What CANN's kernel takes where nothing is gathered for it.
-DEVICE = {"key_value_heads": 1, "head_size": 192, "value_size": 128, "page": 64}
+DEVICE = HOST | {"key_value_heads": 1, "head_size": 192, "value_size": 128, "page": 64}
 FLOAT16 = st.sampled_from(["bfloat16", "float16"])
 LAUNCHES = "launches of aclnnNsaSelectedAttentionInfer"
 
 
+@pytest.mark.usefixtures("standin")
 class Contract(SelectAttentionContract):
     """The contract as far as CANN's kernel has what a test asks for."""
 
-    usual: Geometry
-
-    @pytest.fixture(autouse=True)
-    def _usual(self, monkeypatch, standin):
-        """Tests vary the usual call."""
-        monkeypatch.setattr(contract, "USUAL", self.usual)
+    changes = HOST
 
     def serves(self, arguments: dict[str, Any]) -> bool:
         """Whether the route takes such arguments, but for a log-sum-exp."""
         return arguments["query"].dtype != np.float32
 
-    def call(self, arguments: dict[str, Any], form: str = "eager, arrays", **options: Any) -> tuple:
+    def apply(self, arguments: dict[str, Any], **options: Any) -> tuple:
         if not self.serves(arguments):
             pytest.skip(f"outside the domain of {self.implementation}")
-        return super().call(without_lse(arguments), form, **options)
+        return super().apply(without_lse(arguments), **options)
 
     def assert_agrees(self, results: tuple, arguments: dict[str, Any]) -> None:
         super().assert_agrees(results, without_lse(arguments))
 
     @pytest.mark.parametrize("ids", [[-1, 0, 2], [0, -1, 2], [-1, -1, -1], [2, 2, 0], [3, 3, 3]])
     def test_ids(self, ids):
-        arguments = build(replace(self.usual, lengths=(100, 100)))
+        arguments = build(self.usual(USUAL, lengths=(100, 100)))
         shape = arguments["topk_indices"].shape
         arguments["topk_indices"] = np.broadcast_to(np.array(ids, np.int32), shape)
         results = self.call(arguments)
@@ -63,7 +60,6 @@ class TestHostRoute(Contract):
     """Under host JAX: what is read is gathered, so that all but float32 and lse is served."""
 
     implementation = "ascend"
-    usual = USUAL
     fails_on_faults = True
 
     @given(geometry=geometries(), dtype=FLOAT16)
@@ -76,7 +72,7 @@ class TestDeviceRoute(Contract):
     """Under an Ascend PJRT plugin: buffers on the device, faulty rows NaN."""
 
     implementation = DeviceRoute.NAME
-    usual = replace(USUAL, **DEVICE)
+    changes = DEVICE
 
     def serves(self, arguments):
         heads, groups = arguments["key_value_head_num"], arguments["head_num"]
@@ -103,7 +99,7 @@ class TestDeviceRoute(Contract):
     # Those that name two heads.
 
     def test_faults(self):
-        arguments = build(self.usual)
+        arguments = build(self.usual(USUAL))
         truth = self.call(arguments)
         for name, index, value in [
             ("actual_seq_kvlen", 1, -1), ("actual_seq_kvlen", 1, 129), ("block_table", (1, 0), 99),
@@ -118,7 +114,7 @@ class TestDeviceRoute(Contract):
             assert any(np.all(np.isnan(np.asarray(result)[1])) for result in results)
 
     def test_no_sequences(self):
-        arguments = build(self.usual)
+        arguments = build(self.usual(USUAL))
         for name in ("query", "topk_indices", "block_table", "actual_seq_kvlen"):
             arguments[name] = arguments[name][:0]
         attention, window = self.call(arguments)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compress_attention.problems import Geometry, build
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import Geometry, build
 
 from jax_nsa import nsa_compress_attention_infer
 

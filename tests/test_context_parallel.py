@@ -8,11 +8,12 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from agreement import ATTENTION_TOLERANCE, assert_agrees
+from compress_attention import oracle
+from compress_attention.agreement import assert_agrees
+from compress_attention.problems import Geometry, build
+from domain import ATTENTION_TOLERANCE, DTYPES
 from jax.sharding import AxisType, PartitionSpec
-from problems import DTYPES, Geometry, build
 
 from jax_nsa import nsa_compress_attention_infer
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CompressAttentionContract
-from problems import Geometry, build
+from compress_attention.contract import CompressAttentionContract
+from compress_attention.problems import Geometry, build
 
 from jax_nsa import native, nsa_compress_attention_infer
 from jax_nsa.backends import cpu

@@ -3,8 +3,8 @@
 from types import MappingProxyType
 
 import pytest
-from contract import CompressAttentionContract
-from problems import Geometry
+from compress_attention.contract import CompressAttentionContract
+from compress_attention.problems import Geometry
 
 pytestmark = pytest.mark.cuda
 

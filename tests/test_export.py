@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import Geometry, build
+from compress_attention.problems import Geometry, build
 
 import jax_nsa
 

@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from agreement import assert_agrees
-from contract import INTEGERS
-from problems import DTYPES, WINDOWS, Geometry, build
+from compress_attention import oracle
+from compress_attention.agreement import assert_agrees
+from compress_attention.calls import INTEGERS
+from compress_attention.problems import WINDOWS, Geometry, build
+from domain import DTYPES
 
 from jax_nsa import nsa_compress_attention_infer, operator
 

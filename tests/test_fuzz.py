@@ -45,6 +45,6 @@ def test_notices_a_wrong_number(monkeypatch):
 
 
 def test_notices_what_is_not_refused(monkeypatch):
-    monkeypatch.setattr(illegal, "call", lambda *_: None)
+    monkeypatch.setattr(illegal.OPERATORS["compress"].contract, "apply", lambda *_: None)
     with pytest.raises(AssertionError, match="was not refused"):
         run(ILLEGAL, ["compress"], ["reference"])

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import ARRAYS, INTEGERS
-from problems import Geometry, build
+from compress_attention.calls import FLOATS, INTEGERS
+from compress_attention.problems import Geometry, build
 
 from jax_nsa import backends, native, nsa_compress_attention_infer
 
@@ -20,7 +20,7 @@ CPU, CUDA = "jax_nsa_compress_attention_cpu", "jax_nsa_compress_attention_cuda"
 def bound(geometry=GEOMETRY, *, host=(), **options):
     """The operator as a function of its arrays, and these; `host` names those fixed instead."""
     arguments = build(geometry)
-    traced = {n: jnp.asarray(arguments[n]) for n in (*ARRAYS, *INTEGERS) if n in arguments}
+    traced = {n: jnp.asarray(arguments[n]) for n in (*FLOATS, *INTEGERS) if n in arguments}
     static = {n: v for n, v in arguments.items() if n not in traced or n in host}
     traced = {n: v for n, v in traced.items() if n not in host}
     return lambda *values: nsa_compress_attention_infer(
@@ -142,7 +142,7 @@ def test_host_lengths_are_constants_of_a_traced_program():
 def test_growing_host_lengths_share_one_eager_program(monkeypatch):
     """A decode loop that passes lists must not compile at each step."""
     arguments = build(dataclasses.replace(GEOMETRY, lengths=(40, 8), k=5))
-    arrays = {n: jnp.asarray(arguments[n]) for n in ARRAYS}
+    arrays = {n: jnp.asarray(arguments[n]) for n in FLOATS}
 
     def step(length):
         changes = {"actual_cmp_seq_kvlen": [length, 8], "implementation": "reference"}

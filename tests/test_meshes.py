@@ -11,15 +11,15 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from agreement import assert_agrees
+from compress_attention import oracle
+from compress_attention.agreement import assert_agrees
+from compress_attention.problems import Geometry, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental import serialize_executable
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import Geometry, build
 
 from jax_nsa import nsa_compress_attention_infer
 

@@ -4,7 +4,7 @@ import inspect
 import types
 
 import pytest
-from contract import CompressAttentionContract
+from compress_attention.contract import CompressAttentionContract
 
 from jax_nsa.compress_attention import reference
 from jax_nsa.compress_attention.door import OPERATOR

@@ -9,11 +9,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from agreement import assert_agrees
+from compress_attention import oracle
+from compress_attention.agreement import assert_agrees
+from compress_attention.problems import Geometry, build
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
-from problems import Geometry, build
 
 from jax_nsa import nsa_compress_attention_infer, nsa_select_attention_infer
 

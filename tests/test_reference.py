@@ -1,6 +1,6 @@
 """The jnp reference under the contract."""
 
-from contract import CompressAttentionContract
+from compress_attention.contract import CompressAttentionContract
 
 
 class TestReference(CompressAttentionContract):

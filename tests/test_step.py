@@ -8,9 +8,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from agreement import ATTENTION_TOLERANCE, SCORE_TOLERANCE, assert_indices
+from compress_attention import oracle
+from compress_attention.agreement import SCORE_TOLERANCE, assert_indices
+from domain import ATTENTION_TOLERANCE
 from hypothesis import given
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P

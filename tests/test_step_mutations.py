@@ -164,7 +164,7 @@ class Select(SelectAttentionContract):
     def run(self, test):
         """Runs one of the contract's tests by name."""
         named = {
-            "usual": lambda: self.test_form("jit, arrays", "float32"),
+            "usual": lambda: self.check(replace(USUAL, return_lse=True), "jit, arrays"),
             "none_chosen": lambda: self.test_ids([0, -1, 2]),
             "listed_twice": lambda: self.test_ids([2, 2, 0]),
             "short": lambda: self.test_short_sequences((0, 5)),
@@ -186,7 +186,7 @@ class Compress(CompressContract):
     def run(self, test):
         """Runs one of the contract's tests by name."""
         named = {
-            "usual": lambda: self.test_form("jit, arrays", "float32", COUNTED),
+            "usual": lambda: self.test_forms("jit, arrays", COUNTED),
             "bad_page": lambda: self.test_faults("block_table", (2, 4), 17, "", False),
             "bad_length": lambda: self.test_faults("actual_seq_len", 2, 113, "", False),
             "bad_count": lambda: self.test_faults("actual_seq_qlen", 2, 17, "", False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from problems import Geometry, build
+from compress_attention.problems import Geometry, build
 
 from jax_nsa import native, nsa_compress_attention_infer
 

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import compress.problems
+import compress_attention.problems
 import jax
 import jax.numpy as jnp
 import numpy as np
-import problems
 import select_attention.problems
 
 import jax_nsa
 
 # Several tokens and a mask.
-COMPRESS_ATTENTION = problems.Geometry(
+COMPRESS_ATTENTION = compress_attention.problems.Geometry(
     dtype="bfloat16", lengths=(40, 33), token_counts=(3, 2), masked=True, k=2, group=2,
 )  # fmt: skip
 # What CANN's kernel takes as it is.
@@ -31,7 +31,7 @@ COMPRESS = compress.problems.Geometry(
 
 _OPERATORS: Mapping[str, tuple[Callable[..., Any], Callable[[Any], dict[str, Any]], Any]] = {
     "compress_attention": (
-        jax_nsa.nsa_compress_attention_infer, problems.build, COMPRESS_ATTENTION,
+        jax_nsa.nsa_compress_attention_infer, compress_attention.problems.build, COMPRESS_ATTENTION,
     ),
     "select_attention": (
         jax_nsa.nsa_select_attention_infer, select_attention.problems.build, SELECT_ATTENTION,

@@ -1,6 +1,6 @@
 """What CANN's kernel can do of the legal calls."""
 
-from problems import Domain
+from compress_attention.problems import Domain
 
 CANN = Domain(
     dtypes=("bfloat16", "float16"),

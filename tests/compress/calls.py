@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from compress import oracle
-from compress.problems import Geometry, build
+from compress.problems import Geometry, build, geometries
+from contract import OperatorContract, bits
+from hypothesis import strategies as st
 
 from jax_nsa import nsa_compress_infer
 
 FLOATS = ("input", "weight", "cache", "bias")
 INTEGERS = ("slot_mapping", "block_table", "actual_seq_len", "actual_seq_qlen")
-FORMS = ("eager, host values", "eager, arrays", "jit, host values", "jit, arrays")
 # Half the distance between neighbours, relative: what one rounding does.
 ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 SUBNORMAL = {"bfloat16": 2.0**-134, "float16": 2.0**-25, "float32": 2.0**-150}
@@ -32,12 +32,6 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, tuple) else [value]
 
 
-def bits(array: Any) -> np.ndarray:
-    """An array's bits, so that NaN equals NaN."""
-    array = np.asarray(array)
-    return array.view(f"u{array.itemsize}")
-
-
 def copies(compiled: Any, sizes: set[int]) -> list[str]:
     """The instructions of a compiled program that copy arrays of so many elements."""
     found = []
@@ -48,35 +42,25 @@ def copies(compiled: Any, sizes: set[int]) -> list[str]:
     return found
 
 
-class Calls:
+class Calls(OperatorContract):
     """Calls of one implementation."""
 
-    implementation: str
-    # Whether faulty run-time values fail the call unless told otherwise.
-    fails_on_faults = False
+    FLOATS = FLOATS
+    INTEGERS = INTEGERS
+    EXAMPLES = {"one": USUAL, "pair": PAIR, "counted": COUNTED}  # noqa: RUF012
+    build = staticmethod(build)
 
-    def call(self, arguments: dict[str, Any], form: str = "eager, arrays", **options: Any) -> Any:
-        """Calls the operator with integers that are known beforehand or not."""
-        traced = [n for n in FLOATS if n in arguments]
-        if form.endswith("arrays"):
-            traced += [n for n in INTEGERS if n in arguments]
-        static = {n: v for n, v in arguments.items() if n not in traced}
+    @classmethod
+    def geometries(cls) -> st.SearchStrategy[Geometry]:
+        return geometries()
 
-        def run(arrays: dict[str, Any]) -> Any:
-            return nsa_compress_infer(
-                **static, **arrays, implementation=self.implementation, **options
-            )
+    @staticmethod
+    def operator(arguments: dict[str, Any]) -> Callable[..., Any]:
+        return nsa_compress_infer
 
-        run = jax.jit(run) if form.startswith("jit") else run
-        arrays = {n: jax.tree.map(jnp.asarray, arguments[n]) for n in traced}
-        return jax.block_until_ready(run(arrays))
-
-    def check(self, geometry: Geometry, form: str = "eager, arrays", **changes: Any) -> Any:
-        """Asserts that a legal call agrees with the oracle; returns its results."""
-        arguments = build(geometry) | changes
-        results = self.call(arguments, form)
-        self.assert_agrees(results, arguments)
-        return results
+    def apply(self, arguments: dict[str, Any], **options: Any) -> Any:
+        """One cache, or two."""
+        return nsa_compress_infer(**arguments, implementation=self.implementation, **options)
 
     def assert_agrees(
         self, results: Any, arguments: dict[str, Any], *, unwritten: tuple[int, ...] = ()

@@ -10,15 +10,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from domain import DTYPES
 from hypothesis import strategies as st
 
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
 STRIDES = (16, 32, 48, 64)
 # Every legal (compress_block_size, compress_stride).
 WINDOWS = tuple((size, d) for d in STRIDES for size in range(16, 129, 16) if size >= d)

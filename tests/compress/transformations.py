@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress.calls import COUNTED, FLOATS, INTEGERS, PAIR, ROUNDING, USUAL, Calls, bits, copies
+from compress.calls import COUNTED, FLOATS, INTEGERS, PAIR, ROUNDING, USUAL, Calls, copies
 from compress.problems import CACHES, build
+from contract import bits
 
 from jax_nsa import nsa_compress_infer
 
@@ -17,24 +16,9 @@ from jax_nsa import nsa_compress_infer
 class Transformations(Calls):
     """Maps, loops, donated caches."""
 
-    def test_vmap(self):
-        each = [build(replace(PAIR, seed=seed)) for seed in range(3)]
-        names = ("input", "cache", "slot_mapping", "block_table", "actual_seq_len")
-        stacked = {n: jax.tree.map(lambda *a: jnp.stack(a), *(a[n] for a in each)) for n in names}
-        shared = {n: v for n, v in each[0].items() if n not in names}
-
-        def run(arrays):
-            return nsa_compress_infer(**shared, **arrays, implementation=self.implementation)
-
-        results = jax.vmap(run)(stacked)
-        for i, arguments in enumerate(each):
-            self.assert_agrees(tuple(np.asarray(r[i]) for r in results), arguments | {
-                n: shared[n] for n in ("weight", "bias") if n in shared
-            })  # fmt: skip
-
     @pytest.mark.parametrize("mapped", ["weight", "cache", "input", "slot_mapping", "bias"])
     def test_vmap_over_one_argument(self, mapped):
-        arguments = build(replace(COUNTED, hostile=False))
+        arguments = build(self.usual(COUNTED, hostile=False))
         if mapped not in arguments:
             pytest.skip(f"{self.implementation} takes no {mapped}")
         value = arguments[mapped]
@@ -49,7 +33,7 @@ class Transformations(Calls):
             self.assert_agrees(np.asarray(result), arguments | {mapped: one})
 
     def test_nested_vmap(self):
-        arguments = build(replace(USUAL, hostile=False))  # all slots may be used
+        arguments = build(self.usual(USUAL, hostile=False))  # all slots may be used
         caches = np.stack([arguments["cache"]] * 6).reshape(2, 3, *arguments["cache"].shape)
         slots = np.stack([np.roll(arguments["slot_mapping"], i) for i in range(3)])
         slots = np.where(slots >= len(arguments["cache"]), -1, slots)
@@ -67,7 +51,7 @@ class Transformations(Calls):
     def test_scan_over_growing_sequences(self):
         """Two sequences decode 60 tokens; every window that ends on the way is in the cache."""
         size, stride, page, steps = 32, 16, 16, 60
-        geometry = replace(USUAL, lengths=(95, 80), heads=2, hostile=False)
+        geometry = self.usual(USUAL, lengths=(95, 80), heads=2, hostile=False)
         arguments = build(geometry)
         random = np.random.default_rng(3)
         dtype = arguments["input"].dtype
@@ -112,7 +96,7 @@ class Transformations(Calls):
     @pytest.mark.parametrize("cache", CACHES)
     @pytest.mark.parametrize("scanned", [False, True])
     def test_a_donated_cache_is_not_copied(self, cache, scanned):
-        geometry = replace(PAIR, cache=cache, lengths=(48, 47, 80))
+        geometry = self.usual(PAIR, cache=cache, lengths=(48, 47, 80))
         arguments = build(geometry)
         static = {n: v for n, v in arguments.items() if n in INTEGERS or isinstance(v, int)}
         floats = {n: v for n, v in arguments.items() if n in FLOATS and n != "cache"}
@@ -137,7 +121,7 @@ class Transformations(Calls):
         self.assert_agrees(jax.tree.map(np.asarray, compiled(caches, floats, integers)), arguments)
 
     def test_a_cache_that_is_still_needed_stays(self):
-        arguments = build(USUAL)
+        arguments = build(self.usual(USUAL))
         cache = jnp.asarray(arguments["cache"])
 
         @jax.jit

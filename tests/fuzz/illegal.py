@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fuzz.legal import OPERATORS, Random, call, pick
+from fuzz.legal import OPERATORS, Random, pick
 
 Arguments = dict[str, Any]
 
@@ -123,7 +123,7 @@ def check(operator: str, implementation: str, random: Random) -> str:
         if at_run_time:
             tester.call(arguments, form)
         else:
-            call(tester, arguments)
+            tester.apply(arguments)
     except errors as error:
         # A length that is spoilt may be told by what no longer fits it.
         if not any(n in str(error) for n in (name, *RELATED.get(name, ()))):

@@ -11,17 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import compress.problems as compress_problems
-import contract
+import compress_attention.problems as problems
 import jax
 import numpy as np
-import problems
 import select_attention.problems as select_problems
 from compress.contract import CompressContract
-from contract import CompressAttentionContract
+from compress_attention.contract import CompressAttentionContract
+from contract import FORMS
+from domain import DTYPES, GROUPS
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from select_attention.contract import SelectAttentionContract
 
-import jax_nsa
 from jax_nsa import native
 from jax_nsa.backends.cpu import ISA_VARIABLE
 
@@ -55,7 +55,7 @@ def _tokens(random: Random, layouts: tuple[str, ...], sequences: int) -> dict[st
 
 def _heads(random: Random, rows: int) -> dict[str, Any]:
     """Heads and sizes, fewer where there are many rows, so that the oracle's loops end."""
-    groups = [g for g in problems.GROUPS if g == 1 or g * rows <= 256]
+    groups = [g for g in GROUPS if g == 1 or g * rows <= 256]
     group = pick(random, *groups)
     head_size = pick(random, 64, 128, 192, range(1, 193))
     return {
@@ -63,7 +63,7 @@ def _heads(random: Random, rows: int) -> dict[str, Any]:
         "key_value_heads": pick(random, range(1, max(1, min(4, 256 // (group * rows))) + 1)),
         "head_size": head_size,
         "value_size": pick(random, min(128, head_size), range(1, min(128, head_size) + 1)),
-        "dtype": pick(random, *problems.DTYPES),
+        "dtype": pick(random, *DTYPES),
         "scale": pick(random, head_size**-0.5, 1.0, 0.0, float(random.uniform(-2, 2))),
         "seed": int(random.integers(2**31)),
     }
@@ -116,7 +116,7 @@ def compress(random: Random) -> compress_problems.Geometry:
     if random.random() < 0.5:
         counts = _lengths(random, stride, sequences)
     return compress_problems.Geometry(
-        dtype=pick(random, *compress_problems.DTYPES), weight_dtype=pick(random, None, "float32"),
+        dtype=pick(random, *DTYPES), weight_dtype=pick(random, None, "float32"),
         lengths=tuple(lengths), token_counts=counts, heads=pick(random, range(1, 9)),
         head_sizes=tuple(pick(random, range(1, 257)) for _ in range(pick(random, 1, 2))),
         page=16 * pick(random, range(1, 17)), window=(size, stride),
@@ -162,7 +162,7 @@ def check(operator: str, implementation: str, random: Random) -> str:
     """Draws a call, and its transformation if it is attention, and holds it to the oracle."""
     known = OPERATORS[operator]
     geometry = known.draw(random)
-    form = pick(random, *contract.FORMS)
+    form = pick(random, *FORMS)
     isas = native.module().cpu_kernels() if implementation == "cpu" else [""]
     os.environ[ISA_VARIABLE] = pick(random, "", *isas)
     tester = known.contract()
@@ -192,7 +192,7 @@ def _check_vmap(tester: Any, known: Operator, geometry: Any, random: Random) -> 
         mapped -= shared
         both[1] |= {n: both[0][n] for n in shared}
     arrays = {n: np.stack([arguments[n] for arguments in both]) for n in mapped}
-    results = jax.jit(jax.vmap(lambda mapped: call(tester, {**both[0], **mapped})))(arrays)
+    results = jax.jit(jax.vmap(lambda mapped: tester.apply({**both[0], **mapped})))(arrays)
     for i, arguments in enumerate(both):
         tester.assert_agrees(tuple(r[i] for r in results), arguments)
 
@@ -223,23 +223,9 @@ def _check_mesh(tester: Any, known: Operator, geometry: Any, random: Random) -> 
         n: jax.device_put(arguments[n], NamedSharding(mesh, spec(n))) for n in _arrays(arguments)
     }
     with jax.set_mesh(mesh):
-        results = jax.jit(lambda arrays: call(tester, {**arguments, **arrays}))(placed)
+        results = jax.jit(lambda arrays: tester.apply({**arguments, **arrays}))(placed)
     tester.assert_agrees(results, arguments)
 
 
 def _arrays(arguments: dict[str, Any]) -> list[str]:
     return [n for n, a in arguments.items() if isinstance(a, np.ndarray) and n != "atten_mask"]
-
-
-def call(tester: Any, arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """The operator as the contract calls it, on arrays that may be traced."""
-    if isinstance(tester, CompressContract):
-        operator: Callable[..., Any] = jax_nsa.nsa_compress_infer
-    elif isinstance(tester, CompressAttentionContract):
-        operator = jax_nsa.nsa_compress_attention_infer
-    elif "topk_indices" in arguments:
-        operator = jax_nsa.nsa_select_attention_infer
-    else:
-        operator = jax_nsa.nsa_window_attention_infer
-    results = operator(**arguments, implementation=tester.implementation)
-    return results if isinstance(results, tuple) else (results,)

@@ -10,8 +10,8 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from domain import DTYPES, GROUPS
 from hypothesis import strategies as st
-from problems import DTYPES, GROUPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,9 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from compress_attention.problems import WINDOWS
+from domain import DTYPES, GROUPS
 from hypothesis import strategies as st
-from problems import DTYPES, GROUPS, WINDOWS
 from select_attention.problems import Geometry, build
 
 from jax_nsa import PagedKV

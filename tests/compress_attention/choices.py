@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from problems import WINDOWS, Geometry, build
+from compress_attention.calls import Calls
+from compress_attention.problems import WINDOWS, Geometry, build
 
 # How open codes choose blocks, by who trains with it: the geometry, and how many of the first and
 # of the last blocks are always chosen.
@@ -20,7 +21,7 @@ SETTINGS = {
 FORCED = ((0, 0), (0, 1), (1, 2), (3, 0), (2, 9), (2**31 - 1, 0), (0, 2**31 - 1), (30, 30))
 
 
-class ChoicesOfBlocks:
+class ChoicesOfBlocks(Calls):
     """Which blocks every implementation chooses, by CANN's rule and by that of open codes."""
 
     def test_initial_and_local_blocks_lead(self):

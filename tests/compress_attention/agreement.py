@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from oracle import Expected
+from compress_attention.oracle import Expected
 
-# Relative error of an attention row that rounding may cause, by dtype.
-ATTENTION_TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 1e-5}
 # Relative error of importances and block scores; they are float32 whatever the dtype.
 SCORE_TOLERANCE = 1e-4
 # Probabilities below it may be flushed to zero.

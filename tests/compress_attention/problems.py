@@ -11,16 +11,9 @@ import dataclasses
 import itertools
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from domain import DTYPES, GROUPS
 from hypothesis import strategies as st
-
-DTYPES = {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float16": np.dtype(np.float16),
-    "float32": np.dtype(np.float32),
-}
-GROUPS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 # Every legal (compress_block_size, compress_stride, select_block_size).
 WINDOWS = tuple(
