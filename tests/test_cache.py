@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from caches import HEAD_SIZE, HEADS, KEY_VALUE_HEADS, SIZES, VALUE_SIZE, WINDOWS, empty, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jax_nsa import PagePools, PageTables, native, nsa_attention, nsa_compress, nsa_decode_step
+from jax_nsa import native, nsa_attention, nsa_compress, nsa_decode_step
 
-HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 4, 2, 8, 4
 PROMPT = 70  # tokens that a prompt is padded to
-SIZES = {"slots": 3, "pages": 9, "pages_per_slot": 5, "page_block_size": 16}
-WINDOWS = [(16, 16), (32, 16), (48, 32), (64, 64)]
 IMPLEMENTATIONS = [
     "reference",
     pytest.param(
@@ -28,18 +26,6 @@ IMPLEMENTATIONS = [
         ),
     ),
 ]
-
-
-def weights(size, seed=5):
-    random = np.random.default_rng(seed)
-    return tuple(random.normal(size=(size, KEY_VALUE_HEADS)).astype(np.float32) for _ in range(2))
-
-
-def empty(block, stride, dtype="float32", **sizes):
-    tables = PageTables.empty(
-        **SIZES | sizes, compress_block_size=block, compress_stride=stride
-    )  # fmt: skip
-    return tables, PagePools.empty(tables, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE, dtype)
 
 
 class Programs:
@@ -380,89 +366,3 @@ def test_takes_any_promotion(name, value):
         assert after[0].lengths.tolist() == [1, 1, 1]
     finally:
         jax.config.update(name, before)
-
-
-def rows(slots=3, tokens=1, heads=KEY_VALUE_HEADS, size=HEAD_SIZE, dtype=np.float32):
-    return np.zeros((slots, tokens, heads, size), dtype)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"key": rows(2)}, ValueError, r"key must have shape \[3, tokens, heads, size\]"),
-        ({"key": rows(heads=4, size=4)}, ValueError, "heads of a pool of shape"),
-        ({"key": rows()[:, 0]}, ValueError, "key must have shape"),
-        ({"key": rows(tokens=0)}, ValueError, "key must have shape"),
-        ({"key": rows(tokens=2)}, ValueError, "as many tokens, got 2 and 1"),
-        ({"key": rows(dtype=np.float16)}, TypeError, "pools' key and key must have the same dtype"),
-        ({"value": [1.0]}, TypeError, "value must be a JAX or NumPy array"),
-        ({"weight": weights(16)}, ValueError, r"weight\[0\] must have shape"),
-        ({"weight": weights(32)[0]}, TypeError, "weight must be a sequence of 2"),
-        ({"slots": [0, 1, 3]}, ValueError, "slots must be different numbers below 3"),
-        ({"slots": [0, 1, 1]}, ValueError, r"slots must be .* got \[0, 1, 1\]"),
-        ({"slots": [0.5, 1, 2]}, TypeError, "slots must hold integers"),
-        ({"slots": [0, 1]}, ValueError, r"key must have shape \[2, tokens"),
-        ({"tables": None}, TypeError, "tables must be a PageTables, got NoneType"),
-        ({"tables": empty(32, 16, pages=8)[0]}, ValueError, "key must have 8 pages of 16 rows"),
-        ({"tables": empty(32, 16, page_block_size=32)[0]}, ValueError, "9 pages of 32 rows"),
-        ({"implementation": "tpu"}, ValueError, "implementation"),
-    ],
-)
-def test_append_refuses(changes, error, message):
-    tables, pools = empty(32, 16)
-    good = {
-        "tables": tables, "key": rows(), "value": rows(size=VALUE_SIZE), "weight": weights(32),
-    }  # fmt: skip
-    with pytest.raises(error, match=message):
-        pools.append(**good | changes)
-
-
-@pytest.mark.parametrize(
-    ("method", "argument", "error", "message"),
-    [
-        ("allocate", [1, 2], ValueError, "counts must have an entry for each of 3 slots"),
-        ("allocate", [1, -2, 0], ValueError, r"counts\[1\] must be at least 0, got -2"),
-        ("allocate", [0.5, 1, 1], TypeError, "counts must hold integers"),
-        ("allocate", None, ValueError, "counts is required"),
-        ("truncate", [[1], [2], [3]], ValueError, "lengths must have rank 1"),
-        ("truncate", [-1, 0, 0], ValueError, r"lengths\[0\] must be at least 0"),
-        ("free", [0, 1, 2], TypeError, "slots must hold bools, got dtype int32"),
-        ("free", [True], ValueError, r"slots must have shape \(3,\), got \(1,\)"),
-    ],
-)
-def test_tables_refuse(method, argument, error, message):
-    with pytest.raises(error, match=message):
-        getattr(empty(32, 16)[0], method)(argument)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"slots": 0}, ValueError, r"slots must be in \[1, "),
-        ({"pages": 2.0}, TypeError, "pages must be a Python integer"),
-        ({"page_block_size": 24}, ValueError, "page_block_size must be a multiple of 16"),
-        (
-            {"pages_per_slot": 2**28},
-            ValueError,
-            "pages_per_slot \\* page_block_size must be at most",
-        ),
-        ({"compress_stride": 24}, ValueError, "compress_stride must be one of"),
-        ({"compress_block_size": 40}, ValueError, "compress_block_size must be a multiple of 16"),
-    ],
-)
-def test_empty_tables_refuse(changes, error, message):
-    with pytest.raises(error, match=message):
-        PageTables.empty(**SIZES | {"compress_block_size": 32, "compress_stride": 16} | changes)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((0, 8), ValueError, "key_value_head_num must be in"),
-        ((2, 8, 4, "float64"), ValueError, "dtype must be one of"),
-        ((2, 8.5), TypeError, "head_size must be a Python integer"),
-    ],
-)
-def test_empty_pools_refuse(arguments, error, message):
-    with pytest.raises(error, match=message):
-        PagePools.empty(empty(32, 16)[0], *arguments)

@@ -322,7 +322,7 @@ def cells():
 
 
 @pytest.mark.filterwarnings("ignore:.with mesh:DeprecationWarning")
-@pytest.mark.parametrize(("stated", "axis_type", "placement", "name"), cells())
+@pytest.mark.parametrize(("stated", "axis_type", "placement", "name"), list(cells()))
 def test_matrix(stated, axis_type, placement, name):
     mesh = make_mesh((2, 2), axis_type)
     transform, implementation, run = TRANSFORMED[name]

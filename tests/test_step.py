@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -13,14 +12,11 @@ from compress_attention import oracle
 from compress_attention.agreement import SCORE_TOLERANCE, assert_indices
 from domain import ATTENTION_TOLERANCE
 from hypothesis import given
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from select_attention import oracle as select_oracle
+from step.calls import PACKED, TOKENS, USUAL, step_of
 from step.problems import Step, arguments_of, steps
 
 from jax_nsa import (
-    PagedKV,
-    export_disabled_checks,
     native,
     nsa_compress_attention_infer,
     nsa_decode_step,
@@ -28,10 +24,6 @@ from jax_nsa import (
 )
 from jax_nsa import step as step_module
 
-ARRAYS = ("query", "gates", "compressed", "selected", "window")
-USUAL = Step()
-TOKENS = Step(replace(USUAL.original, layout="BSND", tokens=3, token_counts=(3, 1)))
-PACKED = Step(replace(USUAL.original, token_counts=(2, 3)))
 STEPS = {
     "one token": USUAL,
     "tokens and rows without one": TOKENS,
@@ -39,20 +31,6 @@ STEPS = {
     "a window of its own": replace(TOKENS, window_page=48),
     "shorter than a window": Step(replace(TOKENS.original, lengths=(20, 3))),
 }
-
-
-def step_of(arguments, implementation, **options):
-    """The step as a function of its arrays, and these."""
-    static = {n: v for n, v in arguments.items() if n not in ARRAYS}
-    names = [n for n in ARRAYS if n in arguments]
-
-    def run(*arrays):
-        return nsa_decode_step(
-            **dict(zip(names, arrays, strict=True)), **static, implementation=implementation,
-            **options,
-        )  # fmt: skip
-
-    return run, [jax.tree.map(jnp.asarray, arguments[n]) for n in names]
 
 
 def assert_is_the_sum(attention, indices, step, arguments):
@@ -253,109 +231,6 @@ def test_wrong_sum_is_caught(monkeypatch, wrong):
     monkeypatch.setattr(step_module, "_gated_sum", WRONG_SUMS[wrong])
     with pytest.raises(AssertionError):
         TestReference().check(TOKENS)
-
-
-# Transformations and devices.
-
-
-def test_gradient_is_that_of_the_composition():
-    arguments = arguments_of(Step(replace(USUAL.original, hostile=False)))
-    run, arrays = step_of(arguments, "reference")
-    separate, more = step_of(arguments | {"window": arguments["selected"]}, "reference")
-
-    def loss(f, *arrays):
-        return (f(*arrays)[0] ** 2).sum()
-
-    together = jax.grad(functools.partial(loss, run), argnums=(0, 1))(*arrays)
-    apart = jax.grad(functools.partial(loss, separate), argnums=(0, 1))(*more)
-    for gradient, right in zip(together, apart, strict=True):
-        assert np.any(np.asarray(gradient))
-        np.testing.assert_allclose(gradient, right, rtol=1e-4, atol=1e-6)
-    small = 1e-2
-    direction = jnp.ones_like(arrays[1])
-    moved = [loss(run, arrays[0], arrays[1] + s * small, *arrays[2:]) for s in (1, -1)]
-    slope = float((moved[0] - moved[1]) / (2 * small))
-    assert slope == pytest.approx(float(jnp.vdot(together[1], direction)), rel=1e-2)
-
-
-SHARDINGS = {
-    "sequences": {"query": ("x",), "gates": ("x",), "cache": ((), (), ("x",), ("x",))},
-    "heads": {
-        "query": (None, None, "x"), "gates": (None, None, "x"),
-        "cache": ((None, None, "x"), (None, None, "x"), (), ()),
-    },
-    "heads, gates whole": {
-        "query": (None, None, "x"), "gates": (),
-        "cache": ((None, None, "x"), (None, None, "x"), (), ()),
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("implementation", ["reference", None])
-@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("split", SHARDINGS)
-def test_devices_share_a_step(split, axis, implementation):
-    arguments = arguments_of(Step(replace(USUAL.original, layout="BSND", tokens=2, hostile=False)))
-    run, arrays = step_of(arguments, implementation)
-    truth = jax.jit(run)(*arrays)
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(axis,), devices=jax.devices()[:2])
-    specs = SHARDINGS[split]
-
-    def put(array, spec):
-        return jax.device_put(array, NamedSharding(mesh, P(*spec)))
-
-    query, gates, *caches = arrays
-    placed = [
-        put(query, specs["query"]),
-        put(gates, specs["gates"]),
-        *(PagedKV(*map(put, (c.key, c.value, c.block_table, c.lengths), specs["cache"]))
-          for c in caches),
-    ]  # fmt: skip
-    with jax.set_mesh(mesh):
-        results = jax.jit(run)(*placed)
-    for result, right in zip(results, truth, strict=True):
-        np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-6)
-    assert tuple(results[0].sharding.spec)[: len(specs["query"])] == specs["query"]
-
-
-def test_caches_split_over_positions():
-    """Each device holds the pages of its columns of every block table."""
-    original = replace(
-        USUAL.original, lengths=(128, 100), layout="BSND", tokens=2, page=32, spare_slots=0,
-        hostile=False,
-    )  # fmt: skip
-    step = Step(original, compressed_page=16)
-    arguments = arguments_of(step)
-    run, (query, gates, compressed, selected) = step_of(arguments, "reference")
-    truth = run(query, gates, compressed, selected)
-    run, _ = step_of(arguments, "reference", context_axis="x")
-    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    odd = compressed.block_table.shape[1] % 2
-    compressed = replace(
-        compressed, block_table=jnp.pad(compressed.block_table, ((0, 0), (0, odd)))
-    )
-    cache = PagedKV(P(), P(), P(None, "x"), P())
-    results = jax.shard_map(
-        run, mesh=mesh, in_specs=(P(), P(), cache, cache), out_specs=(P(), P())
-    )(query, gates, compressed, selected)
-    np.testing.assert_array_equal(results[1], truth[1])
-    np.testing.assert_allclose(results[0], truth[0], rtol=1e-5, atol=1e-6)
-
-
-def test_export():
-    arguments = arguments_of(TOKENS)
-    run, arrays = step_of(arguments, None)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-    # The caches as their arrays: an exported program knows no classes of ours.
-    caches = [(c.key, c.value, c.block_table, c.lengths) for c in shapes[2:]]
-    exported = jax.export.export(
-        jax.jit(lambda q, g, *caches: run(q, g, *(PagedKV(*c) for c in caches))),
-        disabled_checks=export_disabled_checks(),
-    )(*shapes[:2], *caches)
-    again = jax.export.deserialize(exported.serialize())
-    given = [(c.key, c.value, c.block_table, c.lengths) for c in arrays[2:]]
-    for result, right in zip(again.call(*arrays[:2], *given), run(*arrays), strict=True):
-        np.testing.assert_array_equal(result, right)
 
 
 # What is refused.

@@ -1,0 +1,87 @@
+"""Derivatives: of the reference, and how kernels refuse."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compress_attention.problems import Geometry, build
+
+from jax_nsa import nsa_compress_attention_infer
+
+ARRAYS = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")
+TOKENS = ("actual_seq_qlen", "actual_sel_seq_kvlen")
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+GEOMETRY = Geometry(
+    lengths=(60, 17, 0, 33), key_value_heads=4, group=2, head_size=16, value_size=8, hostile=False,
+    spare_slots=0, return_lse=True,
+)  # fmt: skip
+SEVERAL_TOKENS = Geometry(
+    lengths=(60, 17, 33), token_counts=(2, 0, 3), masked=True, slack=(0, 1, 2), hostile=False,
+    shared_pages=True, return_lse=True,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def implementation(request):
+    return request.param
+
+
+def operator(geometry, implementation, **changes):
+    """The operator as a function of its arrays, and those arrays."""
+    arguments = build(geometry) | changes
+    names = [n for n in (*ARRAYS, *TOKENS) if n in arguments]
+    arrays = [jnp.asarray(arguments.pop(n)) for n in names]
+
+    def call(*arrays):
+        return nsa_compress_attention_infer(
+            **arguments, **dict(zip(names, arrays, strict=True)), implementation=implementation
+        )
+
+    return call, arrays
+
+
+def assert_close(results, expected):
+    for result, want in zip(results, expected, strict=True):
+        assert result.dtype == want.dtype
+        np.testing.assert_allclose(np.asarray(result), np.asarray(want), rtol=1e-5, atol=1e-6)
+
+
+class TestDifferentiation:
+    def test_kernels_refuse_and_name_the_road(self):
+        call, arrays = operator(GEOMETRY, None)
+        with pytest.raises(NotImplementedError, match=r'inference.*implementation="reference"'):
+            jax.grad(lambda query: call(query, *arrays[1:])[0].sum())(arrays[0])
+
+    def test_reference_has_the_right_derivative(self):
+        call, arrays = operator(GEOMETRY, "reference")
+        rng = np.random.default_rng(0)
+        weights = rng.standard_normal(call(*arrays)[0].shape)
+        with jax.enable_x64(True):
+            # Central differences along a random direction.
+            def loss(*floats):
+                attention, _, lse = call(*floats, *arrays[3:])
+                finite = jnp.where(jnp.isfinite(lse), lse, 0.0)
+                return (attention * weights.astype(np.float32)).sum() + finite.sum()
+
+            floats = arrays[:3]
+            gradients = jax.grad(loss, argnums=(0, 1, 2))(*floats)
+            directions = [rng.standard_normal(a.shape).astype(np.float32) for a in floats]
+            step = 1e-2
+            ahead, behind = (
+                loss(*(a + s * step * d for a, d in zip(floats, directions, strict=True)))
+                for s in (1, -1)
+            )
+        slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+        np.testing.assert_allclose(float(slope), float(ahead - behind) / (2 * step), rtol=2e-3)
+
+    def test_garbage_has_no_derivative(self):
+        call, arrays = operator(
+            Geometry(lengths=(40, 0, 7), hostile=True, head_size=8, value_size=8), "reference"
+        )
+        gradients = jax.grad(
+            lambda *floats: call(*floats, *arrays[3:])[0].sum(), argnums=(0, 1, 2)
+        )(*arrays[:3])
+        assert all(bool(jnp.all(jnp.isfinite(g))) for g in gradients)
