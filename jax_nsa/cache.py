@@ -34,8 +34,8 @@ from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress.door import nsa_compress_infer
 from jax_nsa.compress.problem import HEAD_SIZE_MAX
 from jax_nsa.compress.window import completed_window, pages_of, window_slots
-from jax_nsa.paged import VALUE_SIZE_MAX
 from jax_nsa.pages import PageTables
+from jax_nsa.pools import VALUE_SIZE_MAX
 from jax_nsa.step import PagedKV
 
 

@@ -174,6 +174,7 @@ ATTRIBUTES = {
     "init_blocks": np.int64(1),
     "local_blocks": np.int64(2),
     "causal": np.int64(0),
+    "interleaved": np.int64(0),
 }
 # Operands that a good call may have too.
 FURTHER = ("select_lengths", "first_rows", "surprise")
