@@ -201,7 +201,6 @@ void FfiCall::ReadPaged(PagedProblem* problem, PagedArrays* arrays,
        ", got ", problem->group());
   at_most("query's head size", problem->head_size, kMaxHeadSize);
   at_most("value's head size", problem->value_size, kMaxValueSize);
-  That(problem->value_size > 0, "value's head size must be positive, got ", problem->value_size);
   That(problem->page_size % kPageGranule == 0, "page size must be a multiple of ", kPageGranule,
        ", got ", problem->page_size);
   at_most("page size", problem->page_size, kMaxPage);
@@ -209,6 +208,7 @@ void FfiCall::ReadPaged(PagedProblem* problem, PagedArrays* arrays,
   Type("value", query.element_type());
   Shape("key", {problem->num_pages, problem->page_size, problem->key_pitch().row});
   Shape("value", {problem->num_pages, problem->page_size, problem->value_pitch().row});
+  That(problem->value_size > 0, "value's head size must be positive, got ", problem->value_size);
   That(packed || query_shape[0] == problem->sequences,
        "query and block_table must have as many sequences");
   That(Find("lengths").has_value(), "needs lengths");
