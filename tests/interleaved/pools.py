@@ -79,7 +79,8 @@ class Interleaved:
         whole = arguments["head_num"] if packed_heads else 1
 
         def cut(attention: jax.Array) -> jax.Array:
-            by_head = attention.reshape(*attention.shape[:-1], whole, -1)[..., :size]
-            return by_head.reshape(*attention.shape[:-1], whole * size)
+            *leading, width = attention.shape
+            by_head = attention.reshape(*leading, whole, width // whole)[..., :size]
+            return by_head.reshape(*leading, whole * size)
 
         return (*map(cut, results[:attentions]), *results[attentions:])
