@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_nsa import checks
 from jax_nsa.checks import ArrayLike
@@ -52,6 +53,19 @@ def keys_and_values(
         return key_rows, value_rows
     size = value_size(value_rows.shape[-1], interleaved=True)
     return key_rows[..., :-size], value_rows[..., -size:]
+
+
+def in_turn(keys: ArrayLike, values: ArrayLike, *, axis: int) -> jax.Array:
+    """Keys and values side by side for each head: `[..., 2 * Nkv, ...]`, the inverse of the above.
+
+    Args:
+        keys: an array whose axis before `axis` is `Nkv`.
+        values: one of the same shape.
+        axis: where they are put side by side.
+    """
+    both = jnp.stack([jnp.asarray(keys), jnp.asarray(values)], axis)
+    shape = both.shape
+    return both.reshape(*shape[: axis - 1], 2 * shape[axis - 1], *shape[axis + 1 :])
 
 
 def of_each(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import select_attention.problems as select_problems
 from contract import CompressAttentionContract
-from interleaved.pools import Interleaved, interleave, interleaved, operator_of
+from interleaved.pools import Interleaved, assert_same, interleave, interleaved, operator_of
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import Geometry, build
@@ -94,13 +94,6 @@ def bound(arguments, implementation, **options):
 def results_of(arguments, implementation):
     call, arrays = bound(arguments, implementation)
     return call(jax.tree.map(jnp.asarray, arrays))
-
-
-def assert_same(results, expected, implementation="cpu"):
-    """The kernels' bits do not depend on how they are called; of the reference XLA decides."""
-    tolerance = {"rtol": 2e-5, "atol": 2e-6} if implementation == "reference" else {"rtol": 0}
-    for result, want in zip(results, expected, strict=True):
-        np.testing.assert_allclose(np.asarray(result), np.asarray(want), **tolerance)
 
 
 @each_call

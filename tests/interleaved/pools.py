@@ -51,6 +51,13 @@ def operator_of(arguments: dict[str, Any]) -> Callable[..., Any]:
     return nsa_select_attention_infer if "topk_indices" in arguments else nsa_window_attention_infer
 
 
+def assert_same(results: Any, expected: Any, implementation: str = "cpu") -> None:
+    """The kernels' bits do not depend on how they are called; of the reference XLA decides."""
+    tolerance = {"rtol": 2e-5, "atol": 2e-6} if implementation == "reference" else {"rtol": 0}
+    for result, want in zip(results, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(result), np.asarray(want), **tolerance)
+
+
 class Interleaved:
     """Makes each call of a contract's tests one with an interleaved pool.
 
