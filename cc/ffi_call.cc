@@ -177,6 +177,7 @@ void FfiCall::ReadPaged(PagedProblem* problem, PagedArrays* arrays,
        "query's heads must be a multiple of key_value_heads, got ", heads, " and ",
        problem->key_value_heads);
   problem->scale = Float("scale");
+  problem->interleaved = Integer("interleaved") != 0;
   That(table.dimensions()[1] <= std::numeric_limits<int32_t>::max() / key.dimensions()[1],
        "block_table names more positions than lengths can count");
   if (!ok()) return;
@@ -191,6 +192,7 @@ void FfiCall::ReadPaged(PagedProblem* problem, PagedArrays* arrays,
   problem->num_pages = key.dimensions()[0];
   problem->page_size = key.dimensions()[1];
   problem->value_size = value.dimensions()[2] / problem->key_value_heads;
+  if (problem->interleaved) problem->value_size -= problem->head_size;
 
   const auto at_most = [&](const char* name, int64_t size, int64_t limit) {
     That(size <= limit, name, " must be at most ", limit, ", got ", size);
@@ -204,17 +206,19 @@ void FfiCall::ReadPaged(PagedProblem* problem, PagedArrays* arrays,
   at_most("page size", problem->page_size, kMaxPage);
   Type("key", query.element_type());
   Type("value", query.element_type());
-  Shape("key",
-        {problem->num_pages, problem->page_size, problem->key_value_heads * problem->head_size});
-  Shape("value",
-        {problem->num_pages, problem->page_size, problem->key_value_heads * problem->value_size});
+  Shape("key", {problem->num_pages, problem->page_size, problem->key_pitch().row});
+  Shape("value", {problem->num_pages, problem->page_size, problem->value_pitch().row});
+  That(problem->value_size > 0, "value's head size must be positive, got ", problem->value_size);
   That(packed || query_shape[0] == problem->sequences,
        "query and block_table must have as many sequences");
   That(Find("lengths").has_value(), "needs lengths");
   That(!packed || Find("token_counts").has_value(), "needs token_counts beside first_rows");
+  // An interleaved pool comes as key and as value.
+  const size_t first_value =
+      problem->interleaved ? problem->head_size * ffi::ByteWidth(key.element_type()) : 0;
   arrays->query = query.untyped_data();
   arrays->key = key.untyped_data();
-  arrays->value = value.untyped_data();
+  arrays->value = static_cast<const char*>(value.untyped_data()) + first_value;
   arrays->block_table = Integers("block_table", {problem->sequences, problem->pages_per_sequence});
   arrays->lengths = Integers("lengths", {problem->sequences});
   arrays->token_counts = Integers("token_counts", {problem->sequences});

@@ -18,6 +18,12 @@ constexpr int64_t kMaxPage = 256;     // rows
 constexpr int64_t kMaxGroup = 128;    // query heads for each of key's; groups divide it
 constexpr int64_t kMaxHeadSize = 192, kMaxValueSize = 128;
 
+// How far apart things lie in a pool, in elements.
+struct Pitch {
+  int64_t head;  // from one kv head of a row to the next
+  int64_t row;   // from one row to the next
+};
+
 // Sizes. Names and axes are those of the operators in jax_nsa.
 struct PagedProblem {
   DataType dtype;              // of query, key and value
@@ -32,18 +38,29 @@ struct PagedProblem {
   int64_t page_size;           // rows in a page
   int64_t pages_per_sequence;  // P, columns of block_table
   float scale;
+  // Whether one pool holds both, of each kv head its key and then its value.
+  bool interleaved = false;
 
   // G, the query heads that share a key/value head.
   JAX_NSA_HOST_DEVICE constexpr int64_t group() const { return heads / key_value_heads; }
   // The longest sequence that block_table can name.
   JAX_NSA_HOST_DEVICE constexpr int64_t capacity() const { return pages_per_sequence * page_size; }
+  // How the keys and the values lie, from the first on.
+  JAX_NSA_HOST_DEVICE constexpr Pitch key_pitch() const { return PitchOf(head_size); }
+  JAX_NSA_HOST_DEVICE constexpr Pitch value_pitch() const { return PitchOf(value_size); }
+
+ private:
+  JAX_NSA_HOST_DEVICE constexpr Pitch PitchOf(int64_t size) const {
+    const int64_t head = interleaved ? head_size + value_size : size;
+    return {head, key_value_heads * head};
+  }
 };
 
 // Where the operands lie, on the host or on a device.
 struct PagedArrays {
   const void* query;            // [rows, heads, head_size]
-  const void* key;              // [num_pages, page_size, key_value_heads * head_size]
-  const void* value;            // [num_pages, page_size, key_value_heads * value_size]
+  const void* key;              // first key of [num_pages, page_size, key_value_heads, head_size]
+  const void* value;            // first value, likewise; pitches say how either lies
   const int32_t* block_table;   // [sequences, pages_per_sequence]
   const int32_t* lengths;       // [sequences]
   const int32_t* token_counts;  // [sequences], or null: each sequence has `tokens` tokens

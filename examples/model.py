@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
+import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def init(seed: int = 0) -> Params:
             "up": linear(WIDTH, 4 * WIDTH),
             "down": linear(4 * WIDTH, WIDTH),
             # The mean, to begin with.
-            "compress": tuple(jnp.full((BLOCK, KEY_VALUE_HEADS), 1 / BLOCK) for _ in "kv"),
+            "compress": tuple(jnp.ones((BLOCK, KEY_VALUE_HEADS)) / BLOCK for _ in "kv"),
         }
 
     return {
@@ -234,17 +235,28 @@ def train(text: np.ndarray, steps: int) -> Params:
     zeros = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
     state = (params, *zeros, jnp.float32(0))
     batches = crops(text, BATCH, TRAINED_TOKENS + 1, seed=0)
-    begin = time.perf_counter()
-    for step in range(steps):
+    print("compiling a training step ...", flush=True)
+    for step in range(1, steps + 1):
         state, value = update(state, next(batches))
-        if step == 0:
+        if step == 1:
             jax.block_until_ready(value)
             begin = time.perf_counter()  # without compilation
-        if step % 20 == 0 or step == steps - 1:
-            rate = step * BATCH * TRAINED_TOKENS / (time.perf_counter() - begin)
-            print(f"step {step + 1:4} of {steps}: {value:.3f} nats a byte, {rate:,.0f} bytes/s",
-                  flush=True)  # fmt: skip
+        if step % 20 == 0 or step == steps:
+            show_progress(step, steps, float(value), time.perf_counter() - begin)
     return state[0]
+
+
+def show_progress(step: int, steps: int, value: float, seconds: float) -> None:
+    """A bar that grows where a terminal shows it, and otherwise a line for each call."""
+    bar = "#" * (24 * step // steps)
+    rate = (step - 1) * BATCH * TRAINED_TOKENS / seconds
+    left = seconds / max(step - 1, 1) * (steps - step)
+    line = (
+        f"step {step:4} of {steps} [{bar:24}] {value:.3f} nats a byte, {rate:,.0f} bytes/s, "
+        f"{left:.0f} s left"
+    )
+    grows = sys.stdout.isatty() and step < steps
+    print(f"\r{line:100}" if sys.stdout.isatty() else line, end="" if grows else "\n", flush=True)
 
 
 # Both ways.

@@ -10,6 +10,7 @@ from jax_nsa.compress.door import nsa_compress_infer
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
 from jax_nsa.native import RELEASE, export_disabled_checks
 from jax_nsa.pages import PageTables
+from jax_nsa.positions import block_positions
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 from jax_nsa.step import PagedKV, nsa_decode_step
 from jax_nsa.training import nsa_attention, nsa_compress
@@ -20,6 +21,7 @@ __all__ = [
     "PagePools",
     "PageTables",
     "PagedKV",
+    "block_positions",
     "export_disabled_checks",
     "nsa_attention",
     "nsa_compress",

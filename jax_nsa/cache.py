@@ -27,15 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nsa import checks
+from jax_nsa import checks, pools
 from jax_nsa._compat import updates_bfloat16_in_place, with_usual_promotion
 from jax_nsa.blocks import BLOCK_GRANULE
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress.door import nsa_compress_infer
 from jax_nsa.compress.problem import HEAD_SIZE_MAX
 from jax_nsa.compress.window import completed_window, pages_of, window_slots
-from jax_nsa.paged import VALUE_SIZE_MAX
 from jax_nsa.pages import PageTables
+from jax_nsa.pools import VALUE_SIZE_MAX
 from jax_nsa.step import PagedKV
 
 
@@ -50,10 +50,11 @@ class PagePools:
 
     Attributes:
         key: bfloat16, float16 or float32 `[pages, page, Nkv, D]` or `[pages, page, Nkv * D]`, rows
-            of original tokens.
-        value: the same with `Dv`.
+            of original tokens. Where keys and values are interleaved, `[pages, page, 2 * Nkv, D]`
+            or `[pages, page, Nkv * 2 * D]`, rows of both.
+        value: the same with `Dv`; None where `key` holds values too.
         compressed_key: the same as `key` with pages of its own, rows of compressed positions.
-        compressed_value: the same with `Dv`.
+        compressed_value: the same with `Dv`, or None.
     """
 
     key: Any
@@ -64,7 +65,7 @@ class PagePools:
     @classmethod
     def empty(
         cls, tables: PageTables, key_value_head_num: int, head_size: int,
-        value_size: int | None = None, dtype: Any = jnp.bfloat16,
+        value_size: int | None = None, dtype: Any = jnp.bfloat16, kv_layout: str = "separate",
     ) -> PagePools:  # fmt: skip
         """Returns pools of zeros.
 
@@ -74,6 +75,7 @@ class PagePools:
             head_size: `D`.
             value_size: `Dv`, at most 128 and `D`; None: `D`.
             dtype: bfloat16, float16 or float32.
+            kv_layout: "separate" or "interleaved", as `nsa_decode_step` then takes the views.
 
         Raises:
             TypeError: an argument of the wrong type.
@@ -88,9 +90,17 @@ class PagePools:
                 f"got {sizes[-1]}{' as head_size' if value_size is None else ''}"
             )
         name = checks.choice("dtype", jnp.dtype(dtype).name, checks.FLOATS)
+        rows: list[tuple[int, int] | None] = [(heads, size) for size in sizes]
+        if checks.choice("kv_layout", kv_layout, pools.KV_LAYOUTS) == "interleaved":
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    'value_size must equal head_size with kv_layout="interleaved", '
+                    f"got {sizes[1]} and {sizes[0]}"
+                )
+            rows = [(2 * heads, sizes[0]), None]
         return cls(*(
-            jnp.zeros((len(pages.free), tables.page_block_size, heads, size), name)
-            for pages in (tables.original, tables.compressed) for size in sizes
+            row and jnp.zeros((len(pages.free), tables.page_block_size, *row), name)
+            for pages in (tables.original, tables.compressed) for row in rows
         ))  # fmt: skip
 
     def append(
@@ -131,23 +141,29 @@ class PagePools:
         self._check(tables)
         if slots is not None:
             tables = _rows_of(tables, _checked_slots(slots, len(tables.lengths)))
-        key = _check_rows("key", key, self.key, len(tables.lengths))
-        value = _check_rows("value", value, self.value, len(tables.lengths))
+        interleaved = self.value is None
+        of_values = self.key if interleaved else self.value
+        key, value = (
+            _check_rows(name, rows, pool, len(tables.lengths), shares=1 + interleaved)
+            for name, rows, pool in (("key", key, self.key), ("value", value, of_values))
+        )
         tokens = key.shape[1]
         if value.shape[1] != tokens:
             raise ValueError(
                 f"key and value must have as many tokens, got {tokens} and {value.shape[1]}"
             )
         options: dict[str, Any] = {"implementation": implementation, "on_fault": on_fault}
-        original = (
-            _write(self.key, key, tables, **options),
-            _write(self.value, value, tables, **options),
-        )
-        compressed = self.compressed_key, self.compressed_value
+        rows = (pools.in_turn(key, value, axis=3),) if interleaved else (key, value)
+        kept = self.key, self.value
+        original = tuple(_write(p, r, tables, **options) for p, r in zip(kept, rows, strict=False))
+        compressed = (self.compressed_key, self.compressed_value)[: len(original)]
         if weight is not None:
+            factors: Any = weight, bias
+            if interleaved:
+                factors = _factors_in_turn(weight, bias, tables, key.shape[2:])
             compress = functools.partial(
                 _compress, tables=tables, original=original,
-                options={"weight": weight, "bias": bias, **options},
+                options={"weight": factors[0], "bias": factors[1], **options},
             )  # fmt: skip
             parts = -(-tokens // tables.compress_stride)
             if parts == 1:
@@ -157,10 +173,19 @@ class PagePools:
                     lambda caches, part: (compress(caches, part), None),
                     compressed, jnp.arange(parts, dtype=jnp.int32),
                 )  # fmt: skip
-        return PagePools(*original, *compressed)
+        none = (None,) * interleaved
+        return PagePools(*original, *none, *compressed, *none)
 
     def views(self, tables: PageTables) -> tuple[PagedKV, PagedKV]:
-        """Returns the compressed and the original cache, as `nsa_decode_step` takes them."""
+        """Returns the compressed and the original cache, as `nsa_decode_step` takes them.
+
+        Args:
+            tables: the tables that tell whose pages are whose.
+
+        Raises:
+            TypeError: tables that are no `PageTables`.
+            ValueError: tables of other pools.
+        """
         self._check(tables)
         return (
             PagedKV(
@@ -176,6 +201,10 @@ class PagePools:
         for field in dataclasses.fields(self):
             pages = tables.compressed if field.name.startswith("compressed") else tables.original
             expected = (len(pages.free), tables.page_block_size)
+            if self.value is None and field.name.endswith("value"):
+                if getattr(self, field.name) is not None:
+                    raise ValueError(f"{field.name} must be None where value is None")
+                continue
             shape = jnp.shape(getattr(self, field.name))
             if len(shape) not in (3, 4) or shape[:2] != expected:
                 raise ValueError(
@@ -185,16 +214,43 @@ class PagePools:
                 )
 
 
-def _check_rows(name: str, rows: ArrayLike, pool: jax.Array, slots: int) -> ArrayLike:
+def _check_rows(
+    name: str, rows: ArrayLike, pool: jax.Array, slots: int, *, shares: int
+) -> ArrayLike:
+    """Holds a step's rows to a pool, whose heads are those of so many kinds of rows."""
     rows = checks.floats(name, rows, like=(f"pools' {name}", pool))
     shape, row = tuple(rows.shape), pool.shape[2:]
-    fits = shape[2:] == row or (len(row) == 1 and math.prod(shape[2:]) == row[0])
+    heads = (shares * shape[2], *shape[3:]) if len(shape) == 4 else ()
+    fits = heads == row or (len(row) == 1 and math.prod(heads) == row[0])
     if len(shape) != 4 or shape[0] != slots or shape[1] == 0 or not fits:
         raise ValueError(
             f"{name} must have shape [{slots}, tokens, heads, size], with heads of a pool of "
             f"shape {pool.shape}, got {shape}"
         )
     return rows
+
+
+def _factors_in_turn(
+    weight: Any, bias: Any, tables: PageTables, row: tuple[int, ...]
+) -> tuple[tuple[jax.Array], tuple[jax.Array] | None]:
+    """Weights and biases of an interleaved pool, as those of one of twice as many heads."""
+    expected = {"weight": (tables.compress_block_size, row[0]), "bias": row}
+    pairs = {"weight": weight, "bias": (None, None) if bias is None else bias}
+    factors: dict[str, list[jax.Array]] = {}
+    for name, pair in pairs.items():
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{name} must be a pair, for keys and for values, got {pair!r}")
+        factors[name] = []
+        for i, given in enumerate(pair):
+            missing = name == "bias" and given is None
+            array = jnp.zeros(row) if missing else checks.floats(f"{name}[{i}]", given)
+            if tuple(array.shape) != expected[name]:
+                raise ValueError(
+                    f"{name}[{i}] must have shape {expected[name]}, got {tuple(array.shape)}"
+                )
+            factors[name].append(jnp.asarray(array, jnp.float32))
+    biases = (pools.in_turn(*factors["bias"], axis=1),)
+    return (pools.in_turn(*factors["weight"], axis=2),), None if bias is None else biases
 
 
 def _checked_slots(slots: IntegersLike, count: int) -> jax.Array:
@@ -272,13 +328,13 @@ def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options
 
 @with_usual_promotion
 def _compress(
-    caches: tuple[jax.Array, jax.Array],
+    caches: tuple[jax.Array, ...],
     part: jax.Array | int,
     *,
     tables: PageTables,
-    original: tuple[jax.Array, jax.Array],
+    original: tuple[jax.Array, ...],
     options: dict[str, Any],
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Writes the windows that tokens `[part * d, (part + 1) * d)` of each slot's newest end."""
     page, stride = tables.page_block_size, tables.compress_stride
     sizes: dict[str, Any] = {
@@ -288,10 +344,10 @@ def _compress(
     counts = jnp.minimum(tables.counts - done, stride)
     lengths = tables.lengths - tables.counts + done + counts
     window = completed_window(lengths, counts, **sizes)
-    key, value = nsa_compress_infer(
+    written = nsa_compress_infer(
         original,
         slot_mapping=window_slots(window, tables.compressed.block_table, page_block_size=page),
         page_block_size=page, block_table=tables.original.block_table, actual_seq_len=lengths,
         actual_seq_qlen=counts, cache=caches, **sizes, **options,
     )  # fmt: skip
-    return key, value
+    return tuple(written)

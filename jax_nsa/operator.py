@@ -8,6 +8,8 @@ an axis, parentheses for axes that share a dimension, `*` for the axes of query'
     p  pages                r  rows of a page                c  columns of the block table
     k  selected blocks      j  blocks                        l  tokens of a compressed window
     w  rows of a cache, or its pages                         v  rows of one of these pages
+    x  what a row of the pool of keys has for each key/value head: a key, or a key and a value
+    y  what one of the pool of values has, likewise
 
 `*` is `b t`, or `n` where rows are packed: then the operand `first_rows` is there, which says where
 each sequence's rows start. A sequence owns the rows up to the next one's first, the last one those

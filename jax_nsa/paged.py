@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import checks
+from jax_nsa import checks, pools
 from jax_nsa.checks import ArrayLike, Integers
 
 PAGE_GRANULE = 16
 PAGE_MAX = 256
 GROUP_MAX = 128
 HEAD_SIZE_MAX = 192
-VALUE_SIZE_MAX = 128
 
 
 def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
@@ -129,53 +128,14 @@ def page_size(value: Any) -> int:
     return size
 
 
-def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None) -> ArrayLike:
-    """Returns a pool of pages as `[pages, page, heads * size]`, without a copy.
-
-    Args:
-        name: the argument's name.
-        array: `[pages, page, heads * size]` or `[pages, page, heads, size]`.
-        heads: key/value heads.
-        page: `page_block_size` as the caller states it.
-        size: the size of a head; None: whatever the pool has.
-    """
-    shape, stated = tuple(array.shape), "head_size" if size is None else str(size)
-    if len(shape) not in (3, 4):
-        raise ValueError(
-            f"{name} must have shape [pages, page_block_size, {heads} * {stated}] or [pages, "
-            f"page_block_size, {heads}, {stated}], got {shape}"
-        )
-    if any(isinstance(n, int) and n == 0 for n in shape):
-        raise ValueError(f"{name} must not be empty, got shape {shape}")
-    if shape[1] != page:
-        raise ValueError(
-            f"{name}'s second axis must be page_block_size ({page}), got shape {shape}"
-        )
-    if len(shape) == 4:
-        if shape[2] != heads:
-            raise ValueError(
-                f"{name}'s third axis must be its {heads} heads (key_value_head_num), "
-                f"got shape {shape}"
-            )
-        array = _merge_heads(array)
-    if size is None and array.shape[2] % heads:
-        raise ValueError(
-            f"{name}'s last axis must be a multiple of key_value_head_num ({heads}), "
-            f"got {array.shape[2]} in shape {shape}"
-        )
-    if size is not None and array.shape[2] != heads * size:
-        raise ValueError(
-            f"{name}'s last axis must be key_value_head_num * head_size = {heads} * {size} = "
-            f"{heads * size}, got {array.shape[2]} in shape {shape}"
-        )
-    return array
-
-
-def floats(query: Any, key: Any, value: Any) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
-    """Returns query and the pools as arrays of one dtype."""
+def floats(
+    query: Any, key: Any, value: Any, *, interleaved: bool
+) -> tuple[ArrayLike, ArrayLike, ArrayLike]:
+    """Returns query and the pools as arrays of one dtype; one that holds both as either."""
     query = checks.floats("query", query)
     like = ("query", query)
-    return query, checks.floats("key", key, like=like), checks.floats("value", value, like=like)
+    key = checks.floats("key", key, like=like)
+    return query, key, key if interleaved else checks.floats("value", value, like=like)
 
 
 def attention(
@@ -187,25 +147,31 @@ def attention(
     head_num: Any,
     key_value_heads: int,
     page: int,
+    interleaved: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns query, and the pools as `[pages, page, Nkv * size]`, held to each other's shapes.
 
+    A pool of keys and values is returned twice, as `[pages, page, Nkv * 2 * size]`.
+
     Args:
         query: `[B, S, N, D]`, or packed `[T, N, D]`.
-        key: the pool of keys, of 3 or 4 axes.
+        key: the pool of keys, of 3 or 4 axes; or that of keys and values, of 3 to 5.
         value: the pool of values, likewise.
         packed: whether rows are packed.
         head_num: N, as the caller states it.
         key_value_heads: `Nkv`.
         page: rows in a page.
+        interleaved: whether one pool holds keys and values.
     """
     axes = "[tokens, heads, head_size]" if packed else "[B, S, heads, head_size]"
     query_shape(query, axes=axes)
     stated = checks.count("head_num", head_num)
     heads(query.shape, stated=stated, key_value_heads=key_value_heads)
-    key, value = pools(
-        key, value, key_value_heads=key_value_heads, page=page, head_size=query.shape[-1]
-    )
+    sizes = {"key_value_heads": key_value_heads, "page": page, "head_size": query.shape[-1]}
+    if interleaved:
+        both = jnp.asarray(pools.of_both(key, **sizes))
+        return jnp.asarray(query), both, both
+    key, value = pools.of_each(key, value, **sizes)
     return jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
 
 
@@ -238,26 +204,3 @@ def heads(query_shape: tuple[Any, ...], *, stated: int, key_value_heads: int) ->
         )
     if size > HEAD_SIZE_MAX:
         raise ValueError(f"query's head size must be at most {HEAD_SIZE_MAX}, got {size}")
-
-
-def pools(
-    key: ArrayLike, value: ArrayLike, *, key_value_heads: int, page: int, head_size: int
-) -> tuple[ArrayLike, ArrayLike]:
-    """Returns the pools of key and value as `[pages, page, Nkv * size]`, checked."""
-    key = pool("key", key, heads=key_value_heads, page=page, size=head_size)
-    value = pool("value", value, heads=key_value_heads, page=page, size=None)
-    value_size = value.shape[2] // key_value_heads
-    if value_size > min(VALUE_SIZE_MAX, head_size):
-        raise ValueError(
-            f"value's head size must be at most {VALUE_SIZE_MAX} and at most query's "
-            f"({head_size}), got {value_size}"
-        )
-    if key.shape[0] != value.shape[0]:
-        raise ValueError(
-            f"key and value must have as many pages, got {key.shape[0]} and {value.shape[0]}"
-        )
-    return key, value
-
-
-def _merge_heads(array: ArrayLike) -> ArrayLike:
-    return array.reshape(*array.shape[:2], array.shape[2] * array.shape[3])

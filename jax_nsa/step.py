@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import checks
+from jax_nsa import checks, pools
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
@@ -31,8 +31,9 @@ class PagedKV:
     """A paged cache of keys and values; a pytree.
 
     Attributes:
-        key: `[num_blocks, page, Nkv * D]` or `[num_blocks, page, Nkv, D]`, the pool of key pages.
-        value: the same with `Dv`, the pool of value pages.
+        key: `[num_blocks, page, Nkv * D]` or `[num_blocks, page, Nkv, D]`, the pool of key pages;
+            or the pool of keys and values, as `kv_layout="interleaved"` has it.
+        value: the same with `Dv`, the pool of value pages; None where `key` holds values too.
         block_table: int32 `[B, P]`: row `i` of sequence `b` lives in page `block_table[b, i //
             page]`, row `i % page` of it.
         lengths: int32 `[B]`, rows of each sequence.
@@ -67,6 +68,7 @@ def nsa_decode_step(
     implementation: str | Sequence[str] | None = None,
     context_axis: Hashable | None = None,
     on_fault: str | None = None,
+    kv_layout: str = "separate",
 ) -> tuple[jax.Array, jax.Array]:
     """Decodes with Native Sparse Attention: three branches, gated and summed.
 
@@ -108,6 +110,7 @@ def nsa_decode_step(
         implementation: as `nsa_compress_attention_infer` takes it.
         context_axis: as `nsa_compress_attention_infer` takes it, for all caches alike.
         on_fault: as `nsa_compress_attention_infer` takes it.
+        kv_layout: as `nsa_compress_attention_infer` takes it, of all caches alike.
 
     Returns:
         `(attention, topk_indices)`: query's dtype `[T, N, Dv]` and int32 `[T, Nkv, k]`, with "BSND"
@@ -124,6 +127,8 @@ def nsa_decode_step(
     for name, cache in (("compressed", compressed), ("selected", selected), ("window", window)):
         if not isinstance(cache, PagedKV) and (cache is not None or name != "window"):
             raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
+        if cache is not None:
+            pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
     query = checks.floats("query", query)
     gates = checks.floats("gates", gates)
     _check_gates(gates, query)
@@ -132,7 +137,7 @@ def nsa_decode_step(
         "scale_value": scale_value, "head_num": head_num,
         "key_value_head_num": key_value_head_num, "layout": layout,
         "actual_seq_qlen": actual_seq_qlen, "implementation": implementation,
-        "context_axis": context_axis, "on_fault": on_fault,
+        "context_axis": context_axis, "on_fault": on_fault, "kv_layout": kv_layout,
     }  # fmt: skip
     # With one token there is nothing that it must not see but by its sequence's lengths.
     several = actual_seq_qlen is not None or (layout == "BSND" and query.shape[1] > 1)
@@ -232,7 +237,7 @@ def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
 
 def _page_size(name: str, cache: PagedKV) -> int:
     shape = jnp.shape(cache.key)
-    if len(shape) not in (3, 4):
+    if len(shape) not in (3, 4, 5):
         raise ValueError(
             f"{name}.key must have shape [pages, page, heads * size] or [pages, page, heads, "
             f"size], got {shape}"

@@ -36,7 +36,8 @@ def documented():
     """The functions of the page, by name."""
     text = (pathlib.Path(__file__).parents[1] / "docs" / "caches.md").read_text()
     names = {
-        "PagedKV": PagedKV, "np": np, "math": math, "nsa_compress_infer": nsa_compress_infer,
+        "PagedKV": PagedKV, "np": np, "jnp": jnp, "math": math,
+        "nsa_compress_infer": nsa_compress_infer,
         "completed_window": completed_window, "window_slots": window_slots,
     }  # fmt: skip
     for snippet in re.findall(r"^```python\n(def .*?)^```", text, re.M | re.S):
@@ -44,13 +45,13 @@ def documented():
     return names
 
 
-def sequences(dtype):
+def sequences(dtype, value_size):
     random = np.random.default_rng(0)
 
     def normal(*shape):
         return jnp.asarray(random.normal(size=(SEQUENCES, ROWS, *shape)), dtype)
 
-    key, value = normal(KEY_VALUE_HEADS, HEAD_SIZE), normal(KEY_VALUE_HEADS, VALUE_SIZE)
+    key, value = normal(KEY_VALUE_HEADS, HEAD_SIZE), normal(KEY_VALUE_HEADS, value_size)
     compressed = [
         jnp.stack([nsa_compress(row, WEIGHT[0], SIZE, STRIDE) for row in rows])
         for rows in (key, value)
@@ -80,7 +81,12 @@ def caches(layout, key, value, compressed):
         kept.append([np.where(mask[..., None, None], rows, np.nan).astype(key.dtype)
                      for rows in pair])  # fmt: skip
     total = (LENGTHS - SIZE) // STRIDE + 1
-    if layout == "pages":
+    compress = names["compress"]
+    if layout == "dense":
+        kept[1] = [np.pad(rows, ((0, 0), (0, 4), (0, 0), (0, 0))) for rows in kept[1]]
+        arrays = jax.tree.map(jnp.asarray, kept)
+        views = [lambda pair, n=n: names["of_dense"](*pair, n) for n in (LENGTHS, total)]
+    else:
         random = np.random.default_rng(1)
         tables = [
             random.permutation(SEQUENCES * columns + 2)[: SEQUENCES * columns]
@@ -89,31 +95,39 @@ def caches(layout, key, value, compressed):
         ]  # fmt: skip
         arrays = [[paged(rows, table, table.size + 2) for rows in pair]
                   for pair, table in zip(kept, tables, strict=True)]  # fmt: skip
+        view = names["of_pages"]
+        if layout != "pages":
+            view, compress = names["of_interleaved"], names["compress_interleaved"]
+            arrays = [[jnp.stack(pair, 3).reshape(*pair[0].shape[:2], -1, HEAD_SIZE)]
+                      for pair in arrays]  # fmt: skip
+            if layout == "in groups":
+                arrays[0] = [arrays[0][0].reshape(*arrays[0][0].shape[:2], -1, 2, HEAD_SIZE)]
         views = [
-            lambda pair, table=table, n=n: names["of_pages"](*pair, jnp.asarray(table), n)
+            lambda pair, table=table, n=n: view(*pair, jnp.asarray(table), n)
             for table, n in zip(tables, (LENGTHS, total), strict=True)
         ]
-    else:
-        kept[1] = [np.pad(rows, ((0, 0), (0, 4), (0, 0), (0, 0))) for rows in kept[1]]
-        arrays = jax.tree.map(jnp.asarray, kept)
-        views = [lambda pair, n=n: names["of_dense"](*pair, n) for n in (LENGTHS, total)]
-    return arrays, views, names["compress"]
+    return arrays, views, compress
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["pages", "dense"])
+@pytest.mark.parametrize("layout", ["pages", "dense", "interleaved", "in groups"])
 def test_a_step_on_a_cache_where_it_lies(layout, dtype):
-    query, key, value, compressed, gates = sequences(dtype)
+    interleaved = layout in ("interleaved", "in groups")
+    query, key, value, compressed, gates = sequences(
+        dtype, HEAD_SIZE if interleaved else VALUE_SIZE
+    )
     arrays, (of_original, of_compressed), compress = caches(layout, key, value, compressed)
     newest = (np.arange(SEQUENCES), LENGTHS - 1)
 
     def step(original, compressed, query, gates):
         cache = of_original(original)
         compressed = compress(cache, of_compressed(compressed), WEIGHT, size=SIZE, stride=STRIDE)
+        compressed = [compressed] if interleaved else compressed
         shaped = [new.reshape(old.shape) for new, old in zip(compressed, arrays[1], strict=True)]
         attention, _ = decode_step(
             query, gates, of_compressed(shaped), cache, head_num=HEADS,
             key_value_head_num=KEY_VALUE_HEADS, implementation="cpu", **OPTIONS,
+            kv_layout="interleaved" if interleaved else "separate",
         )  # fmt: skip
         return attention, shaped
 

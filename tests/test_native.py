@@ -174,6 +174,7 @@ ATTRIBUTES = {
     "init_blocks": np.int64(1),
     "local_blocks": np.int64(2),
     "causal": np.int64(0),
+    "interleaved": np.int64(0),
 }
 # Operands that a good call may have too.
 FURTHER = ("select_lengths", "first_rows", "surprise")
@@ -335,6 +336,15 @@ LIES = {
         "multiple of key_value_heads, got 4 and -2",
     ),
     "too_many_heads": ({"key_value_heads": np.int64(HUGE)}, "multiple of key_value_heads"),
+    "not_said_whether_interleaved": ({"interleaved": None}, "needs the integer interleaved"),
+    "interleaved_without_values": (
+        {"interleaved": np.int64(1), "value": f32(5, 16, 2 * 8)},
+        "value's head size must be positive, got 0",
+    ),
+    "interleaved_in_other_pools": (
+        {"interleaved": np.int64(1), "key": f32(5, 16, 2 * 14), "value": f32(5, 16, 2 * 13)},
+        "key must have shape [5, 16, 26], got [5, 16, 28]",
+    ),
     "stride_0": ({"compress_stride": np.int64(0)}, "sizes do not fit"),
     "stride_negative": ({"compress_stride": np.int64(-16)}, "sizes do not fit"),
     "window_huge": (

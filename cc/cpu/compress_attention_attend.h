@@ -61,8 +61,8 @@ class Attention {
     const int64_t granule = 4 * Multiplier::WordGranule(padded_rows_);
     in_place_ = Key::kInPlace && head_size_ * kElement % granule == 0;
     key_words_ = in_place_ ? head_size_ * kElement / 4 : Key::RowWords(head_size_);
-    key_stride_ = problem.key_value_heads * head_size_ * kElement;
-    value_stride_ = problem.key_value_heads * value_size_ * kElement;
+    key_stride_ = problem.key_pitch().row * kElement;
+    value_stride_ = problem.value_pitch().row * kElement;
   }
 
   void Run(const Upcoming& upcoming) {
@@ -195,9 +195,13 @@ class Attention {
       next = tile;
       next.count = 0;
     }
+    const Problem& problem = plan_.problem;
+    const int64_t key_bytes = unit->heads * problem.key_pitch().head * kElement;
+    const int64_t value_bytes = unit->heads * problem.value_pitch().head * kElement;
     return Multiplier::FetchAhead(
-        {KeyRow(*unit, next, 0), key_stride_, unit->heads * head_size_ * kElement, next.count},
-        {ValueRow(*unit, next, 0), value_stride_, unit->heads * value_size_ * kElement, next.count},
+        {KeyRow(*unit, next, 0), key_stride_, key_bytes, next.count},
+        {ValueRow(*unit, next, 0), value_stride_, value_bytes,
+         problem.interleaved ? 0 : next.count},  // values that lie among keys come with them
         queries,
         {unit_.heads, positions, positions / plan_.strides_per_select_block, key_words_,
          value_size_, rows_, padded_rows_});
@@ -212,12 +216,12 @@ class Attention {
 
   const char* KeyRow(const Unit& unit, const Tile& tile, int64_t h) const {
     return static_cast<const char*>(plan_.arrays.key) + tile.first_row * key_stride_ +
-           (unit.first_head + h) * head_size_ * kElement;
+           (unit.first_head + h) * plan_.problem.key_pitch().head * kElement;
   }
 
   const char* ValueRow(const Unit& unit, const Tile& tile, int64_t h) const {
     return static_cast<const char*>(plan_.arrays.value) + tile.first_row * value_stride_ +
-           (unit.first_head + h) * value_size_ * kElement;
+           (unit.first_head + h) * plan_.problem.value_pitch().head * kElement;
   }
 
   const Plan& plan_;
@@ -231,7 +235,7 @@ class Attention {
   const int64_t value_size_ = plan_.problem.value_size;
   bool in_place_;       // keys are read where they lie
   int64_t key_words_;   // of a key, as it is read
-  int64_t key_stride_;  // bytes, in the pool
+  int64_t key_stride_;  // bytes, from one row of the pool to the next
   int64_t value_stride_;
 };
 

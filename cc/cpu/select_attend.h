@@ -170,14 +170,11 @@ class SelectAttention {
   }
 
   Pools PoolsOf(const select::Unit& unit) const {
-    const Problem& problem = plan_.problem;
-    const int64_t key_bytes = head_size_ * kElement, value_bytes = value_size_ * kElement;
-    return {static_cast<const char*>(plan_.arrays.key) + unit.head * key_bytes,
-            static_cast<const char*>(plan_.arrays.value) + unit.head * value_bytes,
-            problem.key_value_heads * key_bytes, problem.key_value_heads * value_bytes};
+    const Pitch key = plan_.problem.key_pitch(), value = plan_.problem.value_pitch();
+    return {static_cast<const char*>(plan_.arrays.key) + unit.head * key.head * kElement,
+            static_cast<const char*>(plan_.arrays.value) + unit.head * value.head * kElement,
+            key.row * kElement, value.row * kElement};
   }
-
-  using Problem = select::Problem;
 
   const select::Plan& plan_;
   const select::Unit& unit_;

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_nsa import backends, checks, paged, partition, tokens
+from jax_nsa import backends, checks, paged, partition, pools, tokens
 from jax_nsa.blocks import Blocks
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention import context, reference
@@ -36,6 +36,7 @@ def _results(problem: Problem) -> tuple[Array, ...]:
 
 def _sizes(problem: Problem, sizes: Mapping[str, Any]) -> dict[str, Any]:
     return {
+        "e": pools.value_size(sizes["y"], interleaved=problem.interleaved),
         "k": problem.select_block_count,
         "j": problem.max_blocks(sizes["c"] * sizes["r"]),
     }
@@ -49,8 +50,8 @@ OPERATOR = Operator(
     target="compress_attention",
     operands=(
         Array("query", "* (h g) d"),
-        Array("key", "p r (h d)"),
-        Array("value", "p r (h e)"),
+        Array("key", "p r (h x)"),
+        Array("value", "p r (h y)"),
         Array("block_table", "b c", points_into="p"),
         Array("lengths", "b", argument="actual_cmp_seq_kvlen"),
         Array("token_counts", "b", argument="actual_seq_qlen"),
@@ -67,7 +68,7 @@ OPERATOR = Operator(
 def nsa_compress_attention_infer(
     query: ArrayLike,
     key: ArrayLike,
-    value: ArrayLike,
+    value: ArrayLike | None,
     scale_value: float,
     head_num: int,
     key_value_head_num: int,
@@ -91,6 +92,7 @@ def nsa_compress_attention_infer(
     init_blocks: int = 1,
     local_blocks: int = 2,
     on_fault: str | None = None,
+    kv_layout: str = "separate",
 ) -> tuple[jax.Array, ...]:
     """Attends over a paged compressed cache and picks the blocks the next branch will attend to.
 
@@ -170,6 +172,10 @@ def nsa_compress_attention_infer(
         on_fault: what an implementation on the host does about a bad value that only the running
             program knows: "fail" the call, or give "nan"; None fails it in a program of one device
             and gives NaN in one of several, where the other devices would wait for the failed one.
+        kv_layout: "separate", or "interleaved" where `key` is the pool of keys and values,
+            `[num_blocks, page_block_size, 2 * Nkv, D]` with keys in even rows and values in odd
+            ones, `[num_blocks, page_block_size, Nkv, 2, D]` or `[num_blocks, page_block_size, Nkv *
+            2 * D]`, `D <= 128`, and `value` is None.
 
     Returns:
         A tuple `(attention, topk_indices)`, or `(attention, topk_indices, lse)` with
@@ -217,10 +223,12 @@ def nsa_compress_attention_infer(
         local_blocks=checks.count("local_blocks", local_blocks, least=0),
         causal=atten_mask is not None,
         return_lse=checks.flag("return_lse", return_lse),
+        interleaved=pools.is_interleaved(kv_layout, value),
     )
     query, key, value = paged.attention(
-        *paged.floats(query, key, value), packed=packed, head_num=head_num,
-        key_value_heads=problem.key_value_heads, page=page,
+        *paged.floats(query, key, value, interleaved=problem.interleaved), packed=packed,
+        head_num=head_num, key_value_heads=problem.key_value_heads, page=page,
+        interleaved=problem.interleaved,
     )  # fmt: skip
     table = checks.Integers("block_table", block_table, rank=2)
     devices = 1 if context_axis is None else checks.axis_size(context_axis)

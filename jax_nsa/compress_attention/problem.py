@@ -31,6 +31,7 @@ class Problem:
         return_block_scores: whether each head's block scores are a result, after the log-sum-exp,
             which they need, and attention is float32: what merging sequences that are split over
             devices builds on.
+        interleaved: whether one pool holds keys and values.
     """
 
     blocks: Blocks
@@ -43,6 +44,7 @@ class Problem:
     causal: bool = False
     return_lse: bool = False
     return_block_scores: bool = False
+    interleaved: bool = False
 
     @property
     def aligned(self) -> bool:
@@ -74,6 +76,7 @@ class Problem:
             "init_blocks": self.init_blocks,
             "local_blocks": self.local_blocks,
             "causal": int(self.causal),
+            "interleaved": int(self.interleaved),
         }
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa import tokens
+from jax_nsa import pools, tokens
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.compress_attention.problem import Problem
 
@@ -61,7 +61,9 @@ def compress_attention(operands: Mapping[str, jax.Array], problem: Problem) -> d
         heads = pages.reshape(block_table.shape[0], position.size, problem.key_value_heads, -1)
         return jnp.where(in_sequence[:, :, None, None], heads, 0.0)
 
-    key_rows, value_rows = gather(key), gather(value)
+    key_rows, value_rows = pools.keys_and_values(
+        gather(key), gather(value), interleaved=problem.interleaved
+    )
 
     # 2. Scores, accumulated and scaled in float32: [sequences, tokens, kv heads, group, positions].
     grouped = rows.reshape(*rows.shape[:2], problem.key_value_heads, -1, rows.shape[-1])

@@ -14,8 +14,8 @@ from jax_nsa.select_attention.problem import Problem
 def check_arrays(
     query: Any, key: Any, value: Any, problem: Problem, *, layout: str, head_num: int, page: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query as `[B, S, N, D]` or packed `[T, N, D]`, the pools as `[pages, page, Nkv * size]`."""
-    query, key, value = paged.floats(query, key, value)
+    """Query as `[B, S, N, D]` or packed `[T, N, D]`, the pools as `[pages, page, Nkv * x]`."""
+    query, key, value = paged.floats(query, key, value, interleaved=problem.interleaved)
     if layout == "BSH":
         shape = tuple(query.shape)
         if len(shape) != 3 or shape[2] == 0 or shape[2] % head_num:
@@ -26,7 +26,7 @@ def check_arrays(
         query = query.reshape(*shape[:2], head_num, shape[2] // head_num)
     return paged.attention(
         query, key, value, packed=layout == "TND", head_num=head_num,
-        key_value_heads=problem.key_value_heads, page=page,
+        key_value_heads=problem.key_value_heads, page=page, interleaved=problem.interleaved,
     )  # fmt: skip
 
 

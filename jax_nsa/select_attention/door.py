@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import backends, blocks, checks, paged, tokens
+from jax_nsa import backends, blocks, checks, paged, pools, tokens
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.operator import FAULTS, Array, Operator
 from jax_nsa.select_attention import arguments, context, reference
@@ -41,8 +41,8 @@ OPERATOR = Operator(
     target="select_attention",
     operands=(
         Array("query", "* (h g) d"),
-        Array("key", "p r (h d)"),
-        Array("value", "p r (h e)"),
+        Array("key", "p r (h x)"),
+        Array("value", "p r (h y)"),
         Array("block_table", "b c", points_into="p"),
         Array("lengths", "b", argument="actual_seq_kvlen"),
         Array("topk_indices", "* h k"),
@@ -50,7 +50,9 @@ OPERATOR = Operator(
         Array("first_rows", "b", argument="actual_seq_qlen", points_into="n"),
     ),
     results=_results,
-    sizes=lambda problem, sizes: {},
+    sizes=lambda problem, sizes: {
+        "e": pools.value_size(sizes["y"], interleaved=problem.interleaved)
+    },
     reference=reference.select_attention,
 )
 
@@ -58,7 +60,7 @@ OPERATOR = Operator(
 def nsa_select_attention_infer(
     query: ArrayLike,
     key: ArrayLike,
-    value: ArrayLike,
+    value: ArrayLike | None,
     topk_indices: IntegersLike,
     scale_value: float,
     head_num: int,
@@ -77,6 +79,7 @@ def nsa_select_attention_infer(
     implementation: str | Sequence[str] | None = None,
     context_axis: Hashable | None = None,
     on_fault: str | None = None,
+    kv_layout: str = "separate",
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Attends to chosen blocks of a paged cache, and with `window_size` to its newest tokens too.
 
@@ -131,6 +134,10 @@ def nsa_select_attention_infer(
         on_fault: what an implementation on the host does about a bad value that only the running
             program knows: "fail" the call, or give "nan"; None fails it in a program of one device
             and gives NaN in one of several, where the other devices would wait for the failed one.
+        kv_layout: "separate", or "interleaved" where `key` is the pool of keys and values,
+            `[num_blocks, page_block_size, 2 * Nkv, D]` with keys in even rows and values in odd
+            ones, `[num_blocks, page_block_size, Nkv, 2, D]` or `[num_blocks, page_block_size, Nkv *
+            2 * D]`, `D <= 128`, and `value` is None.
 
     Returns:
         attention, in query's dtype and layout with `Dv` for `D` ("BSH": `[B, S, N * Dv]`). With
@@ -158,6 +165,7 @@ def nsa_select_attention_infer(
         select_block_size=blocks.check_block_size("select_block_size", size),
         window_size=0 if window_size is None else checks.count("window_size", window_size),
         return_lse=checks.flag("return_lse", return_lse),
+        interleaved=pools.is_interleaved(kv_layout, value),
     )
     chosen = (topk_indices, checks.count("select_block_count", select_block_count))
     results = _attend(
@@ -171,7 +179,7 @@ def nsa_select_attention_infer(
 def nsa_window_attention_infer(
     query: ArrayLike,
     key: ArrayLike,
-    value: ArrayLike,
+    value: ArrayLike | None,
     scale_value: float,
     head_num: int,
     key_value_head_num: int,
@@ -186,6 +194,7 @@ def nsa_window_attention_infer(
     implementation: str | Sequence[str] | None = None,
     context_axis: Hashable | None = None,
     on_fault: str | None = None,
+    kv_layout: str = "separate",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attends to the newest tokens of a paged cache, the sliding window branch.
 
@@ -221,6 +230,7 @@ def nsa_window_attention_infer(
         context_axis: inside `jax.shard_map`, the mesh axis over whose devices the positions of
             each sequence are split, as in `nsa_select_attention_infer`.
         on_fault: "fail", "nan" or None, as in `nsa_select_attention_infer`.
+        kv_layout: "separate" or "interleaved", as in `nsa_select_attention_infer`.
 
     Returns:
         attention, in query's dtype and layout with `Dv` for `D`; with `return_lse` a tuple
@@ -237,6 +247,7 @@ def nsa_window_attention_infer(
         key_value_heads=checks.count("key_value_head_num", key_value_head_num),
         window_size=checks.count("window_size", window_size),
         return_lse=checks.flag("return_lse", return_lse),
+        interleaved=pools.is_interleaved(kv_layout, value),
     )
     results = _attend(
         query, key, value, None, problem, head_num=head_num, page_block_size=page_block_size,

@@ -23,6 +23,7 @@ class Problem:
         return_lse: whether each attention's log-sum-exp is a result.
         partial: whether the pools hold only a part of each sequence, positions `[0, P * page)` in
             numbers of their own: what lies outside is on other devices.
+        interleaved: whether one pool holds keys and values.
     """
 
     scale: float
@@ -31,6 +32,7 @@ class Problem:
     window_size: int = 0
     return_lse: bool = False
     partial: bool = False
+    interleaved: bool = False
 
     def with_heads(self, key_value_heads: int) -> Problem:
         """The problem of a part of the heads."""
@@ -44,6 +46,7 @@ class Problem:
             "select_block_size": self.select_block_size,
             "window_size": self.window_size,
             "partial": int(self.partial),
+            "interleaved": int(self.interleaved),
         }
 
 

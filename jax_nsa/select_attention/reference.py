@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa import tokens
+from jax_nsa import pools, tokens
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.select_attention.problem import Problem
 
@@ -155,11 +155,14 @@ def _attend(
         taken = by_head[jnp.clip(pages, 0, num_pages - 1), positions % page, head]
         return jnp.where(is_read[..., None], taken.astype(jnp.float32), 0.0)
 
+    keys, values = pools.keys_and_values(
+        gather(operands["key"]), gather(operands["value"]), interleaved=problem.interleaved
+    )
     grouped = query.reshape(-1, heads, query.shape[-2] // heads, query.shape[-1])
     scores = problem.scale * jnp.einsum(
         "rhgd,rhnd->rhgn",
         grouped.astype(jnp.float32),
-        gather(operands["key"]),
+        keys,
         precision=lax.Precision.HIGHEST,
     )
     seen = is_read[:, :, None, :]
@@ -173,7 +176,7 @@ def _attend(
     attention = jnp.einsum(
         "rhgn,rhne->rhge",
         probabilities,
-        gather(operands["value"]),
+        values,
         precision=lax.Precision.HIGHEST,
     )
     lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))

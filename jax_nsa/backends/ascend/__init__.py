@@ -81,6 +81,11 @@ def refuses(call: Call, platform: str) -> str | None:
     dtype = call.operands[0].dtype.name
     if dtype not in ("bfloat16", "float16"):
         return f"CANN's kernel takes bfloat16 and float16, got {dtype}"
+    if getattr(call.problem, "interleaved", False):
+        return (
+            "CANN's kernel takes keys and values in pools of their own, "
+            'got kv_layout="interleaved"'
+        )
     return _PARTS[call.operator.target].refuses(call, platform)
 
 
