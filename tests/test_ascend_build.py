@@ -1,4 +1,4 @@
-"""The Ascend route's C++: under sanitizers, on other processors, and against CANN's own headers."""
+"""The Ascend route's C++ under sanitizers, and on other processors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from ascend.standin import CC, HERE, INCLUDES, build, compile_cc
+from ascend.standin import CC, HERE, INCLUDES, build, compile_cc, compiler
 
 SOURCES = [
     *sorted((CC / "ascend").glob("*.cc")),
@@ -23,6 +23,7 @@ def test_sanitizers_have_no_complaint(tmp_path, sanitizers):
     """JAX_NSA_SOAK_CALLS sets the calls: a few by default, 10000 to be sure."""
     calls = os.environ.get("JAX_NSA_SOAK_CALLS", "400")
     options = f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"
+    skip_without(sanitizers, tmp_path)
     build(tmp_path, *options)
     program = tmp_path / "soak"
     compile_cc(
@@ -38,6 +39,19 @@ def test_sanitizers_have_no_complaint(tmp_path, sanitizers):
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout.startswith(f"{calls} calls")
         print(threads, "threads:", result.stdout.strip())
+
+
+def skip_without(sanitizers, tmp_path):
+    """Skips the test where a program that does nothing neither builds nor runs under them."""
+    source, program = tmp_path / "nothing.cc", tmp_path / "nothing"
+    source.write_text("int main() {}")
+    for command in ([compiler(), f"-fsanitize={sanitizers}", source, "-o", program], [program]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            pytest.skip(
+                f"needs a compiler whose sanitizers ({sanitizers}) work here, as those of Debian's "
+                f"g++ do: {result.stderr[-300:]}"
+            )
 
 
 def test_compiles_for_aarch64(tmp_path):

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ascend.caller import BFLOAT16, INT32, Caller
 from ascend.standin import StandIn
 
 pytest_plugins = ("ascend.fixtures",)
 
-FLOAT32, INT32, INT64, BFLOAT16 = 0, 3, 9, 27
+FLOAT32, INT64 = 0, 9  # aclDataType
 ONE = 0x3F80  # 1.0 in bfloat16
 
 
@@ -82,21 +83,7 @@ def run(standin: StandIn, arguments: Arguments, **changes: Any) -> tuple[list[in
     Returns:
         The statuses up to the first that is not 0, and what the result's memory holds then.
     """
-    acl, tensors = standin.runtime, standin.tensors
-    tensors.aclCreateTensor.restype = tensors.aclCreateIntArray.restype = ctypes.c_void_p
-    acl.aclInit(None)
-    assert acl.aclrtSetDevice(0) == 0
-    owned: list[tuple[Any, ctypes.c_void_p]] = []
-
-    def own(give_back: Any, pointer: ctypes.c_void_p) -> ctypes.c_void_p:
-        owned.append((give_back, pointer))
-        return pointer
-
-    def malloc(size: int) -> ctypes.c_void_p:
-        pointer = ctypes.c_void_p()
-        assert acl.aclrtMalloc(ctypes.byref(pointer), ctypes.c_size_t(size), 0) == 0
-        return own(acl.aclrtFree, pointer)
-
+    caller = Caller(standin)
     memory: dict[str, tuple[ctypes.c_void_p, np.ndarray]] = {}
 
     def passed(name: str, value: Any) -> Any:
@@ -107,41 +94,27 @@ def run(standin: StandIn, arguments: Arguments, **changes: Any) -> tuple[list[in
         if value is None or isinstance(value, bytes):
             return value
         if isinstance(value, list):
-            array = tensors.aclCreateIntArray(int64s(value), ctypes.c_uint64(len(value)))
-            return own(tensors.aclDestroyIntArray, ctypes.c_void_p(array))
+            return caller.integers(value)
         dims, dtype, bits = value
         content = np.empty(dims, np.int32 if dtype in (INT32, INT64) else np.uint16)
         content.flat = bits
-        pointer = malloc(content.nbytes)
-        acl.standin_poke(pointer, ctypes.c_void_p(content.ctypes.data), content.nbytes)
+        pointer = caller.malloc(content.nbytes)
+        standin.runtime.standin_poke(pointer, ctypes.c_void_p(content.ctypes.data), content.nbytes)
         memory[name] = pointer, content
-        strides = [int(np.prod(dims[i + 1 :])) for i in range(len(dims))]
-        rank = ctypes.c_uint64(len(dims))
-        tensor = tensors.aclCreateTensor(
-            int64s(dims), rank, dtype, int64s(strides), ctypes.c_int64(0),
-            changes.get("format", 2), int64s(dims), rank, pointer,
-        )  # fmt: skip
-        return own(tensors.aclDestroyTensor, ctypes.c_void_p(tensor))
+        return caller.tensor(dims, dtype, pointer, format=changes.get("format", 2))
 
-    stream, size, executor = ctypes.c_void_p(), ctypes.c_uint64(), ctypes.c_void_p()
-    assert acl.aclrtCreateStream(ctypes.byref(stream)) == 0
+    size, executor = ctypes.c_uint64(), ctypes.c_void_p()
     given = [passed(n, changes.get(n, value)) for n, value in arguments.arrays.items()]
     first = getattr(standin.operators, f"{arguments.name}GetWorkspaceSize")
     statuses = [first(*given, ctypes.byref(size), ctypes.byref(executor))]
     if statuses[-1] == 0:
         second = getattr(standin.operators, arguments.name)
-        statuses.append(second(malloc(size.value), size, executor, stream))
-    statuses.append(acl.aclrtSynchronizeStream(stream))
+        statuses.append(second(caller.malloc(size.value), size, executor, caller.stream))
+    statuses.append(caller.synchronize())
     pointer, result = memory[arguments.result]
-    acl.standin_peek(ctypes.c_void_p(result.ctypes.data), pointer, result.nbytes)
-    for give_back, pointer in reversed(owned):
-        assert give_back(pointer) == 0
-    assert acl.aclrtDestroyStream(stream) == 0
+    standin.runtime.standin_peek(ctypes.c_void_p(result.ctypes.data), pointer, result.nbytes)
+    caller.close()
     return statuses, result
-
-
-def int64s(values: Any) -> ctypes.Array:
-    return (ctypes.c_int64 * len(values))(*values)
 
 
 def tensor(arguments: Arguments, name: str, dims=None, dtype=None, bits=None) -> tuple:
