@@ -22,7 +22,7 @@ SOURCES = [
 def test_sanitizers_have_no_complaint(tmp_path, sanitizers):
     """JAX_NSA_SOAK_CALLS sets the calls: a few by default, 10000 to be sure."""
     calls = os.environ.get("JAX_NSA_SOAK_CALLS", "400")
-    options = f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"
+    options = f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O0"
     skip_without(sanitizers, tmp_path)
     build(tmp_path, *options)
     program = tmp_path / "soak"
