@@ -1,22 +1,30 @@
-"""Calls CANN's C interface on the stand-in, as a program without JAX would."""
+"""Calls CANN's C interface as a program without JAX would."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from ascend.standin import StandIn
 
 INT32, BFLOAT16 = 3, 27  # aclDataType
+TO_DEVICE, TO_HOST = 1, 2  # aclrtMemcpyKind
+
+
+class Cann(Protocol):
+    """CANN's libraries."""
+
+    runtime: ctypes.CDLL
+    tensors: ctypes.CDLL
+    operators: ctypes.CDLL
 
 
 class Caller:
     """A stream of device 0, and whatever else was asked for, owned until `close`."""
 
-    def __init__(self, standin: StandIn) -> None:
-        self.standin = standin
-        self.acl, self.nn, self.op = standin.runtime, standin.tensors, standin.operators
+    def __init__(self, cann: Cann) -> None:
+        self.acl, self.nn, self.op = cann.runtime, cann.tensors, cann.operators
         self.nn.aclCreateTensor.restype = self.nn.aclCreateIntArray.restype = ctypes.c_void_p
         self.owned: list[tuple[Callable, ctypes.c_void_p]] = []
         self.acl.aclInit(None)
@@ -79,6 +87,47 @@ class Caller:
     def integers(self, values: Sequence[int]) -> ctypes.c_void_p:
         array = self.nn.aclCreateIntArray(int64s(values), ctypes.c_uint64(len(values)))
         return self.own(self.nn.aclDestroyIntArray, ctypes.c_void_p(array))
+
+    def copied_in(self, array: np.ndarray) -> ctypes.c_void_p:
+        """Device memory with an array's bytes."""
+        pinned = self.malloc_pinned(array.nbytes)
+        pinned[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
+        pointer = self.malloc(array.nbytes)
+        self.copy(pointer, address(pinned), array.nbytes, TO_DEVICE)
+        assert self.synchronize() == 0
+        self.give_back(address(pinned))
+        return pointer
+
+    def copy_out(self, pointer: ctypes.c_void_p, array: np.ndarray) -> None:
+        """Fills an array with device memory's bytes."""
+        pinned = self.malloc_pinned(array.nbytes)
+        self.copy(address(pinned), pointer, array.nbytes, TO_HOST)
+        assert self.synchronize() == 0
+        array.view(np.uint8).ravel()[:] = pinned
+        self.give_back(address(pinned))
+
+    def copy(self, to: ctypes.c_void_p, source: ctypes.c_void_p, count: int, kind: int) -> None:
+        size = ctypes.c_size_t(count)
+        assert self.acl.aclrtMemcpyAsync(to, size, source, size, kind, self.stream) == 0
+
+    def run(self, operator: str, *arguments: Any) -> list[int]:
+        """Enqueues an operator of CANN: the statuses of its phases, up to the first that fails."""
+        passed = [
+            ctypes.c_int64(a) if isinstance(a, int)
+            else ctypes.c_double(a) if isinstance(a, float) else a
+            for a in arguments
+        ]  # fmt: skip
+        size, executor = ctypes.c_uint64(), ctypes.c_void_p()
+        first = getattr(self.op, f"{operator}GetWorkspaceSize")
+        statuses = [first(*passed, ctypes.byref(size), ctypes.byref(executor))]
+        if statuses == [0]:
+            workspace = self.malloc(size.value) if size.value else None
+            statuses.append(getattr(self.op, operator)(workspace, size, executor, self.stream))
+        return statuses
+
+
+def address(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 def int64s(values: Sequence[int]) -> ctypes.Array:

@@ -17,6 +17,7 @@ class Driver(Caller):
 
     def __init__(self, standin: StandIn) -> None:
         super().__init__(standin)
+        self.standin = standin
         self.sizes = {
             "query": (1, self.HEADS, self.HEAD_SIZE), "key": (2, self.PAGE, self.HEAD_SIZE),
             "value": (2, self.PAGE, self.HEAD_SIZE), "attention": (1, self.HEADS, self.HEAD_SIZE),

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from ascend.caller import BFLOAT16, INT32, Caller
+from ascend.caller import BFLOAT16, INT32, TO_DEVICE, Caller, address
 from ascend.standin import HERE, StandIn, compile_cc
 
 HEADS, SIZE, PAGE, PAGES, BLOCKS = 2, 16, 16, 8, 1  # BLOCKS: chosen ones
@@ -119,7 +119,7 @@ class ResidentCache(Caller):
         if (function.__name__, shapes) not in self.functions:
 
             def run(pointers: Any, message: Any, size: int) -> None:
-                arrays = [view(*each) for each in zip(pointers, shapes, strict=False)]
+                arrays = [view(pointers[i], of) for i, of in enumerate(shapes)]
                 try:
                     outcomes = function(*arrays[: len(operands)])
                 except ValueError as error:
@@ -130,9 +130,9 @@ class ResidentCache(Caller):
                     array[...] = outcome
 
             self.functions[function.__name__, shapes] = FUNCTION(run)
-        address = ctypes.cast(self.functions[function.__name__, shapes], ctypes.c_void_p).value
+        pointer = ctypes.cast(self.functions[function.__name__, shapes], ctypes.c_void_p)
         return jax.ffi.ffi_call(TARGET, results, vmap_method="sequential")(
-            *operands, function=np.int64(address)
+            *operands, function=np.int64(pointer.value)
         )
 
     # What runs.
@@ -143,14 +143,14 @@ class ResidentCache(Caller):
             rows = np.asarray(rows)
             pinned = self.malloc_pinned(rows.nbytes)
             pinned[:] = rows.view(np.uint8).ravel()
-            size = ctypes.c_size_t(rows[0, 0].nbytes)
-            source = itertools.count(pinned.ctypes.data, size.value)
+            size = rows[0, 0].nbytes
+            source = itertools.count(pinned.ctypes.data, size)
             for row in np.asarray(at).tolist():
                 for pool in self.pools:
-                    target = ctypes.c_void_p(pool.value + row * size.value)
-                    self.copy(target, ctypes.c_void_p(next(source)), size, 1)
+                    target = ctypes.c_void_p(pool.value + row * size)
+                    self.copy(target, ctypes.c_void_p(next(source)), size, TO_DEVICE)
             assert self.synchronize() == 0
-            self.give_back(ctypes.c_void_p(pinned.ctypes.data))
+            self.give_back(address(pinned))
             self.writes += 1
             self.version = version + 1
             return (np.array([self.number, self.version], np.int32),)
@@ -164,7 +164,8 @@ class ResidentCache(Caller):
             indices = np.empty((len(query), 1, BLOCKS), np.int32)
             pool = PAGES, PAGE, SIZE
             results = [self.malloc(attention.nbytes), self.malloc(indices.nbytes)]
-            self.run(
+            statuses = self.run(
+                "aclnnNsaCompressAttentionInfer",
                 self.tensor(query.shape, BFLOAT16, self.copied_in(query)),
                 *(self.tensor(pool, BFLOAT16, pointer) for pointer in self.pools), None,
                 self.tensor(table.shape, INT32, self.copied_in(table)),
@@ -173,6 +174,7 @@ class ResidentCache(Caller):
                 self.tensor(attention.shape, BFLOAT16, results[0]),
                 self.tensor(indices.shape, INT32, results[1]),
             )  # fmt: skip
+            assert statuses == [0, 0]
             self.copy_out(results[0], attention)
             self.copy_out(results[1], indices)
             for _, pointer in reversed(self.owned[kept:]):
@@ -190,36 +192,3 @@ class ResidentCache(Caller):
             )
         assert self.acl.aclrtSetDevice(0) == 0
         return version
-
-    def run(self, *arguments: Any) -> None:
-        """Both phases of the operator."""
-        passed = [
-            ctypes.c_int64(a) if isinstance(a, int)
-            else ctypes.c_double(a) if isinstance(a, float) else a
-            for a in arguments
-        ]  # fmt: skip
-        size, executor = ctypes.c_uint64(), ctypes.c_void_p()
-        first = self.op.aclnnNsaCompressAttentionInferGetWorkspaceSize
-        assert first(*passed, ctypes.byref(size), ctypes.byref(executor)) == 0
-        workspace = self.malloc(size.value)
-        second = self.op.aclnnNsaCompressAttentionInfer
-        assert second(workspace, size, executor, self.stream) == 0
-
-    def copied_in(self, array: np.ndarray) -> ctypes.c_void_p:
-        """Device memory with an array's bytes."""
-        pinned, size = self.malloc_pinned(array.nbytes), ctypes.c_size_t(array.nbytes)
-        pinned[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
-        pointer = self.malloc(array.nbytes)
-        self.copy(pointer, ctypes.c_void_p(pinned.ctypes.data), size, 1)
-        assert self.synchronize() == 0
-        self.give_back(ctypes.c_void_p(pinned.ctypes.data))
-        return pointer
-
-    def copy_out(self, pointer: ctypes.c_void_p, array: np.ndarray) -> None:
-        pinned = self.malloc_pinned(array.nbytes)
-        self.copy(ctypes.c_void_p(pinned.ctypes.data), pointer, ctypes.c_size_t(array.nbytes), 2)
-        assert self.synchronize() == 0
-        array.view(np.uint8).ravel()[:] = pinned
-
-    def copy(self, to: Any, source: Any, size: ctypes.c_size_t, kind: int) -> None:
-        assert self.acl.aclrtMemcpyAsync(to, size, source, size, kind, self.stream) == 0
