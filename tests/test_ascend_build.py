@@ -1,15 +1,13 @@
-"""The Ascend route's C++: under sanitizers, on other processors, and against CANN's own headers."""
+"""The Ascend route's C++ under sanitizers, and on other processors."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import sys
-import zipfile
 
 import pytest
-from ascend.standin import CC, HERE, INCLUDES, build, compile_cc
+from ascend.standin import CC, HERE, INCLUDES, build, compile_cc, compiler
 
 SOURCES = [
     *sorted((CC / "ascend").glob("*.cc")),
@@ -24,7 +22,8 @@ SOURCES = [
 def test_sanitizers_have_no_complaint(tmp_path, sanitizers):
     """JAX_NSA_SOAK_CALLS sets the calls: a few by default, 10000 to be sure."""
     calls = os.environ.get("JAX_NSA_SOAK_CALLS", "400")
-    options = f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O1"
+    options = f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-g", "-O0"
+    skip_without(sanitizers, tmp_path)
     build(tmp_path, *options)
     program = tmp_path / "soak"
     compile_cc(
@@ -40,6 +39,19 @@ def test_sanitizers_have_no_complaint(tmp_path, sanitizers):
         assert result.returncode == 0, result.stdout + result.stderr
         assert result.stdout.startswith(f"{calls} calls")
         print(threads, "threads:", result.stdout.strip())
+
+
+def skip_without(sanitizers, tmp_path):
+    """Skips the test where a program that does nothing neither builds nor runs under them."""
+    source, program = tmp_path / "nothing.cc", tmp_path / "nothing"
+    source.write_text("int main() {}")
+    for command in ([compiler(), f"-fsanitize={sanitizers}", source, "-o", program], [program]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            pytest.skip(
+                f"needs a compiler whose sanitizers ({sanitizers}) work here, as those of Debian's "
+                f"g++ do: {result.stderr[-300:]}"
+            )
 
 
 def test_compiles_for_aarch64(tmp_path):
@@ -61,50 +73,3 @@ def test_compiles_without_processor_specific_headers():
         text = source.read_text()
         assert "immintrin" not in text
         assert "__x86_64__" not in text
-
-
-@pytest.fixture(scope="session")
-def cann_headers(tmp_path_factory):
-    """CANN's runtime headers, as the torch-npu wheel carries them; never part of this project."""
-    directory = tmp_path_factory.mktemp("torch_npu")
-    result = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-         "--python-version=3.11", "--platform=manylinux_2_17_x86_64",
-         "--dest", str(directory), "torch-npu==2.5.1"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    wheels = list(directory.glob("*.whl"))
-    if not wheels:
-        pytest.skip(f"cannot fetch torch-npu 2.5.1 from the package index: {result.stderr[-300:]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        names = [n for n in wheel.namelist() if "third_party/acl/inc/" in n]
-        wheel.extractall(directory, names)
-    (include,) = directory.glob("**/third_party/acl/inc")
-    return include
-
-
-def test_the_declarations_are_canns(cann_headers, tmp_path):
-    compile_cc(tmp_path / "abi.o", [HERE / "abi_test.cc"], "-c", "-isystem", str(cann_headers))
-
-
-@pytest.mark.parametrize(
-    ("ours", "other"),
-    [
-        ("(int32_t device)", "(int64_t device)"),
-        ("size_t size, aclrtMemMallocPolicy policy", "aclrtMemMallocPolicy policy, size_t size"),
-        ("F(aclError, aclrtFreeHost,", "F(void, aclrtFreeHost,"),
-        ("ACL_BF16 = 27", "ACL_BF16 = 26"),
-        ("ACL_MEMCPY_HOST_TO_DEVICE = 1", "ACL_MEMCPY_HOST_TO_DEVICE = 2"),
-        ("ACL_ERROR_REPEAT_INITIALIZE = 100002", "ACL_ERROR_REPEAT_INITIALIZE = 100003"),
-    ],
-)  # fmt: skip
-def test_another_declaration_would_be_noticed(cann_headers, tmp_path, ours, other):
-    header = (CC / "ascend" / "acl_abi.h").read_text()
-    assert ours in header
-    (tmp_path / "ascend").mkdir()
-    (tmp_path / "ascend" / "acl_abi.h").write_text(header.replace(ours, other))
-    with pytest.raises(AssertionError, match="static assertion failed"):
-        compile_cc(
-            tmp_path / "abi.o", [HERE / "abi_test.cc"], f"-iquote{tmp_path}", "-c",
-            "-isystem", str(cann_headers),
-        )  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
+import types
 from dataclasses import replace
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import select_attention.contract
 import test_ascend_compress
+import test_ascend_rules
 import test_ascend_select
 import test_ascend_step
 from ascend.domain import CANN
@@ -97,6 +100,16 @@ def test_step(name):
     arguments = arguments_of(step)
     run, arrays = step_of(arguments, "ascend")
     assert_is_the_sum(*jax.jit(run)(*arrays), step, arguments)
+
+
+def test_whose_blocks_the_heads_read(capsys):
+    """Reports it. If each its own, more than one key/value head could be served under a plugin."""
+    names = {"runtime": "libascendcl.so", "tensors": "libnnopbase.so", "operators": "libopapi.so"}
+    cann = types.SimpleNamespace(**{role: ctypes.CDLL(name) for role, name in names.items()})
+    values = test_ascend_rules.values_of_two_heads(cann)
+    assert values in ([1, 1], [1, 2])
+    with capsys.disabled():
+        print(f"\nheads read blocks of {'the first' if values == [1, 1] else 'their own'}")
 
 
 def test_memory_goes_back_and_calls_may_follow():

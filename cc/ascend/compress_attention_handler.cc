@@ -2,8 +2,8 @@
 // Ascend PJRT plugin, and one for buffers on the host, under JAX's CPU platform.
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,6 +11,7 @@
 #include "ascend/compress_attention_launch.h"
 #include "ascend/compress_attention_request.h"
 #include "ascend/context.h"
+#include "ascend/handlers.h"
 #include "ascend/run.h"
 #include "ascend/runtime.h"
 #include "ascend/staging.h"
@@ -20,33 +21,30 @@
 namespace jax_nsa::ascend {
 namespace {
 
-ffi::Error Unimplemented(const std::string& reason) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                    "nsa_compress_attention_infer on implementation \"ascend\": " + reason);
-}
+constexpr char kName[] = "nsa_compress_attention_infer";
 
 // Decodes a call and refuses what CANN's kernel does not have, whatever the sequences are.
 ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
                                  ffi::Dictionary attributes) {
   const auto refuse = [](const std::string& reason) {
-    return ffi::Unexpected(Unimplemented(reason));
+    return ffi::Unexpected(Unserved(kName, reason));
   };
   ffi::ErrorOr<Call> call = compress_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call;
   if (call->problem.dtype == DataType::kFloat32) {
-    return refuse("CANN's kernel takes bfloat16 and float16, not float32");
+    return refuse("takes bfloat16 and float16, not float32");
   }
   if (call->problem.blocks.aligned || call->problem.forced.first != 1 ||
       call->problem.forced.last != 2) {
-    return refuse("CANN's kernel chooses blocks by its own rule only");
+    return refuse("chooses blocks by its own rule only");
   }
-  if (call->arrays.lse != nullptr) return refuse("CANN's kernel gives no log-sum-exp");
+  if (call->arrays.lse != nullptr) return refuse("gives no log-sum-exp");
   if (call->problem.page_size > kMaxPageSize) {
-    return refuse("CANN's kernel takes pages of at most " + std::to_string(kMaxPageSize) +
-                  " rows, got " + std::to_string(call->problem.page_size));
+    return refuse("takes pages of at most " + std::to_string(kMaxPageSize) + " rows, got " +
+                  std::to_string(call->problem.page_size));
   }
   if (call->problem.sequences > kMaxSequences) {
-    return refuse("CANN's kernel takes at most " + std::to_string(kMaxSequences) + " sequences");
+    return refuse("takes at most " + std::to_string(kMaxSequences) + " sequences");
   }
   return call;
 }
@@ -196,18 +194,15 @@ void FillWithNaN(const Call& call) {
               problem.rows * problem.key_value_heads * problem.select_count, -1);
 }
 
-// In a program of several devices a call that fails would keep its device out of later
-// collectives, in which the others wait for it. There its results become NaN and the message goes
-// to the standard error stream. CANN computes all sequences or none, so all of them do.
+// Where faults may not fail the call, its results become NaN: all of them, as CANN computes all
+// sequences or none.
 ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
                         ffi::Dictionary attributes) {
   const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
   if (call.has_error()) return call.error();
   ffi::Error error = RunOnHost(*call, Attribute<int64_t>(attributes, "device", 0));
-  if (error.success() || call->faults_fail) return error;
-  FillWithNaN(*call);
-  std::fprintf(stderr, "jax_nsa: NaN in place of results: %s\n", error.message().c_str());
-  return ffi::Error::Success();
+  return EndOnHost(error, call->faults_fail, "NaN in place of results",
+                   [&] { FillWithNaN(*call); });
 }
 
 // --- Buffers on the device. ----------------------------------------------------------------------
@@ -240,19 +235,14 @@ ffi::Error FillResults(const Call& call, int64_t first, Context& context) {
               problem.key_value_heads * problem.select_count * sizeof(int32_t), 0xFF);
 }
 
-// `constant_lengths` are those that are constants of the program, or none.
 ffi::Error RunOnDevice(const CompressAttentionApi& functions, const Call& call,
-                       ffi::Span<const int64_t> constant_lengths, Context& context) {
+                       const std::optional<std::vector<int32_t>>& constant_lengths,
+                       Context& context) {
   const Problem& problem = call.problem;
-  // Lengths reach CANN's kernel only from the host.
   Call on_host = call;
   PageIds page_ids = PageIds::kOnHost;
-  std::vector<int32_t> lengths(constant_lengths.begin(), constant_lengths.end());
-  if (!lengths.empty() && call.arrays.token_counts == nullptr) {
-    if (static_cast<int64_t>(lengths.size()) != problem.sequences) {
-      return ffi::Error(ffi::ErrorCode::kInvalidArgument, "host_lengths has the wrong size");
-    }
-    on_host.arrays.lengths = lengths.data();
+  if (constant_lengths.has_value() && call.arrays.token_counts == nullptr) {
+    on_host.arrays.lengths = constant_lengths->data();
     page_ids = PageIds::kOnDevice;
   } else {
     JAX_NSA_RETURN_IF_ERROR(FetchOperands(&on_host, context));
@@ -264,8 +254,9 @@ ffi::Error RunOnDevice(const CompressAttentionApi& functions, const Call& call,
   QueryLayout layout = QueryLayout::kPacked;
   if (problem.tokens > 0 && !full) {
     if (problem.tokens > kMaxTokens) {
-      return Unimplemented("CANN's kernel takes at most " + std::to_string(kMaxTokens) +
-                           " query rows for each sequence, got " + std::to_string(problem.tokens));
+      return Unserved(kName, "takes at most " + std::to_string(kMaxTokens) +
+                                 " query rows for each sequence, got " +
+                                 std::to_string(problem.tokens));
     }
     layout = QueryLayout::kPadded;
     JAX_NSA_RETURN_IF_ERROR(FillResults(call, 0, context));
@@ -273,8 +264,8 @@ ffi::Error RunOnDevice(const CompressAttentionApi& functions, const Call& call,
     int64_t next = 0;
     for (int64_t b = 0; b < problem.sequences; ++b) {
       if (request.first_rows[b] != next) {
-        return Unimplemented("query's rows must be consecutive, and first_rows[" +
-                             std::to_string(b) + "] leaves a gap");
+        return Unserved(kName, "takes consecutive rows of query, and first_rows[" +
+                                   std::to_string(b) + "] leaves a gap");
       }
       next += request.token_counts[b];
     }
@@ -287,23 +278,15 @@ ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArg
                           ffi::RemainingRets rets, ffi::Dictionary attributes) {
   const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
   if (call.has_error()) return call.error();
-  const auto lengths = Attribute(attributes, "host_lengths", ffi::Span<const int64_t>());
+  const auto lengths = ConstantLengths<int32_t>(attributes, call->problem.sequences);
+  if (lengths.has_error()) return lengths.error();
   return RunOnStream<CompressAttentionApi>(
       stream, ordinal, [&](const CompressAttentionApi& functions, Context& context) {
-        return RunOnDevice(functions, *call, lengths, context);
+        return RunOnDevice(functions, *call, *lengths, context);
       });
 }
 
 }  // namespace
 }  // namespace jax_nsa::ascend
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend_host, jax_nsa::ascend::HandleOnHost,
-                              xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_ascend, jax_nsa::ascend::HandleOnDevice,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<jax_nsa::ascend::aclrtStream>>()
-                                  .Ctx<xla::ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+JAX_NSA_ASCEND_HANDLERS(compress_attention);

@@ -2,13 +2,13 @@
 // under an Ascend PJRT plugin, and one for buffers on the host, under JAX's CPU platform.
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <string>
 #include <vector>
 
 #include "ascend/compress_abi.h"
 #include "ascend/compress_launch.h"
+#include "ascend/handlers.h"
 #include "ascend/run.h"
 #include "ascend/staging.h"
 #include "ascend/tensor.h"
@@ -23,16 +23,13 @@ using compress::Problem;
 using compress::Write;
 using Limits = CompressLimits;
 
-ffi::Error Unimplemented(const std::string& reason) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                    "nsa_compress_infer on implementation \"ascend\": CANN's kernel " + reason);
-}
+constexpr char kName[] = "nsa_compress_infer";
 
 // Decodes a call and refuses what CANN's kernel does not have, wherever the buffers are.
 ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
                                  ffi::Dictionary attributes) {
   const auto refuse = [](const std::string& reason) {
-    return ffi::Unexpected(Unimplemented(reason));
+    return ffi::Unexpected(Unserved(kName, reason));
   };
   ffi::ErrorOr<Call> call = compress::Decode(args, rets, attributes);
   if (call.has_error()) return call;
@@ -153,9 +150,8 @@ ffi::Error RunStaged(const CompressApi& functions, const Call& call,
   return ffi::Error::Success();
 }
 
-// In a program of several devices a call that fails would keep its device out of later
-// collectives, in which the others wait for it. There the windows of faulty sequences are dropped,
-// and all of them where it is CANN that fails; then the message goes to the standard error stream.
+// Where faults may not fail the call, the windows of faulty sequences are dropped, and all of them
+// where it is CANN that fails.
 ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
                         ffi::Dictionary attributes) {
   const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
@@ -168,9 +164,7 @@ ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
                                    [&](const CompressApi& functions, Context& context) {
                                      return RunStaged(functions, *call, *writes, context);
                                    });
-  if (error.success() || call->faults_fail) return error;
-  std::fprintf(stderr, "jax_nsa: no window is written: %s\n", error.message().c_str());
-  return ffi::Error::Success();
+  return EndOnHost(error, call->faults_fail, "no window is written", [] {});
 }
 
 // --- Buffers on the device. ----------------------------------------------------------------------
@@ -178,14 +172,14 @@ ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
 ffi::Error CheckForDevice(const Call& call) {
   const int64_t page = call.problem.page_size;
   if (page != Limits::kSmallPage && page != Limits::kLargePage) {
-    return Unimplemented("takes pages of 64 or 128 rows on the device, got " +
-                         std::to_string(page));
+    return Unserved(kName,
+                    "takes pages of 64 or 128 rows on the device, got " + std::to_string(page));
   }
   for (int64_t i = 0; i < call.problem.pairs; ++i) {
     const int64_t head_size = call.arrays.pairs[i].head_size;
     if (head_size % Limits::kHeadSizeGranule != 0) {
-      return Unimplemented("takes heads of a multiple of 16 on the device, got " +
-                           std::to_string(head_size));
+      return Unserved(
+          kName, "takes heads of a multiple of 16 on the device, got " + std::to_string(head_size));
     }
   }
   return ffi::Error::Success();
@@ -232,13 +226,4 @@ ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArg
 }  // namespace
 }  // namespace jax_nsa::ascend
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_ascend_host, jax_nsa::ascend::HandleOnHost,
-                              xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_ascend, jax_nsa::ascend::HandleOnDevice,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<jax_nsa::ascend::aclrtStream>>()
-                                  .Ctx<xla::ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+JAX_NSA_ASCEND_HANDLERS(compress);

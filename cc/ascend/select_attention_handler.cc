@@ -2,11 +2,12 @@
 // Ascend PJRT plugin, and one for buffers on the host, under JAX's CPU platform.
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "ascend/handlers.h"
 #include "ascend/run.h"
 #include "ascend/select_attention_abi.h"
 #include "ascend/select_attention_launch.h"
@@ -23,10 +24,7 @@ using select_attention::Call;
 using select_attention::Problem;
 using Limits = SelectAttentionLimits;
 
-ffi::Error Unimplemented(const std::string& reason) {
-  return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                    "nsa_select_attention_infer on implementation \"ascend\": " + reason);
-}
+constexpr char kName[] = "nsa_select_attention_infer";
 
 // Decodes a call and refuses what CANN's kernel does not have, wherever the buffers are.
 ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -34,10 +32,10 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
   ffi::ErrorOr<Call> call = select_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call;
   if (call->problem.dtype == DataType::kFloat32) {
-    return ffi::Unexpected(Unimplemented("CANN's kernel takes bfloat16 and float16, not float32"));
+    return ffi::Unexpected(Unserved(kName, "takes bfloat16 and float16, not float32"));
   }
   if (call->problem.partial || call->arrays.lse != nullptr || call->arrays.window_lse != nullptr) {
-    return ffi::Unexpected(Unimplemented("CANN's kernel gives no log-sum-exp"));
+    return ffi::Unexpected(Unserved(kName, "gives no log-sum-exp"));
   }
   return call;
 }
@@ -143,9 +141,8 @@ ffi::Error RunStaged(const SelectAttentionApi& functions, const Call& call,
   return ffi::Error::Success();
 }
 
-// In a program of several devices a call that fails would keep its device out of later
-// collectives, in which the others wait for it. There faulty rows become NaN, and all of them where
-// it is CANN that fails; then the message goes to the standard error stream.
+// Where faults may not fail the call, faulty rows become NaN, and all of them where it is CANN that
+// fails.
 ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
                         ffi::Dictionary attributes) {
   const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
@@ -159,10 +156,8 @@ ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
           return RunStaged(functions, *call, readings, context);
         });
   }
-  if (error.success() || call->faults_fail) return error;
-  readings.FillWithNaN();
-  std::fprintf(stderr, "jax_nsa: NaN in place of results: %s\n", error.message().c_str());
-  return ffi::Error::Success();
+  return EndOnHost(error, call->faults_fail, "NaN in place of results",
+                   [&] { readings.FillWithNaN(); });
 }
 
 // --- Buffers on the device. ----------------------------------------------------------------------
@@ -172,8 +167,7 @@ ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
 
 ffi::Error CheckForDevice(const Problem& problem) {
   const auto refuse = [](const std::string& what, int64_t got) {
-    return Unimplemented("on the device CANN's kernel takes " + what + ", got " +
-                         std::to_string(got));
+    return Unserved(kName, "takes on the device " + what + ", got " + std::to_string(got));
   };
   if (problem.tokens != 1) return refuse("one row of query for each sequence", problem.tokens);
   if (problem.select_count == 0 || problem.window_size != 0) {
@@ -198,25 +192,21 @@ ffi::Error CheckForDevice(const Problem& problem) {
 }
 
 ffi::Error RunOnDevice(const SelectAttentionApi& functions, const Call& call,
-                       ffi::Span<const int64_t> constant_lengths, Context& context) {
+                       std::optional<std::vector<int64_t>> lengths, Context& context) {
   const Problem& problem = call.problem;
-  std::vector<int64_t> lengths(constant_lengths.begin(), constant_lengths.end());
-  if (lengths.empty()) {
+  if (!lengths.has_value()) {
     const int32_t* fetched = call.arrays.lengths;
     JAX_NSA_RETURN_IF_ERROR(FetchIntegers({{&fetched, problem.sequences}}, context));
-    lengths.assign(fetched, fetched + problem.sequences);
+    lengths.emplace(fetched, fetched + problem.sequences);
   }
-  if (static_cast<int64_t>(lengths.size()) != problem.sequences) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "host_lengths has the wrong size");
-  }
-  for (int64_t length : lengths) {
+  for (int64_t length : *lengths) {
     if (length < 1 || length > problem.capacity()) {
       return ffi::Error(ffi::ErrorCode::kInvalidArgument, "lengths must be in [1, " +
                                                               std::to_string(problem.capacity()) +
                                                               "], got " + std::to_string(length));
     }
   }
-  return Launch(functions, problem, call.arrays, lengths, context);
+  return Launch(functions, problem, call.arrays, *lengths, context);
 }
 
 ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
@@ -224,23 +214,15 @@ ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArg
   const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
   if (call.has_error()) return call.error();
   JAX_NSA_RETURN_IF_ERROR(CheckForDevice(call->problem));
-  const auto lengths = Attribute(attributes, "host_lengths", ffi::Span<const int64_t>());
+  const auto lengths = ConstantLengths<int64_t>(attributes, call->problem.sequences);
+  if (lengths.has_error()) return lengths.error();
   return RunOnStream<SelectAttentionApi>(
       stream, ordinal, [&](const SelectAttentionApi& functions, Context& context) {
-        return RunOnDevice(functions, *call, lengths, context);
+        return RunOnDevice(functions, *call, *lengths, context);
       });
 }
 
 }  // namespace
 }  // namespace jax_nsa::ascend
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_select_attention_ascend_host, jax_nsa::ascend::HandleOnHost,
-                              xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_select_attention_ascend, jax_nsa::ascend::HandleOnDevice,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<jax_nsa::ascend::aclrtStream>>()
-                                  .Ctx<xla::ffi::DeviceOrdinal>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+JAX_NSA_ASCEND_HANDLERS(select_attention);

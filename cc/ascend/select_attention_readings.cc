@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "ascend/handlers.h"
 #include "ascend/runtime.h"
 #include "ascend/tensor.h"
 
@@ -65,12 +66,10 @@ ffi::Error Readings::Add(Reading reading) {
   for (const Span& span : reading.spans) reading.size += span.size();
   if (reading.size == 0) return ffi::Error::Success();
   if (reading.size > kMaxPositions) {
-    return ffi::Error(ffi::ErrorCode::kUnimplemented,
-                      "nsa_select_attention_infer on implementation \"ascend\": CANN's kernel "
-                      "reads at most " +
-                          std::to_string(kMaxPositions) +
-                          " positions for a row of query, and row " + std::to_string(reading.row) +
-                          " asks for " + std::to_string(reading.size));
+    return Unserved("nsa_select_attention_infer", "reads at most " + std::to_string(kMaxPositions) +
+                                                      " positions for a row of query, and row " +
+                                                      std::to_string(reading.row) + " asks for " +
+                                                      std::to_string(reading.size));
   }
   reading.first_page = num_pages_;
   num_pages_ += reading.num_pages();

@@ -1,16 +1,18 @@
-// Holds cc/ascend/acl_abi.h to CANN's runtime headers. Compiling it is the test.
+// Holds cc/ascend/acl_abi.h to CANN's runtime headers, and to a header with the types of the other
+// functions, as torch_npu knows them. Compiling it is the test.
 
 #include <type_traits>
 
 #include "acl/acl.h"
 #include "ascend/acl_abi.h"
+#include "tensor_types.h"
 
 namespace {
 
 namespace ours = jax_nsa::ascend;
 
 // What a type is to a caller of a C function: enums are their integers (ours name the type, C's
-// are of the same size), and pointers to either declaration of a structure are the same.
+// are of the same size), and our structures CANN's of the same name.
 template <typename T, typename = void>
 struct Passed {
   using Type = T;
@@ -19,6 +21,23 @@ template <typename T>
 struct Passed<T, std::enable_if_t<std::is_enum_v<T>>> {
   static_assert(sizeof(T) == sizeof(int));
   using Type = int;
+};
+
+template <>
+struct Passed<ours::aclTensor*> {
+  using Type = ::aclTensor*;
+};
+template <>
+struct Passed<const ours::aclTensor*> {
+  using Type = const ::aclTensor*;
+};
+template <>
+struct Passed<ours::aclIntArray*> {
+  using Type = ::aclIntArray*;
+};
+template <>
+struct Passed<const ours::aclIntArray*> {
+  using Type = const ::aclIntArray*;
 };
 
 template <typename Function>
@@ -33,6 +52,12 @@ struct Signature<Result (*)(Parameters...)> {
                                Signature<decltype(&::name)>::Type>,        \
                 #name);
 JAX_NSA_ACL_RUNTIME_FUNCTIONS(HOLD)
+#undef HOLD
+#define HOLD(result, name, parameters)                                                        \
+  static_assert(                                                                              \
+      std::is_same_v<Signature<decltype(ours::Api::name)>::Type, Signature<::_##name>::Type>, \
+      #name);
+JAX_NSA_ACL_TENSOR_FUNCTIONS(HOLD)
 #undef HOLD
 
 static_assert(std::is_same_v<ours::aclError, ::aclError>);

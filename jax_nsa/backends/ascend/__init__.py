@@ -5,8 +5,8 @@ runs on XLA's stream. Under host JAX, the CPU platform's custom call copies what
 an NPU and the results back. The second is never chosen unasked: whether the copies pay depends on
 the machine.
 
-A module of this package for each operator says what CANN's cannot do, and what the program does
-around it on the NPU.
+A module of this package for each operator says what CANN's cannot do, and where it must, what the
+program does around it on the NPU.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ class Part(Protocol):
     def refuses(self, call: Call, platform: str) -> str | None:
         """Why CANN's operator cannot serve the call, as far as its shapes and constants tell."""
 
-    def on_device(self, call: Call, operands: Sequence[jax.Array], run: Run) -> Sequence[jax.Array]:
-        """The call on arrays that are on the NPU, in terms of calls that CANN's operator serves."""
-
 
 _PARTS: dict[str, Part] = {
     "compress": compress,
     "compress_attention": compress_attention,
     "select_attention": select_attention,
+}
+# Of those whose calls CANN's operator does not serve as they are where arrays are on the NPU: the
+# call in terms of calls that it serves.
+_ON_DEVICE: dict[str, Callable[[Call, Sequence[jax.Array], Run], Sequence[jax.Array]]] = {
+    "select_attention": select_attention.on_device,
 }
 
 
@@ -120,4 +122,5 @@ def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
 
 def on_device(call: Call, operands: Sequence[jax.Array], run: Run) -> Sequence[jax.Array]:
     """The call on arrays that are on the NPU; `run` runs one that CANN's operator serves."""
-    return _PARTS[call.operator.target].on_device(call, operands, run)
+    around = _ON_DEVICE.get(call.operator.target)
+    return run(call, operands) if around is None else around(call, operands, run)

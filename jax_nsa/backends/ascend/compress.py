@@ -1,10 +1,6 @@
-"""What CANN's aclnnNsaCompressWithCache cannot do; on the NPU it is the whole call."""
+"""What CANN's aclnnNsaCompressWithCache cannot do."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-
-import jax
 
 from jax_nsa import native
 from jax_nsa.backends import Call
@@ -42,12 +38,3 @@ def refuses(call: Call, platform: str) -> str | None:
                 f"got {head_size}"
             )
     return None
-
-
-def on_device(
-    call: Call,
-    operands: Sequence[jax.Array],
-    run: Callable[[Call, Sequence[jax.Array]], Sequence[jax.Array]],
-) -> Sequence[jax.Array]:
-    """CANN's operator serves the call as it is."""
-    return run(call, operands)

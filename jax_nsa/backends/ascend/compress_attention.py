@@ -1,11 +1,8 @@
-"""What CANN's aclnnNsaCompressAttentionInfer cannot do; on the NPU it is the whole call."""
+"""What CANN's aclnnNsaCompressAttentionInfer cannot do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
-
-import jax
 
 from jax_nsa import native
 from jax_nsa.backends import Call
@@ -59,15 +56,6 @@ def refuses(call: Call, platform: str) -> str | None:
                 f"got actual_cmp_seq_kvlen[{b}] = {length} with {have}"
             )
     return None
-
-
-def on_device(
-    call: Call,
-    operands: Sequence[jax.Array],
-    run: Callable[[Call, Sequence[jax.Array]], Sequence[jax.Array]],
-) -> Sequence[jax.Array]:
-    """CANN's operator serves the call as it is."""
-    return run(call, operands)
 
 
 def _exceeds(size: Any, limit: int) -> bool:
