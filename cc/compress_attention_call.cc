@@ -17,7 +17,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   Problem& problem = call.problem;
   Arrays& arrays = call.arrays;
   ffi::Span<const int64_t> leading;
-  ffi_call.ReadPaged(&problem, &arrays, &leading);
+  ReadPaged(&ffi_call, &problem, &arrays, &leading);
 
   problem.blocks = {ffi_call.Integer("compress_block_size"), ffi_call.Integer("compress_stride"),
                     ffi_call.Integer("select_block_size"), ffi_call.Integer("aligned") != 0};

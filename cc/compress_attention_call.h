@@ -6,7 +6,7 @@
 #include <cstddef>
 
 #include "compress_attention.h"
-#include "ffi_call.h"
+#include "paged_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::compress_attention {

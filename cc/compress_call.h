@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "compress.h"
-#include "ffi_call.h"
+#include "paged_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::compress {

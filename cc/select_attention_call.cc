@@ -89,7 +89,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   Problem& problem = call.problem;
   Arrays& arrays = call.arrays;
   ffi::Span<const int64_t> leading;
-  ffi_call.ReadPaged(&problem, &arrays, &leading);
+  ReadPaged(&ffi_call, &problem, &arrays, &leading);
   problem.select_block_size = ffi_call.Integer("select_block_size");
   problem.window_size = ffi_call.Integer("window_size");
   problem.partial = ffi_call.Integer("partial") != 0;

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "ffi_call.h"
+#include "paged_call.h"
 #include "select_attention.h"
 #include "xla/ffi/api/ffi.h"
 

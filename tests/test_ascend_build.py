@@ -11,10 +11,7 @@ from ascend.standin import CC, HERE, INCLUDES, build, compile_cc, compiler
 
 SOURCES = [
     *sorted((CC / "ascend").glob("*.cc")),
-    CC / "ffi_call.cc",
-    CC / "compress_attention_call.cc",
-    CC / "compress_call.cc",
-    CC / "select_attention_call.cc",
+    *sorted(CC.glob("*_call.cc")),
 ]
 
 

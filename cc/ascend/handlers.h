@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "ascend/runtime.h"
-#include "ffi_call.h"
+#include "paged_call.h"
 
 // Defines both under the names that custom calls know, once they are complete.
 #define JAX_NSA_ASCEND_HANDLERS(target)                                                            \

@@ -1,0 +1,170 @@
+#include "paged_call.h"
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+
+namespace jax_nsa {
+
+namespace ffi = xla::ffi;
+
+void ReadPaged(FfiCall* call, PagedProblem* problem, PagedArrays* arrays,
+               ffi::Span<const int64_t>* leading) {
+  const bool packed = call->Find("first_rows").has_value();
+  const size_t query_rank = packed ? 3 : 4;
+  call->Rank("query", query_rank);
+  call->Rank("key", 3);
+  call->Rank("value", 3);
+  call->Rank("block_table", 2);
+  // The sizes of an array that exists, none of them 0, have a product that cannot overflow.
+  for (const char* array : {"query", "key", "value", "block_table"}) call->NotEmpty(array);
+  if (!call->ok()) return;
+  const ffi::AnyBuffer query = call->Get("query"), key = call->Get("key"),
+                       value = call->Get("value"), table = call->Get("block_table");
+  const std::optional<DataType> dtype = FromFfi(query.element_type());
+  call->That(dtype.has_value(), "query must be bfloat16, float16 or float32");
+  const ffi::Span<const int64_t> query_shape = query.dimensions();
+  const int64_t heads = query_shape[query_rank - 2];
+  problem->key_value_heads = call->Integer("key_value_heads");
+  call->That(problem->key_value_heads > 0 && heads % problem->key_value_heads == 0,
+             "query's heads must be a multiple of key_value_heads, got ", heads, " and ",
+             problem->key_value_heads);
+  problem->scale = call->Float("scale");
+  problem->interleaved = call->Integer("interleaved") != 0;
+  call->That(table.dimensions()[1] <= std::numeric_limits<int32_t>::max() / key.dimensions()[1],
+             "block_table names more positions than lengths can count");
+  if (!call->ok()) return;
+
+  problem->dtype = *dtype;
+  problem->sequences = table.dimensions()[0];
+  problem->pages_per_sequence = table.dimensions()[1];
+  problem->tokens = packed ? 0 : query_shape[1];
+  problem->rows = packed ? query_shape[0] : query_shape[0] * query_shape[1];
+  problem->heads = heads;
+  problem->head_size = query_shape[query_rank - 1];
+  problem->num_pages = key.dimensions()[0];
+  problem->page_size = key.dimensions()[1];
+  problem->value_size = value.dimensions()[2] / problem->key_value_heads;
+  if (problem->interleaved) problem->value_size -= problem->head_size;
+
+  const auto at_most = [&](const char* name, int64_t size, int64_t limit) {
+    call->That(size <= limit, name, " must be at most ", limit, ", got ", size);
+  };
+  call->That(kMaxGroup % problem->group() == 0, "query's heads for each of key's must divide ",
+             kMaxGroup, ", got ", problem->group());
+  at_most("query's head size", problem->head_size, kMaxHeadSize);
+  at_most("value's head size", problem->value_size, kMaxValueSize);
+  call->That(problem->page_size % kPageGranule == 0, "page size must be a multiple of ",
+             kPageGranule, ", got ", problem->page_size);
+  at_most("page size", problem->page_size, kMaxPage);
+  call->Type("key", query.element_type());
+  call->Type("value", query.element_type());
+  call->Shape("key", {problem->num_pages, problem->page_size, problem->key_pitch().row});
+  call->Shape("value", {problem->num_pages, problem->page_size, problem->value_pitch().row});
+  call->That(problem->value_size > 0, "value's head size must be positive, got ",
+             problem->value_size);
+  call->That(packed || query_shape[0] == problem->sequences,
+             "query and block_table must have as many sequences");
+  call->That(call->Find("lengths").has_value(), "needs lengths");
+  call->That(!packed || call->Find("token_counts").has_value(),
+             "needs token_counts beside first_rows");
+  // An interleaved pool comes as key and as value.
+  const size_t first_value =
+      problem->interleaved ? problem->head_size * ffi::ByteWidth(key.element_type()) : 0;
+  arrays->query = query.untyped_data();
+  arrays->key = key.untyped_data();
+  arrays->value = static_cast<const char*>(value.untyped_data()) + first_value;
+  arrays->block_table =
+      call->Integers("block_table", {problem->sequences, problem->pages_per_sequence});
+  arrays->lengths = call->Integers("lengths", {problem->sequences});
+  arrays->token_counts = call->Integers("token_counts", {problem->sequences});
+  arrays->first_rows = call->Integers("first_rows", {problem->sequences});
+  *leading = query_shape.first(query_rank - 2);
+}
+
+void ReadMaps(const ffi::Dictionary& attributes, CallersNames* names) {
+  const auto maps = Attribute(attributes, "maps", ffi::Span<const int64_t>());
+  names->maps.assign(maps.begin(), maps.end());
+  names->pool_maps = std::max<int64_t>(1, Attribute<int64_t>(attributes, "pool_maps", 1));
+  names->is_part = Attribute<int64_t>(attributes, "is_part", 0) != 0;
+}
+
+bool FaultsFail(const ffi::Dictionary& attributes) {
+  return Attribute(attributes, "faults", std::string_view("fail")) != "nan";
+}
+
+std::string Place(const std::string& array, const PagedProblem& problem, bool packed,
+                  const CallersNames& names, int64_t sequence,
+                  std::initializer_list<int64_t> further) {
+  // Each map was folded in its turn: inside a sequence, or around all of packed rows' sequences.
+  std::vector<int64_t> at;
+  for (size_t i = names.maps.size(); i-- > 0;) {
+    const int64_t size = std::max<int64_t>(1, names.maps[i]);
+    int64_t inner = 1;  // sequences of a call before this map
+    if (packed) {
+      inner = problem.sequences;
+      for (size_t n = i; n < names.maps.size(); ++n) {
+        inner /= std::max<int64_t>(1, names.maps[n]);
+      }
+      inner = std::max<int64_t>(1, inner);
+      at.push_back(sequence / inner);
+      sequence %= inner;
+    } else {
+      at.push_back(sequence % size);
+      sequence /= size;
+    }
+  }
+  std::string text = array + "[" + std::to_string(sequence);
+  for (int64_t index : further) text += ", " + std::to_string(index);
+  text += "]";
+  if (names.is_part) text += " of one device's part";
+  if (at.size() == 1) return text + " at index " + std::to_string(at[0]) + " of jax.vmap";
+  if (at.size() > 1) {
+    text += " at indices (";
+    for (size_t i = 0; i < at.size(); ++i) text += (i ? ", " : "") + std::to_string(at[i]);
+    text += ") of jax.vmap";
+  }
+  return text;
+}
+
+ffi::Error FaultError(const PagedProblem& problem, const PagedArrays& arrays,
+                      const CallersNames& names, Fault fault, int64_t sequence, int64_t page) {
+  const bool packed = arrays.first_rows != nullptr;
+  const auto place = [&](const std::string& array, std::initializer_list<int64_t> further = {}) {
+    return Place(array, problem, packed, names, sequence, further);
+  };
+  switch (fault) {
+    case Fault::kNone:
+      return ffi::Error::Success();
+    case Fault::kLength:
+      return InvalidArgument(place(names.lengths) + " must be in [0, " +
+                             std::to_string(problem.capacity()) + "] (" +
+                             std::to_string(problem.pages_per_sequence) + " pages of " +
+                             std::to_string(problem.page_size) + " rows), got " +
+                             std::to_string(arrays.lengths[sequence]));
+    case Fault::kTokenCount: {
+      SequenceRows rows;
+      FindRows(problem, arrays, sequence, &rows);
+      return InvalidArgument(
+          place("actual_seq_qlen") + " must be in [0, " +
+          std::to_string(packed ? problem.rows - rows.first : problem.tokens) + "] (" +
+          (packed
+               ? "what earlier sequences leave of query's " + std::to_string(problem.rows) + " rows"
+               : std::string("query's rows for each sequence")) +
+          "), got " + std::to_string(arrays.token_counts[sequence]));
+    }
+    case Fault::kPageId: {
+      const int64_t pages = problem.num_pages / names.pool_maps;
+      int64_t id = arrays.block_table[sequence * problem.pages_per_sequence + page];
+      if (id >= 0) id -= problem.num_pages - pages;
+      return InvalidArgument(place("block_table", {page}) + " must be in [0, " +
+                             std::to_string(pages) + "), the pages of key and value, got " +
+                             std::to_string(id));
+    }
+    case Fault::kOriginalLength:
+      break;
+  }
+  return ffi::Error(ffi::ErrorCode::kInternal, "unknown fault");
+}
+
+}  // namespace jax_nsa
