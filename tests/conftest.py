@@ -22,6 +22,7 @@ pytest.register_assert_rewrite(
     "compress_attention.contract",
     "compress_attention.faults",
     "compress_attention.programs",
+    "interleaved.pools",
     "select_attention.contract",
     "select_attention.faults",
 )

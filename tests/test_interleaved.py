@@ -11,15 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import select_attention.problems as select_problems
-from contract import CompressAttentionContract
-from interleaved.pools import Interleaved, assert_same, interleave, interleaved, operator_of
+from compress_attention.contract import CompressAttentionContract
+from compress_attention.problems import Geometry, build
+from interleaved.pools import Interleaved, assert_same, interleave, interleaved
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import Geometry, build
 from select_attention.contract import SelectAttentionContract
 from step.problems import Step, arguments_of
 
-from jax_nsa import PagedKV, export_disabled_checks, native, nsa_decode_step
+from jax_nsa import (
+    PagedKV,
+    export_disabled_checks,
+    native,
+    nsa_compress_attention_infer,
+    nsa_decode_step,
+    nsa_select_attention_infer,
+    nsa_window_attention_infer,
+)
 
 missing = [
     reason
@@ -76,6 +84,13 @@ pytestmark = pytest.mark.timeout(120)
 each_call = pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
 some_calls = pytest.mark.parametrize("arguments", [CALLS[n] for n in SOME], ids=SOME)
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def operator_of(arguments):
+    """The operator whose arguments these are."""
+    if "compress_stride" in arguments:
+        return nsa_compress_attention_infer
+    return nsa_select_attention_infer if "topk_indices" in arguments else nsa_window_attention_infer
 
 
 def bound(arguments, implementation, **options):

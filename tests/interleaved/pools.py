@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -10,26 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_nsa import (
-    nsa_compress_attention_infer,
-    nsa_select_attention_infer,
-    nsa_window_attention_infer,
-)
-
 LARGEST = 128  # size of a head whose values are as large as its keys
-TRACED = (
-    "query", "key", "block_table", "topk_indices", "actual_cmp_seq_kvlen", "actual_seq_kvlen",
-    "actual_seq_qlen", "actual_sel_seq_kvlen",
-)  # fmt: skip
 
 
-def interleave(key: Any, value: Any, heads: int) -> np.ndarray:
+def interleave(key: Any, value: Any, heads: int) -> jax.Array:
     """The pool `[pages, page, 2 * heads, D]` of pools of 3 or 4 axes; short values end in noise."""
-    key, value = (np.reshape(pool, (*pool.shape[:2], heads, -1)) for pool in (key, value))
-    both = np.full((*key.shape[:3], 2, key.shape[3]), 7, key.dtype)
-    both[..., 0, :] = key
-    both[..., 1, : value.shape[3]] = value
-    return both.reshape(*key.shape[:2], 2 * heads, -1)
+    key, value = (jnp.reshape(pool, (*pool.shape[:2], heads, -1)) for pool in (key, value))
+    missing = key.shape[3] - value.shape[3]
+    value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=7)
+    return jnp.stack([key, value], axis=3).reshape(*key.shape[:2], 2 * heads, -1)
 
 
 def interleaved(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -37,18 +26,6 @@ def interleaved(arguments: dict[str, Any]) -> dict[str, Any]:
     heads = arguments["key_value_head_num"]
     pool = interleave(arguments["key"], arguments["value"], heads)
     return {**arguments, "key": pool, "value": None, "kv_layout": "interleaved"}
-
-
-def value_size(arguments: dict[str, Any]) -> int:
-    """The size of a value's head."""
-    return np.size(arguments["value"][0, 0]) // arguments["key_value_head_num"]
-
-
-def operator_of(arguments: dict[str, Any]) -> Callable[..., Any]:
-    """The operator whose arguments these are."""
-    if "compress_stride" in arguments:
-        return nsa_compress_attention_infer
-    return nsa_select_attention_infer if "topk_indices" in arguments else nsa_window_attention_infer
 
 
 def assert_same(results: Any, expected: Any, implementation: str = "cpu") -> None:
@@ -64,30 +41,21 @@ class Interleaved:
     What the results must be is unchanged: that of the call as the test has it.
     """
 
-    implementation: str
-
-    def call(self, arguments: dict[str, Any], form: str = "eager, arrays", **options: Any) -> tuple:
+    def apply(self, arguments: dict[str, Any], **options: Any) -> tuple:
         """Calls the operator, and leaves of attentions the size of the test's values."""
         heads = arguments["key_value_head_num"]
-        if np.size(arguments["key"][0, 0]) // heads > LARGEST:
+        key_size, size = (
+            math.prod(arguments[name].shape[2:]) // heads for name in ("key", "value")
+        )
+        if key_size > LARGEST:
             pytest.skip("values of such heads are smaller than keys")
-        size, packed_heads = value_size(arguments), arguments.get("layout") == "BSH"
-        operator, arguments = operator_of(arguments), interleaved(arguments)
-        traced = [n for n in (TRACED if form.endswith("arrays") else TRACED[:2]) if n in arguments]
-        static = {n: v for n, v in arguments.items() if n not in traced}
-
-        def run(arrays: dict[str, jax.Array]) -> tuple:
-            results = operator(**static, **arrays, implementation=self.implementation, **options)
-            return results if isinstance(results, tuple) else (results,)
-
-        run = jax.jit(run) if form.startswith("jit") else run
-        results = jax.block_until_ready(run({n: jnp.asarray(arguments[n]) for n in traced}))
+        results = super().apply(interleaved(arguments), **options)
         attentions = 1 + ("topk_indices" in arguments and "window_size" in arguments)
-        whole = arguments["head_num"] if packed_heads else 1
+        by_head = arguments["head_num"] if arguments.get("layout") == "BSH" else 1
 
         def cut(attention: jax.Array) -> jax.Array:
             *leading, width = attention.shape
-            by_head = attention.reshape(*leading, whole, width // whole)[..., :size]
-            return by_head.reshape(*leading, whole * size)
+            values = attention.reshape(*leading, by_head, width // by_head)[..., :size]
+            return values.reshape(*leading, by_head * size)
 
         return (*map(cut, results[:attentions]), *results[attentions:])
