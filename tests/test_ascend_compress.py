@@ -22,7 +22,6 @@ HOST = MappingProxyType({"dtype": "bfloat16", "bias": False})
 DEVICE = HOST | {"page": 64}
 
 
-@pytest.mark.usefixtures("standin")
 class Contract(CompressContract):
     """The contract as far as CANN's kernel has what a test asks for."""
 
@@ -55,6 +54,7 @@ def not_here(reason: str) -> Any:
     return test
 
 
+@pytest.mark.usefixtures("standin")
 class TestHostRoute(Contract):
     """Under host JAX: windows are gathered, so that pages and heads of any size are served."""
 
@@ -68,7 +68,7 @@ class TestHostRoute(Contract):
         self.check(replace(geometry, dtype=dtype, weight_dtype=None, bias=False))
 
 
-@pytest.mark.usefixtures("harness")
+@pytest.mark.usefixtures("standin", "harness")
 class TestDeviceRoute(Contract):
     """Under an Ascend PJRT plugin: buffers on the device."""
 

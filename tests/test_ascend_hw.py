@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import select_attention.contract
+import select_attention.calls
 import test_ascend_compress
 import test_ascend_rules
 import test_ascend_select
@@ -71,13 +71,11 @@ class TestSelectAttention(test_ascend_select.Contract):
     """Heads choose different blocks here, and what they read is gathered for each apart."""
 
     implementation = "ascend"
-    usual = test_ascend_select.USUAL
     fails_on_faults = True
 
     @pytest.fixture(autouse=True)
-    def _usual(self, monkeypatch):
-        monkeypatch.setattr(select_attention.contract, "USUAL", self.usual)
-        monkeypatch.setattr(select_attention.contract, "ATTENTION_TOLERANCE", TOLERANCE)
+    def _tolerance(self, monkeypatch):
+        monkeypatch.setattr(select_attention.calls, "ATTENTION_TOLERANCE", TOLERANCE)
 
     test_any_legal_call = test_ascend_select.TestHostRoute.test_any_legal_call
 
@@ -86,10 +84,6 @@ class TestCompress(test_ascend_compress.Contract):
     implementation = "ascend"
     changes = test_ascend_compress.HOST
     fails_on_faults = True
-
-    @pytest.fixture(autouse=True)
-    def _usual(self, monkeypatch):
-        test_ascend_compress.vary(monkeypatch, self.changes)
 
     test_any_legal_call = test_ascend_compress.TestHostRoute.test_any_legal_call
 

@@ -1,19 +1,23 @@
-"""What the siblings' routes to CANN refuse and copy, on the stand-in for CANN."""
+"""Each limit of CANN's kernels is refused by its name, or served around; on the stand-in."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
-import numpy as np
+import jax
+import jax.numpy as jnp
 import pytest
-import test_ascend_compress
 import test_ascend_select
 from ascend.calls import COMPRESS, SELECT_ATTENTION
+from ascend.compressed import USUAL, call, check
 from ascend.device_route import DeviceRoute
 from compress.problems import build as build_compress
+from compress_attention.problems import build
+from select_attention.calls import USUAL as SELECT_USUAL
 from select_attention.problems import build as build_select
 
-from jax_nsa import nsa_compress_infer, nsa_select_attention_infer
+from jax_nsa import nsa_compress_attention_infer, nsa_compress_infer, nsa_select_attention_infer
 
 pytest_plugins = ("ascend.fixtures",)
 
@@ -61,7 +65,7 @@ def test_more_positions_than_the_kernel_reads(standin):
 def test_more_sequences_than_one_run_takes(standin):
     """3072 of the selected branch; a sequence for each row of query and key/value head."""
     geometry = replace(
-        test_ascend_select.USUAL, lengths=(17,) * 1537, k=None, group=1, window=3,
+        SELECT_USUAL, **test_ascend_select.HOST, lengths=(17,) * 1537, k=None, group=1, window=3,
         hostile=False,
     )  # fmt: skip
     before = standin.counter(test_ascend_select.LAUNCHES)
@@ -70,32 +74,112 @@ def test_more_sequences_than_one_run_takes(standin):
     assert standin.counter(test_ascend_select.LAUNCHES) == before + 2
 
 
-def test_what_is_read_is_copied(standin):
-    """In whole pages, of heads as large as the kernel takes, and nothing else."""
-    geometry = replace(
-        test_ascend_select.USUAL, lengths=(1000,), key_value_heads=2, k=3, block=64, window=200
-    )
-    arguments = build_select(geometry)
-    arguments["topk_indices"] = np.array([[[1, -1, 15], [0, 5, 0]]], np.int32)
-    before = standin.counter("bytes to device")
-    nsa_select_attention_infer(**arguments, implementation="ascend")
-    copied = standin.counter("bytes to device") - before
-    # Of the first head 64 + 40 positions, of the second 192, of the window 200 for both.
-    pages = 1 + 2 + 2 * 2
-    pools = pages * 128 * (192 + 128) * 2
-    assert pools <= copied <= pools + 8 * 1024
+def assert_refused(standin, arguments, implementation, *messages):
+    """Asserts that a call fails with all messages before anything reaches the operator."""
+    asked = standin.counter("aclnnNsaCompressAttentionInferGetWorkspaceSize")
+    with pytest.raises((ValueError, NotImplementedError, jax.errors.JaxRuntimeError)) as failure:
+        call(arguments, implementation)
+    for message in messages:
+        assert message in str(failure.value)
+    assert standin.counter("aclnnNsaCompressAttentionInferGetWorkspaceSize") == asked
 
 
-def test_the_windows_that_end_are_copied_and_no_cache(standin):
-    geometry = replace(
-        COMPRESS, **test_ascend_compress.HOST, head_sizes=(16,), lengths=(49, 47, 80)
+@pytest.mark.usefixtures("fresh")
+class TestCompressAttention:
+    """Refusals come before anything is launched."""
+
+    def test_float32(self, standin, implementation):
+        arguments = build(replace(USUAL, dtype="float32"))
+        assert_refused(standin, arguments, implementation, "bfloat16 and float16, got float32")
+
+    def test_log_sum_exp(self, standin, implementation):
+        arguments = build(replace(USUAL, return_lse=True))
+        assert_refused(standin, arguments, implementation, "return_lse")
+
+    def test_length_zero(self, standin, implementation):
+        arguments = build(USUAL)
+        arguments["actual_cmp_seq_kvlen"][1] = 0
+        assert_refused(
+            standin, arguments, implementation,
+            "actual_cmp_seq_kvlen[1] = 0", "1 to 8192 compressed positions",
+        )  # fmt: skip
+
+    def test_length_above_8192(self, standin, implementation):
+        geometry = replace(
+            USUAL, lengths=(8, 8193), page=128, window=(16, 16, 128), key_value_heads=1, group=1,
+            head_size=1, value_size=1, k=1,
+        )  # fmt: skip
+        assert_refused(
+            standin, build(geometry), implementation,
+            "actual_cmp_seq_kvlen[1] = 8193", "1 to 8192 compressed positions",
+        )  # fmt: skip
+
+    def test_length_of_8192(self, implementation):
+        geometry = replace(
+            USUAL, lengths=(8192,), page=128, window=(16, 16, 128), key_value_heads=1, group=1,
+            head_size=1, value_size=1, k=1,
+        )  # fmt: skip
+        check(build(geometry), implementation)
+
+    def test_more_than_4096_blocks(self, standin, implementation):
+        geometry = replace(
+            USUAL, lengths=(4097,), page=128, window=(16, 16, 16), key_value_heads=1, group=1,
+            head_size=1, value_size=1, k=1,
+        )  # fmt: skip
+        assert_refused(standin, build(geometry), implementation, "4097 select blocks", "4096")
+        check(build(replace(geometry, lengths=(4096,))), implementation)
+
+    def test_more_selected_than_the_smallest_has_blocks(self, standin, implementation):
+        arguments = build(replace(USUAL, k=10))  # 33 positions make 9 blocks
+        assert_refused(
+            standin, arguments, implementation,
+            "actual_cmp_seq_kvlen[1] = 33", "9 select blocks, fewer than select_block_count (10)",
+        )  # fmt: skip
+
+    def test_more_selected_than_any_has_blocks(self, standin, implementation):
+        assert_refused(
+            standin, build(replace(USUAL, k=1000)), implementation, "select_block_count = 1000"
+        )
+
+    @pytest.mark.parametrize("count", [0, 5])
+    def test_token_counts(self, standin, implementation, count):
+        arguments = build(replace(USUAL, token_counts=(2, count, 1)))
+        assert_refused(
+            standin, arguments, implementation,
+            f"actual_seq_qlen[1] = {count}", "1 to 4 query tokens",
+        )  # fmt: skip
+
+    def test_five_batched_tokens(self, standin, implementation):
+        arguments = build(replace(USUAL, layout="BSND", tokens=5))
+        assert_refused(standin, arguments, implementation, "at most 4 query tokens", "got 5")
+
+    def test_more_than_10000_sequences(self, standin, implementation):
+        geometry = replace(
+            USUAL, lengths=(1,) * 10_001, key_value_heads=1, group=1, head_size=1, value_size=1,
+            k=1, shared_pages=True, hostile=False,
+        )  # fmt: skip
+        assert_refused(standin, build(geometry), implementation, "10000 sequences, got 10001")
+
+    def test_pages_outside_the_pool(self, standin, implementation):
+        arguments = build(USUAL)
+        arguments["block_table"][2, 3] = 1000
+        assert_refused(standin, arguments, implementation, "block_table[2, 3]", "got 1000")
+
+    @pytest.mark.parametrize(
+        ("length", "message"),
+        [(0, "actual_cmp_seq_kvlen[1] = 0"), (8, "actual_cmp_seq_kvlen[1] = 8 with 3")],
     )
-    arguments = build_compress(geometry)
-    arguments["cache"] = np.zeros((5000, 2, 16), arguments["cache"].dtype)
-    before = [standin.counter(f"bytes to {where}") for where in ("device", "host")]
-    nsa_compress_infer(**arguments, implementation="ascend")
-    after = [standin.counter(f"bytes to {where}") for where in ("device", "host")]
-    windows, row = 2, 2 * 16 * 2
-    to_device, to_host = np.subtract(after, before)
-    assert windows * 64 * row <= to_device <= windows * 64 * row + 3 * 1024
-    assert to_host == windows * row
+    def test_host_lengths_when_traced(self, length, message):
+        """What the program's constants tell is refused when it is traced."""
+        arguments = build(USUAL)
+        arguments["actual_cmp_seq_kvlen"][1] = length
+        query = jnp.asarray(arguments.pop("query"))
+        with pytest.raises(NotImplementedError, match=re.escape(message)):
+            jax.jit(
+                lambda q: nsa_compress_attention_infer(q, **arguments, implementation="ascend")
+            ).lower(query)
+
+    def test_refusals_name_every_implementation(self):
+        with pytest.raises(NotImplementedError, match='implementation="cuda"') as failure:
+            call(build(replace(USUAL, dtype="float32")), ("cuda", "ascend"))
+        assert 'implementation="ascend": CANN' in str(failure.value)

@@ -48,7 +48,7 @@ class TestLoading:
 
     QUESTION = 'print(native.module().ascend_unavailable("compress_attention"))'
     CALL = """
-        from problems import Geometry, build
+        from compress_attention.problems import Geometry, build
         import jax.numpy as jnp
         from jax_nsa import nsa_compress_attention_infer
         arguments = build(Geometry(dtype="bfloat16", k=1))

@@ -24,7 +24,6 @@ FLOAT16 = st.sampled_from(["bfloat16", "float16"])
 LAUNCHES = "launches of aclnnNsaSelectedAttentionInfer"
 
 
-@pytest.mark.usefixtures("standin")
 class Contract(SelectAttentionContract):
     """The contract as far as CANN's kernel has what a test asks for."""
 
@@ -56,6 +55,7 @@ def without_lse(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name != "return_lse"}
 
 
+@pytest.mark.usefixtures("standin")
 class TestHostRoute(Contract):
     """Under host JAX: what is read is gathered, so that all but float32 and lse is served."""
 
@@ -67,7 +67,7 @@ class TestHostRoute(Contract):
         self.check(replace(geometry, dtype=dtype, return_lse=False))
 
 
-@pytest.mark.usefixtures("harness")
+@pytest.mark.usefixtures("standin", "harness")
 class TestDeviceRoute(Contract):
     """Under an Ascend PJRT plugin: buffers on the device, faulty rows NaN."""
 

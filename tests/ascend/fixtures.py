@@ -8,7 +8,7 @@ import pytest
 from ascend.device_route import DeviceRoute, Harness
 from ascend.standin import HERE, StandIn, build, compile_cc
 
-from jax_nsa import backends
+from jax_nsa import backends, native
 
 LIBRARY_PATH = "JAX_NSA_CANN_LIBRARY_PATH"
 
@@ -50,3 +50,19 @@ def harness(_harness: Harness) -> Iterator[Harness]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(backends.ALL, DeviceRoute.NAME, DeviceRoute(_harness))
         yield _harness
+
+
+@pytest.fixture(params=["ascend", DeviceRoute.NAME])
+def implementation(request: pytest.FixtureRequest, harness: Harness) -> str:
+    """Both routes."""
+    return request.param
+
+
+@pytest.fixture
+def fresh(standin: StandIn) -> Iterator[None]:
+    """Nothing is kept from calls before the test, and nothing is left by it."""
+    native.module().ascend_release()
+    yield
+    native.module().ascend_release()
+    live = standin.live()
+    assert not any(live[kind] for kind in live if kind != "stream")
