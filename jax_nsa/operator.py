@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jax_nsa import _compat, primitive
+from jax_nsa import _compat, checks, primitive
 
 FAULTS = ("fail", "nan")
 
@@ -132,6 +132,8 @@ class Operator:
                 waiting in their next collective.
             constants: values of operands, one for each sequence, that are constants of the program.
         """
+        if on_fault is not None:
+            on_fault = checks.choice("on_fault", on_fault, FAULTS)
         names = tuple(a.name for a in map(self.operand, operands))
         results = self.primitive.bind(
             *_compat.vary_alike(*operands.values()),

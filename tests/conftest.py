@@ -20,6 +20,7 @@ pytest.register_assert_rewrite(
     "compress_attention.calls",
     "compress_attention.choices",
     "compress_attention.contract",
+    "compress_attention.examples",
     "compress_attention.faults",
     "compress_attention.programs",
     "interleaved.pools",

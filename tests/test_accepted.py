@@ -1,35 +1,15 @@
 """What the compressed branch takes: forms of arguments, and the choice of implementations."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compress_attention import oracle
 from compress_attention.agreement import assert_agrees
-from compress_attention.problems import WINDOWS, Geometry, build
+from compress_attention.arguments import ARGUMENTS, MASK, ORIGINAL, TABLE, call
+from compress_attention.problems import WINDOWS
 
 from jax_nsa import nsa_compress_attention_infer, operator
-
-GEOMETRY = Geometry(lengths=(40, 7), hostile=False)  # 2 tokens, 4/2 heads, 5 pages of 16 rows
-ARGUMENTS = build(GEOMETRY)
-QUERY, KEY, VALUE = (ARGUMENTS[name] for name in ("query", "key", "value"))
-TABLE = ARGUMENTS["block_table"]
-TOKENS = build(dataclasses.replace(GEOMETRY, token_counts=(1, 2)))
-BATCH = build(dataclasses.replace(GEOMETRY, layout="BSND", tokens=3, token_counts=(3, 1)))
-ORIGINAL = [656, 128]  # the least original lengths that compress to 40 and 7
-MASK = np.ones((1, 1), bool)
-
-
-def call(**arguments):
-    return nsa_compress_attention_infer(**{"implementation": "reference"} | arguments)
-
-
-def table_with(b, p, value):
-    table = TABLE.astype(np.int64)
-    table[b, p] = value
-    return table
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compress_attention.examples import assert_close
+from compress_attention.examples import operator_on_device as operator
 from compress_attention.problems import Geometry, build
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -29,29 +31,9 @@ SEVERAL_TOKENS = Geometry(
 )  # fmt: skip
 
 
-@pytest.fixture(params=["reference", "cpu"])
+@pytest.fixture(params=["cpu", "reference"])
 def implementation(request):
     return request.param
-
-
-def operator(geometry, implementation, **changes):
-    """The operator as a function of its arrays, and those arrays."""
-    arguments = build(geometry) | changes
-    names = [n for n in (*ARRAYS, *TOKENS) if n in arguments]
-    arrays = [jnp.asarray(arguments.pop(n)) for n in names]
-
-    def call(*arrays):
-        return nsa_compress_attention_infer(
-            **arguments, **dict(zip(names, arrays, strict=True)), implementation=implementation
-        )
-
-    return call, arrays
-
-
-def assert_close(results, expected):
-    for result, want in zip(results, expected, strict=True):
-        assert result.dtype == want.dtype
-        np.testing.assert_allclose(np.asarray(result), np.asarray(want), rtol=1e-5, atol=1e-6)
 
 
 class TestVmap:

@@ -18,17 +18,19 @@ from jax.sharding import AxisType, PartitionSpec
 from jax_nsa import nsa_compress_attention_infer
 
 DEVICES = 4
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def implementation(request):
+    return request.param
+
+
 # All blocks are selected, so that the order tells of every block's importance, also at the
 # boundaries between devices.
 USUAL = Geometry(
     lengths=(256, 65, 1, 0, 130), head_size=24, value_size=16, page=32, group=2, k=70,
     return_lse=True, hostile=False, spare_slots=0,
 )  # fmt: skip
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def implementation(request):
-    return request.param
 
 
 def split(geometry):

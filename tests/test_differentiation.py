@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress_attention.problems import Geometry, build
-
-from jax_nsa import nsa_compress_attention_infer
+from compress_attention.examples import operator_on_device as operator
+from compress_attention.problems import Geometry
 
 ARRAYS = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")
 TOKENS = ("actual_seq_qlen", "actual_sel_seq_kvlen")
@@ -22,31 +21,6 @@ SEVERAL_TOKENS = Geometry(
     lengths=(60, 17, 33), token_counts=(2, 0, 3), masked=True, slack=(0, 1, 2), hostile=False,
     shared_pages=True, return_lse=True,
 )  # fmt: skip
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def implementation(request):
-    return request.param
-
-
-def operator(geometry, implementation, **changes):
-    """The operator as a function of its arrays, and those arrays."""
-    arguments = build(geometry) | changes
-    names = [n for n in (*ARRAYS, *TOKENS) if n in arguments]
-    arrays = [jnp.asarray(arguments.pop(n)) for n in names]
-
-    def call(*arrays):
-        return nsa_compress_attention_infer(
-            **arguments, **dict(zip(names, arrays, strict=True)), implementation=implementation
-        )
-
-    return call, arrays
-
-
-def assert_close(results, expected):
-    for result, want in zip(results, expected, strict=True):
-        assert result.dtype == want.dtype
-        np.testing.assert_allclose(np.asarray(result), np.asarray(want), rtol=1e-5, atol=1e-6)
 
 
 class TestDifferentiation:

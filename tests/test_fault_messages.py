@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import pathlib
 import re
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress_attention.calls import FLOATS, INTEGERS, on_device, operator
-from compress_attention.problems import Geometry
+from compress_attention.calls import FLOATS, INTEGERS
+from compress_attention.examples import (
+    FOUR,
+    FOUR_BATCHED,
+    FOUR_PACKED,
+    layout_of,
+    message_of,
+    on_device,
+    operator,
+)
 
 from jax_nsa import nsa_compress_attention_infer
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-FAILURES = (ValueError, jax.errors.JaxRuntimeError)  # JAX raises InvalidArgument as one or other
-
-GEOMETRY = Geometry(
-    lengths=(40, 17, 9, 33), k=3, return_lse=True, hostile=False, spare_slots=0,
-)  # fmt: skip
-PACKED = replace(GEOMETRY, token_counts=(1, 2, 0, 3), masked=True, slack=(0, 1, 2, 3))
-BATCHED = replace(PACKED, layout="BSND", tokens=3)
-NAMES = {id(GEOMETRY): "TND", id(PACKED): "packed", id(BATCHED): "BSND"}
-
-
-def message_of(function, *arguments):
-    """What a call that must fail says."""
-    with pytest.raises(FAILURES) as failure:
-        jax.block_until_ready(function(*arguments))
-    return str(failure.value)
 
 
 def stacked(arrays, names, axis=0, count=3):
@@ -50,7 +42,9 @@ class TestMessages:
         [("block_table",), ("key", "value", "block_table"), EVERYTHING],
         ids=["table", "pools and table", "all"],
     )
-    @pytest.mark.parametrize("geometry", [GEOMETRY, PACKED, BATCHED], ids=["TND", "packed", "BSND"])
+    @pytest.mark.parametrize(
+        "geometry", [FOUR, FOUR_PACKED, FOUR_BATCHED], ids=["TND", "packed", "BSND"]
+    )
     @pytest.mark.parametrize("value", [77, -3])
     def test_page_under_vmap(self, geometry, mapped, value):
         call, arrays = operator(geometry)
@@ -67,7 +61,7 @@ class TestMessages:
             ), message
 
     def test_pool_that_is_mapped_beside_a_whole_table(self):
-        call, arrays = operator(GEOMETRY)
+        call, arrays = operator(FOUR)
         arrays["block_table"][1, 0] = 77
         many, axes = stacked(arrays, ("key", "value"))
         program = jax.vmap(lambda arrays: call(**arrays), in_axes=(axes,))
@@ -80,7 +74,7 @@ class TestMessages:
 
     def test_first_page_past_a_mapped_pool(self):
         """Nor does it reach into a neighbour's."""
-        call, arrays = operator(GEOMETRY)
+        call, arrays = operator(FOUR)
         pages = len(arrays["key"])
         many, axes = stacked(arrays, EVERYTHING)
         many["block_table"][0, 3, 1] = pages
@@ -91,7 +85,7 @@ class TestMessages:
 
     @pytest.mark.parametrize("axis", [1, -1])
     def test_other_axes(self, axis):
-        call, arrays = operator(GEOMETRY)
+        call, arrays = operator(FOUR)
         many, axes = stacked(arrays, ("block_table",), axis=axis)
         table = np.moveaxis(many["block_table"], axis, 0)
         table[1, 2, 0] = 77
@@ -102,16 +96,16 @@ class TestMessages:
     @pytest.mark.parametrize(
         ("geometry", "name", "at", "value"),
         [
-            (GEOMETRY, "actual_cmp_seq_kvlen", (1, 2), -7),
-            (GEOMETRY, "actual_cmp_seq_kvlen", (2, 3), 1000),
-            (PACKED, "actual_cmp_seq_kvlen", (2, 1), 1000),
-            (PACKED, "actual_sel_seq_kvlen", (1, 3), 3),
-            (BATCHED, "actual_sel_seq_kvlen", (0, 1), 3),
-            (BATCHED, "actual_seq_qlen", (2, 1), 4),
-            (PACKED, "actual_seq_qlen", (1, 3), 9),
-            (PACKED, "actual_seq_qlen", (1, 0), -1),
+            (FOUR, "actual_cmp_seq_kvlen", (1, 2), -7),
+            (FOUR, "actual_cmp_seq_kvlen", (2, 3), 1000),
+            (FOUR_PACKED, "actual_cmp_seq_kvlen", (2, 1), 1000),
+            (FOUR_PACKED, "actual_sel_seq_kvlen", (1, 3), 3),
+            (FOUR_BATCHED, "actual_sel_seq_kvlen", (0, 1), 3),
+            (FOUR_BATCHED, "actual_seq_qlen", (2, 1), 4),
+            (FOUR_PACKED, "actual_seq_qlen", (1, 3), 9),
+            (FOUR_PACKED, "actual_seq_qlen", (1, 0), -1),
         ],
-        ids=lambda value: NAMES.get(id(value)),
+        ids=layout_of,
     )
     def test_integers_of_sequences_under_vmap(self, geometry, name, at, value):
         call, arrays = operator(geometry)
@@ -124,7 +118,9 @@ class TestMessages:
             if name in ("actual_cmp_seq_kvlen", "block_table"):  # others are combined first
                 assert f"got {value}" in message
 
-    @pytest.mark.parametrize("geometry", [GEOMETRY, PACKED, BATCHED], ids=["TND", "packed", "BSND"])
+    @pytest.mark.parametrize(
+        "geometry", [FOUR, FOUR_PACKED, FOUR_BATCHED], ids=["TND", "packed", "BSND"]
+    )
     @pytest.mark.parametrize("mapped", [("block_table",), EVERYTHING], ids=["table", "all"])
     def test_nested_vmap(self, geometry, mapped):
         """The outermost index first."""
@@ -140,7 +136,7 @@ class TestMessages:
         assert f"[0, {len(arrays['key'])}), the pages of key and value, got 77" in message
 
     def test_levels_that_map_different_arrays(self):
-        call, arrays = operator(GEOMETRY)
+        call, arrays = operator(FOUR)
         pools, inner = stacked(arrays, ("key", "value"), count=2)
         many, outer = stacked(pools, ("block_table",), count=3)
         many["block_table"][2, 1, 0] = 77
@@ -153,14 +149,14 @@ class TestMessages:
         assert "got 77" in message
 
     def test_without_vmap(self):
-        call, arrays = operator(GEOMETRY)
+        call, arrays = operator(FOUR)
         arrays["block_table"][1, 0] = 77
         message = message_of(lambda: call(**on_device(arrays)))
         assert "block_table[1, 0] must be in" in message
         assert "vmap" not in message
 
     def test_scan_is_not_vmap(self):
-        call, arrays = operator(GEOMETRY)
+        call, arrays = operator(FOUR)
         tables = np.stack([arrays.pop("block_table")] * 3)
         tables[2, 1, 0] = 77
         arrays = on_device(arrays)

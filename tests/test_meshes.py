@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from compress_attention import oracle
 from compress_attention.agreement import assert_agrees
+from compress_attention.examples import operator_in_order as operator
 from compress_attention.problems import Geometry, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,20 +37,6 @@ GEOMETRY = Geometry(
     lengths=(40, 7, 20, 33), key_value_heads=2, group=2, value_size=8, k=3, return_lse=True,
     hostile=False, spare_slots=0,
 )  # fmt: skip
-
-
-def operator(geometry, implementation):
-    """The operator as a function of its arrays, and those arrays, all in host memory."""
-    static = build(geometry)
-    names = [n for n in (*ARRAYS, *TOKENS) if n in static]
-    arrays = [static.pop(n) for n in names]
-
-    def call(*arrays):
-        return nsa_compress_attention_infer(
-            **static, **dict(zip(names, arrays, strict=True)), implementation=implementation
-        )
-
-    return call, arrays
 
 
 def make_mesh(shape, axis_type):

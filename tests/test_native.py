@@ -149,7 +149,8 @@ def test_num_blocks_counts_select_blocks_begun():
             assert num_blocks(block, stride, select, length) == whole + bool(rest)
 
 
-# The kernels trust what cc/ffi_call.cc and paged_call.cc let through, so it is called here without the front door.
+# The kernels trust what cc/ffi_call.cc and paged_call.cc let through, so they are called here
+# without the front door.
 
 ARRAYS = {
     "query": np.zeros((2, 3, 4, 8), np.float32),

@@ -6,26 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress_attention.calls import FLOATS, INTEGERS, on_device, operator
-from compress_attention.problems import Geometry
+from compress_attention.calls import FLOATS, INTEGERS
+from compress_attention.examples import (
+    LAYOUTS,
+    PACKED,
+    on_device,
+    operator,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_nsa import nsa_compress_attention_infer
 
 pytestmark = pytest.mark.timeout(120)
 
-IMPLEMENTATIONS = ("cpu", "reference")
 
-ONE_TOKEN = Geometry(lengths=(40, 7), hostile=False, k=3)
-PACKED = Geometry(lengths=(40, 7), token_counts=(1, 3), masked=True, slack=(2, 0), hostile=False)
-BATCHED = Geometry(
-    lengths=(40, 7), layout="BSND", tokens=3, token_counts=(3, 1), masked=True, slack=(0, 1),
-    hostile=False, return_lse=True,
-)  # fmt: skip
-LAYOUTS = {"one token": ONE_TOKEN, "packed": PACKED, "batched": BATCHED}
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=["cpu", "reference"])
 def implementation(request):
     return request.param
 

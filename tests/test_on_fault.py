@@ -9,7 +9,6 @@ import pathlib
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +16,20 @@ import numpy as np
 import pytest
 from compress_attention import oracle
 from compress_attention.agreement import assert_agrees
-from compress_attention.calls import on_device, operator
-from compress_attention.problems import Geometry, build
+from compress_attention.examples import (
+    FAILURES,
+    FOUR,
+    FOUR_BATCHED,
+    FOUR_PACKED,
+    layout_of,
+    message_of,
+    on_device,
+    operator,
+)
+from compress_attention.problems import build
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
-FAILURES = (ValueError, jax.errors.JaxRuntimeError)  # JAX raises InvalidArgument as one or other
-
-GEOMETRY = Geometry(
-    lengths=(40, 17, 9, 33), k=3, return_lse=True, hostile=False, spare_slots=0,
-)  # fmt: skip
-PACKED = replace(GEOMETRY, token_counts=(1, 2, 0, 3), masked=True, slack=(0, 1, 2, 3))
-BATCHED = replace(PACKED, layout="BSND", tokens=3)
-NAMES = {id(GEOMETRY): "TND", id(PACKED): "packed", id(BATCHED): "BSND"}
-
-
-def message_of(function, *arguments):
-    """What a call that must fail says."""
-    with pytest.raises(FAILURES) as failure:
-        jax.block_until_ready(function(*arguments))
-    return str(failure.value)
 
 
 def assert_spoilt(results, geometry, rows):
@@ -78,7 +71,7 @@ CASES = {
 def several_devices(case):
     """Runs a call with a bad value on two devices; prints what came of it, as JSON."""
     how, fault, followed, options = CASES[case]
-    call, arrays = operator(GEOMETRY, **options)
+    call, arrays = operator(FOUR, **options)
     name, index, value = FAULTS[fault]
     arrays[name][index] = value
     axis_type = AxisType.Explicit if how == "explicit" else AxisType.Auto
@@ -147,7 +140,7 @@ class TestSeveralDevices:
         """A following sum needs all devices; the bad sequence is NaN, the others are right."""
         assert "results" in outcomes[case], outcomes[case]
         rows = range(4) if case == "all pages" else [3]
-        assert_spoilt(outcomes[case]["results"], GEOMETRY, rows)
+        assert_spoilt(outcomes[case]["results"], FOUR, rows)
         assert np.isnan(outcomes[case]["total"])
 
     def test_failing_on_demand(self, outcomes):
@@ -164,7 +157,9 @@ class TestSeveralDevices:
 
 
 class TestOneDevice:
-    @pytest.mark.parametrize("geometry", [GEOMETRY, PACKED, BATCHED], ids=["TND", "packed", "BSND"])
+    @pytest.mark.parametrize(
+        "geometry", [FOUR, FOUR_PACKED, FOUR_BATCHED], ids=["TND", "packed", "BSND"]
+    )
     @pytest.mark.parametrize("on_fault", [None, "fail"])
     def test_fails(self, geometry, on_fault):
         call, arrays = operator(geometry, on_fault=on_fault)
@@ -174,7 +169,7 @@ class TestOneDevice:
             assert "block_table[1, 0] must be in" in message_of(lambda p=program: p(**arrays))
 
     def test_fails_by_default_wherever_one_device_is_stated(self):
-        call, arrays = operator(GEOMETRY)
+        call, arrays = operator(FOUR)
         arrays["block_table"][1, 0] = 77
         for axis_type in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((1,), ("x",), axis_types=(axis_type,))
@@ -190,18 +185,18 @@ class TestOneDevice:
     @pytest.mark.parametrize(
         ("geometry", "name", "index", "value", "rows"),
         [
-            (GEOMETRY, "block_table", (1, 1), 77, [1]),
-            (GEOMETRY, "block_table", (1, 1), -1, [1]),
-            (GEOMETRY, "actual_cmp_seq_kvlen", 0, -1, [0]),
-            (GEOMETRY, "actual_cmp_seq_kvlen", 2, 2**31 - 1, [2]),
-            (PACKED, "block_table", (1, 0), 77, [1, 2]),
-            (PACKED, "actual_cmp_seq_kvlen", 3, 1000, [3, 4, 5]),
-            (PACKED, "actual_sel_seq_kvlen", 1, 5000, [1, 2]),
-            (PACKED, "actual_seq_qlen", 1, -1, [1, 2, 3, 4, 5]),
-            (BATCHED, "actual_seq_qlen", 1, 4, [1]),
-            (BATCHED, "block_table", (3, 2), -(2**31), [3]),
+            (FOUR, "block_table", (1, 1), 77, [1]),
+            (FOUR, "block_table", (1, 1), -1, [1]),
+            (FOUR, "actual_cmp_seq_kvlen", 0, -1, [0]),
+            (FOUR, "actual_cmp_seq_kvlen", 2, 2**31 - 1, [2]),
+            (FOUR_PACKED, "block_table", (1, 0), 77, [1, 2]),
+            (FOUR_PACKED, "actual_cmp_seq_kvlen", 3, 1000, [3, 4, 5]),
+            (FOUR_PACKED, "actual_sel_seq_kvlen", 1, 5000, [1, 2]),
+            (FOUR_PACKED, "actual_seq_qlen", 1, -1, [1, 2, 3, 4, 5]),
+            (FOUR_BATCHED, "actual_seq_qlen", 1, 4, [1]),
+            (FOUR_BATCHED, "block_table", (3, 2), -(2**31), [3]),
         ],
-        ids=lambda value: NAMES.get(id(value)),
+        ids=layout_of,
     )
     def test_gives_nan_on_demand(self, geometry, name, index, value, rows):
         call, arrays = operator(geometry, on_fault="nan")
@@ -212,12 +207,12 @@ class TestOneDevice:
 
     @pytest.mark.parametrize("on_fault", [None, "fail", "nan"])
     def test_reference_never_fails(self, on_fault):
-        call, arrays = operator(PACKED, "reference", on_fault=on_fault)
+        call, arrays = operator(FOUR_PACKED, "reference", on_fault=on_fault)
         arrays["block_table"][1, 0] = 77
-        assert_spoilt(call(**on_device(arrays)), PACKED, [1, 2])
+        assert_spoilt(call(**on_device(arrays)), FOUR_PACKED, [1, 2])
 
     def test_gives_nan_on_demand_in_transformations(self):
-        call, arrays = operator(GEOMETRY, on_fault="nan")
+        call, arrays = operator(FOUR, on_fault="nan")
         arrays = on_device(arrays)
         tables = jnp.stack([arrays["block_table"]] * 3).at[1, 2, 0].set(77)
         rest = {n: a for n, a in arrays.items() if n != "block_table"}
@@ -230,16 +225,16 @@ class TestOneDevice:
         for results in (mapped, scanned):
             for i in range(3):
                 rows = [2] if i == 1 else []
-                assert_spoilt([np.asarray(r)[i] for r in results], GEOMETRY, rows)
+                assert_spoilt([np.asarray(r)[i] for r in results], FOUR, rows)
 
     def test_known_values_are_refused_all_the_same(self):
-        call, arrays = operator(GEOMETRY, on_fault="nan")
+        call, arrays = operator(FOUR, on_fault="nan")
         arrays["block_table"][1, 0] = 77
         with pytest.raises(ValueError, match=r"block_table\[1, 0\] must be in .* got 77"):
             call(**arrays)
 
     @pytest.mark.parametrize("value", ["", "Fail", "raise", 1, True, ("nan",)], ids=repr)
     def test_other_wishes_are_refused(self, value):
-        call, arrays = operator(GEOMETRY, on_fault=value)
+        call, arrays = operator(FOUR, on_fault=value)
         with pytest.raises((TypeError, ValueError), match=r"on_fault must .*fail.*nan.*got "):
             call(**arrays)

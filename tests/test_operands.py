@@ -10,33 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compress_attention.calls import FLOATS, INTEGERS, assert_right, on_device, operator
+from compress_attention.calls import FLOATS, INTEGERS
+from compress_attention.examples import (
+    BATCHED,
+    LAYOUTS,
+    ONE_TOKEN,
+    PACKED,
+    assert_right,
+    assert_same,
+    on_device,
+    operator,
+)
 from compress_attention.problems import Geometry
 
 from jax_nsa import nsa_select_attention_infer
 
 pytestmark = pytest.mark.timeout(120)
-
-IMPLEMENTATIONS = ("cpu", "reference")
-
-ONE_TOKEN = Geometry(lengths=(40, 7), hostile=False, k=3)
-PACKED = Geometry(lengths=(40, 7), token_counts=(1, 3), masked=True, slack=(2, 0), hostile=False)
-BATCHED = Geometry(
-    lengths=(40, 7), layout="BSND", tokens=3, token_counts=(3, 1), masked=True, slack=(0, 1),
-    hostile=False, return_lse=True,
-)  # fmt: skip
-LAYOUTS = {"one token": ONE_TOKEN, "packed": PACKED, "batched": BATCHED}
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    return request.param
-
-
-def assert_same(results, others):
-    for one, other in zip(results, others, strict=True):
-        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-
 
 # Objects that hold an array and offer it to JAX.
 

@@ -14,7 +14,7 @@ from jax_nsa import backends, checks, paged
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress import reference
 from jax_nsa.compress.problem import HEAD_SIZE_MAX, PAIRS_MAX, Problem, check_windows
-from jax_nsa.operator import FAULTS, Array, Operator
+from jax_nsa.operator import Array, Operator
 
 # Rows of a cache are shared by all sequences, so only heads split over devices. Keys and values may
 # have heads of different sizes, so the arrays of each have axes of their own.
@@ -135,7 +135,6 @@ def nsa_compress_infer(
         NotImplementedError: no implementation can serve the call; the message gives each one's
             reason.
     """
-    on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
     page = paged.page_size(page_block_size)
     size = checks.integer("compress_block_size", compress_block_size)

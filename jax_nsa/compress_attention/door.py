@@ -20,7 +20,7 @@ from jax_nsa.compress_attention.problem import (
     Problem,
     check_select_lengths,
 )
-from jax_nsa.operator import FAULTS, Array, Operator
+from jax_nsa.operator import Array, Operator
 
 
 def _results(problem: Problem) -> tuple[Array, ...]:
@@ -206,7 +206,6 @@ def nsa_compress_attention_infer(
     if topk_mask is not None:
         raise NotImplementedError("topk_mask is not supported; pass None")
     packed = checks.choice("layout", layout, LAYOUTS) == "TND"
-    on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
     page = paged.page_size(page_block_size)
     problem = Problem(

@@ -12,7 +12,7 @@ import numpy as np
 
 from jax_nsa import backends, blocks, checks, paged, pools, tokens
 from jax_nsa.checks import ArrayLike, IntegersLike
-from jax_nsa.operator import FAULTS, Array, Operator
+from jax_nsa.operator import Array, Operator
 from jax_nsa.select_attention import arguments, context, reference
 from jax_nsa.select_attention.problem import LAYOUTS, Problem, check_indices
 
@@ -264,7 +264,6 @@ def _attend(
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Checks the arguments of either door, and applies the operator."""
     layout = checks.choice("layout", layout, LAYOUTS)
-    on_fault = on_fault if on_fault is None else checks.choice("on_fault", on_fault, FAULTS)
     names = backends.parse(implementation)
     page = paged.page_size(page_block_size)
     query, key, value = arguments.check_arrays(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from compress_attention import oracle
@@ -74,27 +71,3 @@ class Calls(OperatorContract):
         for result in (np.asarray(r)[rows] for r in results):
             blank = np.full_like(result, -1 if result.dtype == np.int32 else np.nan)
             np.testing.assert_array_equal(result, blank)
-
-
-def operator(
-    geometry: Geometry, implementation: str = "cpu", **options: Any
-) -> tuple[Callable[..., tuple], dict[str, np.ndarray]]:
-    """The operator as a function of its arrays by name, and those arrays in host memory."""
-    static = build(geometry)
-    arrays = {n: static.pop(n) for n in (*FLOATS, *INTEGERS) if n in static}
-    static |= {"implementation": implementation} | options
-
-    def call(**arrays: Any) -> tuple:
-        return nsa_compress_attention_infer(**static, **arrays)
-
-    return call, arrays
-
-
-def on_device(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return {n: jnp.asarray(a) for n, a in arrays.items()}
-
-
-def assert_right(results: tuple, geometry: Geometry, rows: Any = ...) -> None:
-    """Asserts that float32 results are the oracle's for a geometry."""
-    expected = oracle.compress_attention(**build(geometry))
-    assert_agrees(tuple(results), expected, attention_tolerance=1e-5, rows=rows)
