@@ -42,7 +42,9 @@ class Journal:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mutation", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("files", nargs="*", default=[*HEADERS, *TESTS])
     parser.add_argument("--sample", type=int, help="mutants of each file, drawn; else all")
     parser.add_argument("--seed", type=int, default=0)

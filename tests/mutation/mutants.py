@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -92,12 +93,12 @@ def _in_python(source: str) -> Iterator[Change]:
                 return
             case ast.Compare():
                 terms = [node.left, *node.comparators]
-                for left, right in zip(terms, terms[1:], strict=False):
+                for left, right in itertools.pairwise(terms):
                     yield from operator(left, right)
             case ast.BinOp():
                 yield from operator(node.left, node.right)
             case ast.BoolOp():
-                for left, right in zip(node.values, node.values[1:], strict=False):
+                for left, right in itertools.pairwise(node.values):
                     yield from operator(left, right)
             case ast.AugAssign():
                 sign = source.rindex("=", begin, span(node.value)[0]) - 1

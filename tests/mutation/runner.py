@@ -47,8 +47,9 @@ class Runner:
         shutil.rmtree(self.scratch)
 
     def run(self, mutant: Mutant | None, path: str) -> str:
-        """The fate of a mutant of a file, or of the file as it is: "killed", "survived" or
-        "invalid", which compiles to nothing.
+        """The fate of a mutant of a file, or of the file as it is.
+
+        "killed", "survived", or "invalid" where it does not compile.
         """
         source = (ROOT / path).read_text()
         if mutant is not None:
@@ -162,7 +163,9 @@ class _Loader:
 
 def _quietly(*command: str, cwd: pathlib.Path | None = None) -> int:
     limit = f"ulimit -t {SECONDS}; exec {shlex.join(command)}"
-    return subprocess.run(["bash", "-c", limit], capture_output=True, cwd=cwd, check=False).returncode
+    return subprocess.run(
+        ["bash", "-c", limit], capture_output=True, cwd=cwd, check=False
+    ).returncode
 
 
 @contextlib.contextmanager
