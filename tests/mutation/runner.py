@@ -25,7 +25,7 @@ from mutation.mutants import Mutant
 from mutation.targets import HEADERS, TESTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-SECONDS = 300  # of processor time that tests may take
+SECONDS, PROGRAM_SECONDS = 300, 20  # of processor time that pytest and a program may take
 
 NATIVE = "jax_nsa._native"
 
@@ -80,7 +80,7 @@ class Runner:
             )  # fmt: skip
             if compiled:
                 return "invalid"
-            if _quietly(str(program)):
+            if _quietly(str(program), seconds=PROGRAM_SECONDS):
                 return "killed"
         return "survived"
 
@@ -161,8 +161,8 @@ class _Loader:
         exec(self.code, module.__dict__)
 
 
-def _quietly(*command: str, cwd: pathlib.Path | None = None) -> int:
-    limit = f"ulimit -t {SECONDS}; exec {shlex.join(command)}"
+def _quietly(*command: str, cwd: pathlib.Path | None = None, seconds: int = SECONDS) -> int:
+    limit = f"ulimit -t {seconds}; exec {shlex.join(command)}"
     return subprocess.run(
         ["bash", "-c", limit], capture_output=True, cwd=cwd, check=False
     ).returncode
