@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import compress_attention.problems as problems
 import numpy as np
-import problems
 import pytest
 import select_attention.problems as select_problems
-from contract import CompressAttentionContract
+from compress_attention.contract import CompressAttentionContract
 from select_attention.contract import SelectAttentionContract
 
 MOST, LEAST = 2.0**127, 2.0**-126

@@ -71,6 +71,12 @@ void TestSizes() {
   EXPECT(problem.group() == 4 && problem.capacity() == 144);
   for (int32_t length : {0, 1, 143, 144}) EXPECT(IsLength(problem, length)) << length;
   for (int32_t length : {kMin, -1, 145, kMax}) EXPECT(!IsLength(problem, length)) << length;
+  problem.head_size = 7, problem.value_size = 5;
+  EXPECT(problem.key_pitch().head == 7 && problem.key_pitch().row == 21);
+  EXPECT(problem.value_pitch().head == 5 && problem.value_pitch().row == 15);
+  problem.interleaved = true;
+  EXPECT(problem.key_pitch().head == 12 && problem.key_pitch().row == 36);
+  EXPECT(problem.value_pitch().head == 12 && problem.value_pitch().row == 36);
   const SequenceRows rows = {0, 4, 4};
   EXPECT(rows.Visible(0, 9) == 9) << "no token is early unless it is said";
 }
@@ -161,20 +167,20 @@ namespace {
 void TestBlocksOfTokens() {
   Problem problem = {};
   problem.page_size = 16, problem.pages_per_sequence = 2;
-  const int32_t lengths[] = {0, 30}, original[] = {0, 500};
+  const int32_t lengths[] = {0, 30}, original[] = {0, 513};
   Arrays arrays = {};
   arrays.lengths = lengths, arrays.select_lengths = original;
   for (bool aligned : {false, true}) {
     problem.blocks = {32, 16, 64, aligned};
-    // Of 30 windows 16 tokens apart, or of 500 tokens.
-    const int64_t blocks = aligned ? (500 + 63) / 64 : (29 * 16 + 32 + 63) / 64;
+    // Of 30 windows 16 tokens apart, or of 513 tokens.
+    const int64_t blocks = aligned ? (513 + 63) / 64 : (29 * 16 + 32 + 63) / 64;
     EXPECT(NumBlocks(problem, arrays, 1, 3, 0) == blocks);
     // 32 windows, and as many more tokens as make no further one.
     EXPECT(problem.max_blocks() == (31 * 16 + 32 + (aligned ? 15 : 0) + 63) / 64);
   }
   problem.causal = true;
   for (int64_t t = 0; t < 60; ++t) {
-    EXPECT(NumBlocks(problem, arrays, 1, 60, t) == (500 - (59 - t) + 63) / 64) << t;
+    EXPECT(NumBlocks(problem, arrays, 1, 60, t) == (513 - (59 - t) + 63) / 64) << t;
   }
 }
 

@@ -59,11 +59,16 @@ void Touch(const void* array, int64_t count, int64_t size) {
 
 int64_t SizeOf(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
 
+// What lies in the pools: rows of heads, each of `size` elements.
+void TouchPool(const PagedProblem& p, const void* first, const Pitch& pitch, int64_t size) {
+  const int64_t last_row = p.num_pages * p.page_size - 1, last_head = p.key_value_heads - 1;
+  Touch(first, last_row * pitch.row + last_head * pitch.head + size, SizeOf(p.dtype));
+}
+
 void TouchPaged(const PagedProblem& p, const PagedArrays& a) {
-  const int64_t size = SizeOf(p.dtype), pool_rows = p.num_pages * p.page_size * p.key_value_heads;
-  Touch(a.query, p.rows * p.heads * p.head_size, size);
-  Touch(a.key, pool_rows * p.head_size, size);
-  Touch(a.value, pool_rows * p.value_size, size);
+  Touch(a.query, p.rows * p.heads * p.head_size, SizeOf(p.dtype));
+  TouchPool(p, a.key, p.key_pitch(), p.head_size);
+  TouchPool(p, a.value, p.value_pitch(), p.value_size);
   Touch(a.block_table, p.sequences * p.pages_per_sequence, 4);
   Touch(a.lengths, p.sequences, 4);
   Touch(a.token_counts, p.sequences, 4);
@@ -159,6 +164,7 @@ Frame CompressAttentionFrame(bool packed) {
   frame.attributes["problem"] = Scalars{{"scale", 0.5f},
                                         {"key_value_heads", int64_t{2}},
                                         {"aligned", int64_t{0}},
+                                        {"interleaved", int64_t{0}},
                                         {"compress_block_size", int64_t{32}},
                                         {"causal", int64_t{1}},
                                         {"compress_stride", int64_t{16}},
@@ -173,7 +179,7 @@ Frame CompressAttentionFrame(bool packed) {
   return frame;
 }
 
-Frame SelectAttentionFrame() {
+Frame SelectAttentionFrame(bool interleaved) {
   Frame frame;
   frame.arguments = {{"query", kF32, {2, 3, 4, 8}},
                      {"key", kF32, {5, 16, 16}},
@@ -189,8 +195,10 @@ Frame SelectAttentionFrame() {
   frame.attributes["problem"] = Scalars{{"scale", 0.5f},
                                         {"key_value_heads", int64_t{2}},
                                         {"partial", int64_t{0}},
+                                        {"interleaved", int64_t{interleaved}},
                                         {"select_block_size", int64_t{16}},
                                         {"window_size", int64_t{7}}};
+  if (interleaved) frame.arguments[1].dims = frame.arguments[2].dims = {5, 16, 28};
   return frame;
 }
 
@@ -342,7 +350,8 @@ const std::vector<Operator>& Operators() {
   static const std::vector<Operator> operators = {
       {CompressAttentionFrame(false), kCompressAttention},
       {CompressAttentionFrame(true), kCompressAttention},
-      {SelectAttentionFrame(), kSelectAttention},
+      {SelectAttentionFrame(false), kSelectAttention},
+      {SelectAttentionFrame(true), kSelectAttention},
       {CompressFrame(), kCompress}};
   return operators;
 }
