@@ -12,7 +12,17 @@ if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release)
 endif()
 
+set(JAX_NSA_SANITIZE "" CACHE STRING "Sanitizers to compile with, such as address,undefined")
+if(JAX_NSA_SANITIZE)
+  add_compile_options(-fsanitize=${JAX_NSA_SANITIZE} -fno-sanitize-recover=all -g1)
+  add_link_options(-fsanitize=${JAX_NSA_SANITIZE})
+endif()
+
 add_library(jax_nsa_options INTERFACE)
+if(JAX_NSA_SANITIZE)
+  # The kernels' own -O3 takes minutes with all checks in them.
+  target_compile_options(jax_nsa_options INTERFACE -O1)
+endif()
 # GCC finds its own AVX-512 headers at fault: -Wno-maybe-uninitialized.
 target_compile_options(
   jax_nsa_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-maybe-uninitialized>)

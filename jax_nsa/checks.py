@@ -23,6 +23,7 @@ IntegersLike: TypeAlias = jax.Array | np.ndarray | Sequence[int]
 FLOATS = ("bfloat16", "float16", "float32")
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4028234663852886e38
+SCALE_MAX = 2.0**127  # kernels compute powers of 2: times log2(e), it must be finite, too
 
 
 def integer(name: str, value: Any) -> int:
@@ -60,7 +61,7 @@ def choice(name: str, value: Any, legal: Sequence[str]) -> str:
 
 
 def scale(value: Any) -> float:
-    """Returns `scale_value` as a float that float32 can hold; refuses NaN and infinities."""
+    """Returns `scale_value` as a float that kernels can compute with; refuses NaN, infinities."""
     if hasattr(value, "dtype"):  # a NumPy or JAX scalar
         kinds = ("float", "bfloat", "int", "uint")
         real = value.shape == () and value.dtype.name.startswith(kinds)
@@ -80,6 +81,8 @@ def scale(value: Any) -> float:
         ) from None
     if not abs(checked) <= FLOAT32_MAX:
         raise ValueError(f"scale_value must be finite in float32, got {checked}")
+    if abs(checked) > SCALE_MAX:
+        raise ValueError(f"scale_value must be at most 2**127 in size, got {checked}")
     return checked
 
 

@@ -157,6 +157,10 @@ REFUSED = [
         for value in (np.nan, np.inf, -np.inf, 1e39, np.float32(np.inf), 10**400)
     ],
     *[
+        ({"scale_value": value}, ValueError, r"scale_value must be at most 2\*\*127 .*, got .*")
+        for value in (1.71e38, -(2.0**127.5), np.float32(3.4e38))
+    ],
+    *[
         ({"layout": value}, ValueError, r"layout must be one of \('TND', 'BSND'\), got .*")
         for value in ("tnd", "BNSD", "", None, b"TND", ["TND"], np.array(["TND"]))
     ],

@@ -4,20 +4,23 @@ import secrets
 import time
 
 import pytest
-from fuzz import illegal, legal
+from fuzz import faulty, illegal, legal
 from fuzz.__main__ import run
 
 from jax_nsa import native
 
-SECONDS = 10
-LEGAL, ILLEGAL = 0, 2  # seeds that give such calls
+SECONDS = 6
+LEGAL, ILLEGAL, FAULTY = 0, 2, 2  # seeds that give such calls
 
 
 @pytest.mark.parametrize("operator", legal.OPERATORS)
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 def test_fuzz(operator, implementation):
-    if implementation == "cpu" and native.unavailable("cpu", operator):
-        pytest.skip(native.unavailable("cpu", operator))
+    needed = "compress_attention" if operator in ("step", "cache") else operator
+    if implementation == "cpu" and native.unavailable("cpu", needed):
+        pytest.skip(native.unavailable("cpu", needed))
+    if operator == "cache" and implementation == "reference":
+        pytest.skip("the cache takes what there is")
     first = secrets.randbits(30)
     print(f"seeds from {first}")
     end = time.monotonic() + SECONDS
@@ -48,3 +51,15 @@ def test_notices_what_is_not_refused(monkeypatch):
     monkeypatch.setattr(illegal.OPERATORS["compress"].contract, "apply", lambda *_: None)
     with pytest.raises(AssertionError, match="was not refused"):
         run(ILLEGAL, ["compress"], ["reference"])
+
+
+def test_notices_a_fault_that_passes(monkeypatch):
+    monkeypatch.setattr(faulty, "_faults", lambda *_: iter([("actual_seq_len", (0,), 16, 0)]))
+    with pytest.raises(AssertionError, match="was not refused"):
+        run(FAULTY, ["compress"], ["cpu"])
+
+
+def test_names_are_whole_words():
+    assert illegal.names("actual_seq_kvlen[2] must be", "actual_seq_kvlen")
+    assert not illegal.names("actual_seq_kvlen[2] must be", "actual_seq")
+    assert not illegal.names("key_value_head_num must be", "head_num")

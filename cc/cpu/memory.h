@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <iterator>
 #include <memory>
 #include <mutex>
@@ -47,6 +48,9 @@ class KeptMemory {
   // The oldest make way.
   void Keep(char* memory, int64_t size) {
     if (size > kKeptBytes) return std::free(memory);
+#if defined(__SANITIZE_ADDRESS__)
+    std::memset(memory, 0xff, size);  // NaN to whoever reads it before it is written again
+#endif
     const std::lock_guard<std::mutex> lock(mutex_);
     if (blocks_.size() == kMostBlocks) DropOldest();
     blocks_.push_back({memory, size});

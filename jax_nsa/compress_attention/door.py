@@ -130,7 +130,7 @@ def nsa_compress_attention_infer(
             `[num_blocks, page_block_size, Nkv, D]`.
         value: query's dtype `[num_blocks, page_block_size, Nkv * Dv]`, the pool of value pages,
             `Dv <= min(D, 128)`; or `[num_blocks, page_block_size, Nkv, Dv]`.
-        scale_value: the factor on query-key products, often `D ** -0.5`. Finite.
+        scale_value: the factor on query-key products, often `D ** -0.5`; at most `2**127` in size.
         head_num: `N`, query heads; a multiple of `key_value_head_num` with a ratio that divides
             128.
         key_value_head_num: `Nkv`, key and value heads.

@@ -106,7 +106,7 @@ def nsa_select_attention_infer(
         value: the same with `Dv <= min(D, 128)`, the pool of value pages.
         topk_indices: integers `[B, S, Nkv, k]`, with `S = 1` also `[B, Nkv, k]`; `[T, Nkv, k]` with
             "TND". Blocks, or -1, in any order.
-        scale_value: the factor on query-key products, often `D ** -0.5`. Finite.
+        scale_value: the factor on query-key products, often `D ** -0.5`; at most `2**127` in size.
         head_num: `N`, query heads; a multiple of `key_value_head_num` with a ratio that divides
             128.
         key_value_head_num: `Nkv`, key and value heads.
@@ -211,7 +211,7 @@ def nsa_window_attention_infer(
             `[num_blocks, page_block_size, Nkv, D]`.
         value: query's dtype `[num_blocks, page_block_size, Nkv * Dv]`, the pool of value pages,
             `Dv <= min(D, 128)`; or `[num_blocks, page_block_size, Nkv, Dv]`.
-        scale_value: the factor on query-key products, often `D ** -0.5`. Finite.
+        scale_value: the factor on query-key products, often `D ** -0.5`; at most `2**127` in size.
         head_num: `N`, query heads; a multiple of `key_value_head_num` with a ratio that divides
             128.
         key_value_head_num: `Nkv`, key and value heads.

@@ -1,19 +1,21 @@
 """Illegal calls: a legal one with one argument spoilt, which an error has to name.
 
-What the host can see is refused before anything runs; a bad value that only the running program
-knows fails the call on the CPU, and never crashes, hangs or gives a number.
+What the host can see is refused before anything runs; for what only the running program knows, see
+`faulty`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fuzz.legal import OPERATORS, Random, pick
+from fuzz import faulty
+from fuzz.draw import Random, pick
+from fuzz.legal import OPERATORS
 
 Arguments = dict[str, Any]
 
@@ -105,6 +107,11 @@ def _is_float(value: Any) -> bool:
     return isinstance(array, np.ndarray) and jnp.issubdtype(array.dtype, jnp.floating)
 
 
+def names(message: str, name: str) -> bool:
+    """Whether a message says the name as a whole word."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message) is not None
+
+
 def check(operator: str, implementation: str, random: Random) -> str:
     """Spoils a call and sees it refused by name; returns what it was."""
     known = OPERATORS[operator]
@@ -112,21 +119,21 @@ def check(operator: str, implementation: str, random: Random) -> str:
     arguments = known.build(geometry)
     tester = known.contract()
     tester.implementation = implementation
-    # Of what only the running program knows, values alone can be bad.
-    at_run_time = implementation == "cpu" and random.random() < 0.3
-    spoil = spoil_value if at_run_time else HOST[random.integers(len(HOST))]
+    if operator in RUN_TIME and random.random() < 0.4:
+        return faulty.check(tester, geometry, arguments, random)
+    able = [
+        spoil
+        for spoil in HOST
+        if operator in RUN_TIME or spoil not in (spoil_integers, spoil_value)
+    ]
+    spoil = able[random.integers(len(able))]
     name = spoil(arguments, random)
-    form = "jit, arrays" if at_run_time else "eager, host values"
-    told = f"{spoil.__name__} {name} = {arguments[name]!r}, {form}, {geometry}"
-    errors = (jax.errors.JaxRuntimeError,) if at_run_time else (TypeError, ValueError)
+    told = f"{spoil.__name__} {name} = {arguments[name]!r}, {geometry}"
     try:
-        if at_run_time:
-            tester.call(arguments, form)
-        else:
-            tester.apply(arguments)
-    except errors as error:
-        # A length that is spoilt may be told by what no longer fits it.
-        if not any(n in str(error) for n in (name, *RELATED.get(name, ()))):
+        tester.apply(arguments)
+    except (TypeError, ValueError) as error:
+        # An argument may be told by what no longer fits it.
+        if not any(names(str(error), n) for n in (name, *RELATED.get(name, ()))):
             raise AssertionError(f"the message does not name {name}: {error}\n{told}") from error
         return told
     except Exception as error:
@@ -135,11 +142,13 @@ def check(operator: str, implementation: str, random: Random) -> str:
     raise AssertionError(f"was not refused: {told}")
 
 
+RUN_TIME = ("compress_attention", "select_attention", "compress")
 RELATED = {
     "head_num": ("key_value_head_num",),
     "key_value_head_num": ("head_num", "key", "query", "topk_indices"),
     "page_block_size": ("key", "input"),
-    "block_table": ("query", "actual"),
+    "block_table": ("query", "actual_seq_kvlen", "actual_cmp_seq_kvlen", "actual_seq_len",
+                    "actual_seq_qlen", "slot_mapping"),
     "query": ("block_table", "head_num", "key"),
     "value": ("key",),
     "layout": ("query",),
@@ -147,6 +156,9 @@ RELATED = {
     "cache": ("input",),
     "input": ("cache", "key"),
     "actual_cmp_seq_kvlen": ("actual_sel_seq_kvlen",),
-    "compress_stride": ("compress_block_size", "select_block_size", "actual"),
+    "compress_stride": ("compress_block_size", "select_block_size", "actual_seq_len",
+                        "actual_seq_qlen", "actual_sel_seq_kvlen"),
     "compress_block_size": ("select_block_size", "compress_stride", "weight"),
-}
+    "select_block_size": ("topk_indices", "compress_block_size"),
+    "gates": ("query",),
+}  # fmt: skip

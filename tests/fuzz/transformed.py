@@ -1,0 +1,136 @@
+"""Legal calls under `jax.vmap`, over meshes, and with their caches split over devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from fuzz.draw import Random, pick
+
+if TYPE_CHECKING:
+    from fuzz.legal import Operator
+
+
+def check_vmap(tester: Any, known: Operator, geometry: Any, random: Random) -> None:
+    """Two calls of one geometry under `jax.vmap`; all that tells them apart is mapped."""
+    both = [known.build(dataclasses.replace(geometry, seed=geometry.seed + i)) for i in range(2)]
+    names = _arrays(both[0])
+    same = {n for n in names if jax.tree.all(jax.tree.map(np.array_equal, both[0][n], both[1][n]))}
+    mapped = {n for n in names if n not in same or random.random() < 0.5}
+    if "key" in names and random.integers(2):  # they share their caches, and whose pages are whose
+        shared = {"key", "value", "block_table"}
+        mapped -= shared
+        both[1] |= {n: both[0][n] for n in shared}
+    arrays = {n: jax.tree.map(lambda *a: np.stack(a), *(c[n] for c in both)) for n in mapped}
+    results = jax.jit(jax.vmap(lambda mapped: tester.apply({**both[0], **mapped})))(arrays)
+    for i, arguments in enumerate(both):
+        own = tuple(np.asarray(result[i]) for result in jax.tree.leaves(results))
+        tester.assert_agrees(own, arguments)
+
+
+def check_mesh(tester: Any, known: Operator, geometry: Any, random: Random) -> None:
+    """The same over a mesh, sequences or heads split where they divide."""
+    arguments = known.build(geometry)
+    devices = jax.devices()
+    packed = geometry.layout == "TND" and geometry.token_counts is not None
+    divides = len(geometry.lengths) % len(devices) == 0 and not packed
+    by_rows = divides and random.integers(2)
+    if len(devices) < 2 or (not by_rows and geometry.key_value_heads % len(devices)):
+        return
+    axis_type = pick(random, AxisType.Auto, AxisType.Explicit)
+    mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(axis_type,))
+    heads = {"query": -1 if geometry.layout == "BSH" else -2, "topk_indices": -2}
+    heads |= {"key": 2, "value": 2}
+
+    def spec(name: str) -> PartitionSpec:
+        if by_rows:
+            return PartitionSpec("x") if name in known.rows else PartitionSpec()
+        entries: list[str | None] = [None] * arguments[name].ndim
+        if name in heads:
+            entries[heads[name]] = "x"
+        return PartitionSpec(*entries)
+
+    placed = {
+        n: jax.device_put(arguments[n], NamedSharding(mesh, spec(n))) for n in _arrays(arguments)
+    }
+    with jax.set_mesh(mesh):
+        results = jax.jit(lambda arrays: tester.apply({**arguments, **arrays}))(placed)
+    tester.assert_agrees(results, arguments)
+
+
+def check_context(tester: Any, known: Operator, geometry: Any, random: Random) -> None:
+    """The same with the pages of each sequence split over devices, whose pools are their own."""
+    arguments = known.build(geometry)
+    if hasattr(geometry, "block"):
+        step = geometry.block if "topk_indices" in arguments else 1
+    else:
+        step = geometry.window[2] // geometry.window[1]
+    devices = len(jax.devices())
+    parts = _split(arguments, devices, step, random)
+    pages, whole = PartitionSpec("x"), PartitionSpec()
+    specs = {"key": pages, "value": pages, "block_table": PartitionSpec(None, "x")}
+    arrays = {n: parts.get(n, arguments[n]) for n in _arrays(arguments)}
+
+    def part(arrays: dict[str, Any]) -> tuple[Any, ...]:
+        return tester.apply({**arguments, **arrays, "context_axis": "x"})
+
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(
+        part, mesh=mesh, in_specs=({n: specs.get(n, whole) for n in arrays},), out_specs=whole
+    )
+    tester.assert_agrees(jax.jit(run)(arrays), arguments)
+
+
+def _split(
+    arguments: dict[str, Any], devices: int, step: int, random: Random
+) -> dict[str, np.ndarray]:
+    """The pools and the block table of each device, side by side.
+
+    Args:
+        arguments: those of the whole call.
+        devices: how many.
+        step: of how many positions each device must have a multiple.
+        random: decides the order of each device's pages.
+    """
+    table, page = arguments["block_table"], arguments["page_block_size"]
+    columns = -(-table.shape[1] // devices)
+    while columns * page % step:
+        columns += 1
+    # What is behind a sequence's pages is not looked at.
+    padded = np.full((len(table), columns * devices), -5, np.int32)
+    padded[:, : table.shape[1]] = table
+    owned = [padded[:, r * columns : (r + 1) * columns] for r in range(devices)]
+    pools = len(arguments["key"])
+    used = [random.permutation(np.unique(own[(own >= 0) & (own < pools)])) for own in owned]
+    most = max(map(len, used)) + 1
+    parts: dict[str, Any] = {"key": [], "value": [], "block_table": []}
+    for own, names in zip(owned, used, strict=True):
+        number = {int(name): at for at, name in enumerate(names)}
+        parts["block_table"].append([[number.get(int(id), most) for id in row] for row in own])
+        for name in ("key", "value"):
+            pool = np.full((most, *arguments[name].shape[1:]), np.nan, arguments[name].dtype)
+            pool[: len(names)] = arguments[name][names]
+            parts[name].append(pool)
+    return {
+        "key": np.concatenate(parts["key"]), "value": np.concatenate(parts["value"]),
+        "block_table": np.concatenate(parts["block_table"], axis=1, dtype=np.int32),
+    }  # fmt: skip
+
+
+def _arrays(arguments: dict[str, Any]) -> list[str]:
+    """Names of the arguments that are arrays, or pairs of them."""
+    return [
+        n for n, a in arguments.items()
+        if n != "atten_mask" and all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(a))
+    ]  # fmt: skip
+
+
+BY = {
+    "compress_attention": (check_vmap, check_mesh, check_context),
+    "select_attention": (check_vmap, check_mesh, check_context),
+    "compress": (check_vmap,),
+}

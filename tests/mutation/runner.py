@@ -1,0 +1,186 @@
+"""Runs the tests of a mutant, which is never written into the working tree.
+
+Python's tests run in a child of one process that has imported JAX; the child imports the mutant
+instead of the file. Headers are compiled into tests of tests/cc, sources into a compiled module,
+from those objects of a build that stay the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Iterator, Sequence
+
+from mutation.mutants import Mutant
+from mutation.targets import HEADERS, TESTS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+SECONDS, PROGRAM_SECONDS = 300, 20  # of processor time that pytest and a program may take
+
+NATIVE = "jax_nsa._native"
+
+
+class Runner:
+    """Applies mutants and runs tests.
+
+    Attributes:
+        build: the build directory of the module, for mutants of its sources; made by
+            `cmake -S cc -B <build> -G Ninja && ninja -C <build>`.
+    """
+
+    def __init__(self, build: pathlib.Path) -> None:
+        self.build = build
+        self.scratch = pathlib.Path(tempfile.mkdtemp(prefix="mutation"))
+
+    def close(self) -> None:
+        """Removes what was compiled."""
+        shutil.rmtree(self.scratch)
+
+    def run(self, mutant: Mutant | None, path: str) -> str:
+        """The fate of a mutant of a file, or of the file as it is.
+
+        "killed", "survived", or "invalid" where it does not compile.
+        """
+        source = (ROOT / path).read_text()
+        if mutant is not None:
+            source = mutant.apply(source)
+        if path in HEADERS:
+            return self._run_programs(path, source)
+        arguments = TESTS[path]
+        if path.endswith(".py"):
+            try:
+                code = compile(source, str(ROOT / path), "exec")
+            except SyntaxError:
+                return "invalid"
+            name = ".".join(pathlib.Path(path).with_suffix("").parts)
+            return self._run_pytest(arguments, {name: code})
+        module = self._link(path, source)
+        return "invalid" if module is None else self._run_pytest(arguments, {NATIVE: module})
+
+    def _run_programs(self, path: str, source: str) -> str:
+        tree = self.scratch / "cc"
+        shutil.copytree(ROOT / "cc", tree, dirs_exist_ok=True)
+        (tree / pathlib.Path(path).relative_to("cc")).write_text(source)
+        tests = ROOT / "tests" / "cc"
+        for name in HEADERS[path]:
+            program = self.scratch / name
+            compiled = _quietly(
+                "g++", "-std=c++17", "-O0", "-fsanitize=undefined,address", "-fno-sanitize-recover",
+                f"-I{tree}", f"-I{tests}", str(tests / f"{name}_test.cc"), "-o", str(program),
+            )  # fmt: skip
+            if compiled:
+                return "invalid"
+            if _quietly(str(program), seconds=PROGRAM_SECONDS):
+                return "killed"
+        return "survived"
+
+    def _link(self, path: str, source: str) -> pathlib.Path | None:
+        """The module with one source changed; None where it does not compile."""
+        listed = subprocess.run(
+            ["ninja", "-C", str(self.build), "-t", "commands"],
+            check=True, capture_output=True, text=True,
+        ).stdout.splitlines()  # fmt: skip
+        compiles = next(c for c in listed if c.endswith(str(ROOT / path)))
+        link = next(c for c in listed if " -o _native" in c).split("&&")[1]
+        mutated, unit = self.scratch / "mutant.cc", self.scratch / "mutant.o"
+        mutated.write_text(source)
+        words = shlex.split(compiles)
+        at = words.index("-o")
+        words = [w for w in words[:at] if not w.startswith(("-O", "-flto"))]
+        include = f"-I{(ROOT / path).parent}"
+        if _quietly(*words, "-O0", include, "-o", str(unit), "-c", str(mutated), cwd=self.build):
+            return None
+        words = shlex.split(link)
+        at = words.index("-o")
+        module = self.scratch / words[at + 1]
+        # Before the archives, which then have no more to give for it.
+        words = [*words[:at], "-o", str(module), str(unit), *words[at + 2 :]]
+        own = path.removeprefix("cc/") + ".o"
+        words = [w for w in words if not w.endswith(f"_native.dir/{own}")]
+        assert _quietly(*words, cwd=self.build) == 0, shlex.join(words)
+        return module
+
+    def _run_pytest(
+        self, arguments: Sequence[str], instead: dict[str, types.CodeType | pathlib.Path]
+    ) -> str:
+        child = os.fork()
+        if child:
+            _, status = os.waitpid(child, 0)
+            return "survived" if status == 0 else "killed"
+        with contextlib.suppress(BaseException):
+            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            os.chdir(ROOT / "tests")
+            sys.meta_path.insert(0, _Finder(instead))
+            import pytest
+
+            os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *arguments]))
+        os._exit(3)
+
+
+class _Finder:
+    """Finds these modules before the import system finds others of their names."""
+
+    def __init__(self, instead: dict[str, types.CodeType | pathlib.Path]) -> None:
+        self.instead = instead
+
+    def find_spec(self, name: str, *_: object) -> importlib.machinery.ModuleSpec | None:
+        found = self.instead.get(name)
+        if isinstance(found, types.CodeType):
+            spec = importlib.util.spec_from_loader(name, _Loader(found), origin=found.co_filename)
+            spec.has_location = True
+            return spec
+        if found is None:
+            return None
+        loader = importlib.machinery.ExtensionFileLoader(name, str(found))
+        return importlib.util.spec_from_file_location(name, str(found), loader=loader)
+
+
+class _Loader:
+    """Loads what is compiled already."""
+
+    def __init__(self, code: types.CodeType) -> None:
+        self.code = code
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        exec(self.code, module.__dict__)
+
+
+def _quietly(*command: str, cwd: pathlib.Path | None = None, seconds: int = SECONDS) -> int:
+    limit = f"ulimit -t {seconds}; exec {shlex.join(command)}"
+    return subprocess.run(
+        ["bash", "-c", limit], capture_output=True, cwd=cwd, check=False
+    ).returncode
+
+
+@contextlib.contextmanager
+def prepared(build: pathlib.Path) -> Iterator[Runner]:
+    """A runner in a process that its children may start from."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    # Most of a test's programs are those of the test before.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(build / "jax-cache"))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    import hypothesis  # noqa: F401
+    import jax  # noqa: F401
+
+    runner = Runner(build)
+    try:
+        yield runner
+    finally:
+        runner.close()

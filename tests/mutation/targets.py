@@ -1,0 +1,61 @@
+"""Which tests must notice a change to which file, chosen to be quick.
+
+They are not all that would. A mutant that lives here may still die elsewhere; one that a reader of
+the file would miss should die here.
+"""
+
+from __future__ import annotations
+
+# Programs of tests/cc, which include the header.
+HEADERS = {
+    "cc/selection.h": ("selection",),
+    "cc/blocks.h": ("selection",),
+    "cc/spans.h": ("geometry",),
+    "cc/paged.h": ("problem", "geometry"),
+    "cc/compress.h": ("geometry",),
+    "cc/compress_attention.h": ("problem", "geometry"),
+    "cc/select_attention.h": ("geometry",),
+}
+
+_REFUSES = "refuses or unchanged"
+_ALL_REFUSALS = (
+    "test_native.py", "test_compress_cpu.py", "test_select_attention.py", "-k",
+    f"{_REFUSES} or fault",
+)  # fmt: skip
+_CONTRACT = ("test_reference.py", "-k", "dtype or window or mask or token or fault or zero")
+_STEP = ("test_step_mutations.py", "-k", "original")
+
+# Arguments of pytest in tests/.
+TESTS = {
+    "cc/ffi_call.cc": (*_ALL_REFUSALS[:3], "test_fault_messages.py", "-k",
+                       f"{_REFUSES} or fault or vmap"),
+    "cc/compress_attention_call.cc": (
+        "test_native.py", "test_fault_messages.py", "-k", f"{_REFUSES} or fails",
+    ),
+    "cc/select_attention_call.cc": ("test_select_attention.py", "-k", f"{_REFUSES} or fault"),
+    "cc/compress_call.cc": ("test_compress_cpu.py", "test_compress.py", "-k",
+                            f"{_REFUSES} or fault or row"),
+    "jax_nsa/axes.py": ("test_operator.py",),
+    "jax_nsa/blocks.py": ("test_front_door.py", "test_compress_door.py", "test_mutations.py", "-k",
+                          "windows or refuse or original or door"),
+    "jax_nsa/checks.py": ("test_front_door.py", "test_operands.py"),
+    "jax_nsa/paged.py": ("test_front_door.py", "test_compress_door.py", "test_operands.py"),
+    "jax_nsa/partition.py": ("test_operator.py", "test_meshes.py"),
+    "jax_nsa/primitive.py": ("test_operator.py", "test_composition.py", "test_fault_messages.py",
+                             "-k", "not mesh"),
+    "jax_nsa/tokens.py": ("test_reference.py", "test_front_door.py", "-k",
+                          "token or rows or fault or counts"),
+    "jax_nsa/cache.py": ("test_cache.py",),
+    "jax_nsa/pages.py": ("test_cache.py",),
+    "jax_nsa/compress/problem.py": ("test_compress_door.py",),
+    "jax_nsa/compress/window.py": ("test_compress_door.py", "test_step_mutations.py", "-k",
+                                   "not caught"),
+    "jax_nsa/compress/reference.py": ("test_step_mutations.py", "-k", "original"),
+    "jax_nsa/compress_attention/context.py": ("test_context_parallel.py",),
+    "jax_nsa/compress_attention/problem.py": ("test_front_door.py",),
+    "jax_nsa/compress_attention/reference.py": ("test_mutations.py", "-k", "original"),
+    "jax_nsa/select_attention/context.py": ("test_select_composition.py",),
+    "jax_nsa/select_attention/problem.py": ("test_select_attention.py", "-k", "refuses"),
+    "jax_nsa/select_attention/reference.py": ("test_step_mutations.py", "-k", "original"),
+    "jax_nsa/step.py": ("test_step.py",),
+}  # fmt: skip
