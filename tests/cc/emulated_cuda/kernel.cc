@@ -8,7 +8,7 @@ namespace jax_nsa::cuda {
 namespace {
 
 // The shared memory that the kernel declares: the most that a device has.
-alignas(128) char memory[232448];
+alignas(1024) char memory[232448];
 
 }  // namespace
 }  // namespace jax_nsa::cuda
@@ -22,7 +22,9 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const emulated_cuda::Device& found = emulated_cuda::kDevices[device];
-  *value = attribute == cudaDevAttrMultiProcessorCount ? found.multiprocessors : found.shared_bytes;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? found.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? found.shared_bytes
+                                                                  : found.major;
   return cudaSuccess;
 }
 
