@@ -12,7 +12,7 @@
 #include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // The weights of the block sums, as the matrix instruction takes them: entry o + kWeightsBefore
 // has those at offsets o and o - 1 as a pair of bfloat16. Offsets are those of Blocks::Weight.
@@ -159,6 +159,6 @@ class WarpRows : public AttendedRows<Stage<T, kTile, kHeadSize, kValueSize>> {
   uint32_t query_[kPlain ? 1 : kSteps][4];
 };
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_ATTEND_CUH_

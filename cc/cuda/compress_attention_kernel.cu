@@ -17,7 +17,7 @@
 #include "cuda/device.h"
 #include "cuda/flags.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 namespace {
 
 // Shared memory, before the ring's stages.
@@ -238,4 +238,4 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
                                      arguments, device->shared_bytes, stream);
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed

@@ -15,7 +15,7 @@
 #include "cuda/ptx.cuh"
 #include "cuda/results.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // Columns that the warps merge at a time; the pitch spreads rows over the banks.
 constexpr int kMergedColumns = 64, kMergePitch = kMergedColumns + 8;
@@ -344,6 +344,6 @@ __device__ inline void FinishAttention(const Params& params, const Part& part,
   }
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_MERGE_CUH_

@@ -10,7 +10,7 @@
 #include "cuda/divider.cuh"
 #include "cuda/tiles.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // Integers are worked out on the host and 32 bits wide where the kernel needs them often: dividing
 // on the device, and 64-bit arithmetic, cost far more than they look.
@@ -78,6 +78,6 @@ struct Params {
   }
 };
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PARAMS_CUH_

@@ -10,7 +10,7 @@
 #include "cuda/ptx.cuh"
 #include "cuda/tiles.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // The ring has a power of two stages. A barrier's parity tells only one phase from the next, so
 // whoever waits for a stage must know that its last but one use is over: each loading warp and each
@@ -201,6 +201,6 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   return has_last;
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PIPELINE_CUH_
