@@ -5,6 +5,8 @@ from types import MappingProxyType
 import pytest
 from compress_attention.contract import CompressAttentionContract
 from compress_attention.problems import Geometry
+from interleaved.pools import Interleaved
+from select_attention.contract import SelectAttentionContract
 
 pytestmark = pytest.mark.cuda
 
@@ -18,3 +20,13 @@ class TestCuda(CompressAttentionContract):
     def test_longer_and_shorter_sequences_that_make_up_for_each_other(self):
         # As much work in all as if each were as long as the first; shares must not be cut so.
         self.check(Geometry(lengths=(1024, 512, 1536), page=128))
+
+
+class TestInterleavedCompress(Interleaved, TestCuda):
+    """The same calls with keys and values in one pool."""
+
+
+class TestInterleavedSelect(Interleaved, SelectAttentionContract):
+    """The selected branch with keys and values in one pool."""
+
+    implementation = "cuda"

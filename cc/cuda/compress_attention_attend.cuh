@@ -1,19 +1,18 @@
-// What one warp does with a tile of 32 positions: scores, softmax, attention and block sums of its
-// 16 rows. Lane 4g + t holds of any [16, 8n] result the rows g and g + 8, columns 8j + 2t and
-// 8j + 2t + 1 for each j < n, as the matrix instruction leaves them.
+// What one warp does with a tile of 32 positions: attention (attend.cuh) and block sums of its 16
+// rows.
 
 #ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_ATTEND_CUH_
 #define JAX_NSA_CUDA_COMPRESS_ATTENTION_ATTEND_CUH_
 
-#include <cmath>
 #include <type_traits>
 
+#include "cuda/attend.cuh"
 #include "cuda/compress_attention_params.cuh"
 #include "cuda/compress_attention_pipeline.cuh"
 #include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // The weights of the block sums, as the matrix instruction takes them: entry o + kWeightsBefore
 // has those at offsets o and o - 1 as a pair of bfloat16. Offsets are those of Blocks::Weight.
@@ -30,28 +29,17 @@ __device__ inline uint32_t WeightPair(const Params& params, int entry) {
 
 // One warp's 16 rows while it goes through the tiles of a part.
 template <typename T, int kHeadSize, int kValueSize>
-class WarpRows {
+class WarpRows : public AttendedRows<Stage<T, kTile, kHeadSize, kValueSize>> {
  public:
   static constexpr bool kPlain = std::is_same_v<T, float>;
-  using Stage = cuda::Stage<T, kHeadSize, kValueSize>;
-  static constexpr int kSteps = kHeadSize / 16, kColumns = kValueSize / 8;
-
-  float sums[kColumns][4];  // exponentials times values
-  float maxima[2];          // of the scaled scores, in powers of two
-  float totals[2];          // of the exponentials of this lane's columns
+  using Stage = cuda::Stage<T, kTile, kHeadSize, kValueSize>;
+  static constexpr int kSteps = kHeadSize / 16;
 
   // `first_row` of the rows of the part's chunk.
   __device__ WarpRows(const Params& params, const Part& part, int first_row)
       : params_(params), first_row_(first_row), record_rows_(RecordRows(part.rows(params))) {
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (float& sum : sums[n]) sum = 0.0f;
-    }
-#pragma unroll
     for (int r = 0; r < 2; ++r) {
-      maxima[r] = -INFINITY;
-      totals[r] = 0.0f;
       const int row = first_row + lane() / 4 + 8 * r;
       const bool exists = row < part.rows(params);
       const int token = part.first_token + (exists ? row >> params.group_log2 : 0);
@@ -64,51 +52,24 @@ class WarpRows {
     if constexpr (!kPlain) LoadQuery();
   }
 
-  // Adds a tile's positions, from `first_position` on. `record` is the tile's
-  // (compress_attention_records.cuh).
-  __device__ void Attend(const Stage& stage, int first_position, const uint32_t* weights,
-                         uint64_t* release, int releases, float* record) {
+  // Adds a tile's positions, from `first_position` on and as far as the sequence goes. `record` is
+  // the tile's (compress_attention_records.cuh).
+  __device__ void Attend(const Stage& stage, int first_position, int length,
+                         const uint32_t* weights, uint64_t* release, int releases, float* record) {
     float p[4][4];  // scores, then their exponentials
-    Scores(stage.keys(), p);
-    const float scale = params_.scale_log2;
-    float peak[2] = {-INFINITY, -INFINITY};
+    if constexpr (kPlain) {
+      PlainScores<Stage>(stage.keys(), query_row_, params_.head_size, p);
+    } else {
+      const auto query = [&](int s, uint32_t (&a)[4]) {
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int position = first_position + 8 * n + 2 * (lane() % 4) + c % 2;
-        p[n][c] = position < visible_[c / 2] ? p[n][c] * scale : -INFINITY;
-        peak[c / 2] = fmaxf(peak[c / 2], p[n][c]);
-      }
+        for (int i = 0; i < 4; ++i) a[i] = query_[s][i];
+      };
+      Scores<Stage>(stage.keys(), query, p);
     }
-    float shrink[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], 1));
-      peak[r] = fmaxf(peak[r], __shfl_xor_sync(~0u, peak[r], 2));
-      const float before = maxima[r];
-      maxima[r] = fmaxf(before, peak[r]);
-      peak[r] = maxima[r] == -INFINITY ? 0.0f : maxima[r];
-      shrink[r] = Exp2(before - peak[r]);
-      totals[r] *= shrink[r];
-    }
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        p[n][c] = Exp2(p[n][c] - peak[c / 2]);
-        totals[c / 2] += p[n][c];
-      }
-    }
-    // The maxima settle after a few tiles.
-    if (__any_sync(~0u, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
-#pragma unroll
-      for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sums[n][c] *= shrink[c / 2];
-      }
-    }
-    AddValues(stage.values(), p);
+    this->Exponentiate(p, params_.scale_log2, [&](int half, int position) {
+      return first_position + position < visible_[half];
+    });
+    this->AddValues(stage.values(), p, 0, length - first_position, params_.value_size);
     BarrierArrive(release, releases);
     StoreBlockSums(p, first_position, weights, record);
   }
@@ -120,7 +81,7 @@ class WarpRows {
   __device__ void LoadQuery() {
     const int column = 2 * (lane() % 4);
     const T* rows[2] = {query_row_[0] + column, query_row_[1] + column};
-    if (params_.aligned_rows && params_.head_size == kHeadSize) {
+    if (params_.aligned_query && params_.head_size == kHeadSize) {
 #pragma unroll
       for (int i = 0; i < 4 * kSteps; ++i) {
         query_[i / 4][i % 4] = *reinterpret_cast<const uint32_t*>(rows[i % 2] + 8 * (i / 2));
@@ -133,101 +94,6 @@ class WarpRows {
         const uint16_t* pair = reinterpret_cast<const uint16_t*>(rows[row] + d);
         query_[i / 4][i % 4] =
             (d < rest ? pair[0] : 0) | (d + 1 < rest ? uint32_t{pair[1]} << 16 : 0);
-      }
-    }
-  }
-
-  // p[16 rows, 32 positions] = query keys^T
-  __device__ void Scores(const char* keys, float (&p)[4][4]) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-#pragma unroll
-      for (float& score : p[n]) score = 0.0f;
-    }
-    if constexpr (kPlain) {
-      const char* row = keys + 2 * (lane() % 4) * Stage::kKeyPitch;
-#pragma unroll 1
-      for (int d = 0; d < params_.head_size; ++d) {
-        const float q[2] = {query_row_[0][d], query_row_[1][d]};
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float k = reinterpret_cast<const float*>(row + (8 * n + c) * Stage::kKeyPitch)[d];
-            p[n][c] += q[0] * k;
-            p[n][2 + c] += q[1] * k;
-          }
-        }
-      }
-    } else {
-      // Of four matrices: two times 8 positions, each with two times 8 columns. Those of the next
-      // step are fetched while this one's multiply.
-      const uint32_t row = SharedAddress(keys) + (lane() % 8 + lane() / 16 * 8) * Stage::kKeyPitch +
-                           lane() / 8 % 2 * 16;
-      const uint32_t rows[2] = {row, row + 16 * Stage::kKeyPitch};
-      uint32_t k[2][2][4];
-      LoadMatrices(k[0][0], rows[0]);
-      LoadMatrices(k[0][1], rows[1]);
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-        for (int half = 0; half < 2 && s + 1 < kSteps; ++half) {
-          LoadMatrices(k[(s + 1) % 2][half], rows[half] + 32 * (s + 1));
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          MultiplyAdd<T>(p[2 * half], query_[s], k[s % 2][half][0], k[s % 2][half][1]);
-          MultiplyAdd<T>(p[2 * half + 1], query_[s], k[s % 2][half][2], k[s % 2][half][3]);
-        }
-      }
-    }
-  }
-
-  // sums[16 rows, kValueSize] += p[16 rows, 32 positions] values
-  __device__ void AddValues(const char* values, const float (&p)[4][4]) {
-    if constexpr (kPlain) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-#pragma unroll 1
-        for (int owner = 0; owner < 4; ++owner) {  // the lane, of four, that has these positions
-          const int source = (lane() & ~3) | owner;
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const float p0 = __shfl_sync(~0u, p[n][c], source);
-            const float p1 = __shfl_sync(~0u, p[n][2 + c], source);
-            const float* row = reinterpret_cast<const float*>(values + (8 * n + 2 * owner + c) *
-                                                                           Stage::kValuePitch);
-#pragma unroll
-            for (int v = 0; v < kColumns; ++v) {
-              if (8 * v >= params_.value_size) break;
-              const float2 pair = *reinterpret_cast<const float2*>(row + 8 * v + 2 * (lane() % 4));
-              sums[v][0] += p0 * pair.x;
-              sums[v][1] += p0 * pair.y;
-              sums[v][2] += p1 * pair.x;
-              sums[v][3] += p1 * pair.y;
-            }
-          }
-        }
-      }
-    } else {
-      // Of four matrices: two times 8 positions of 8 columns, then of the next 8.
-      const uint32_t row =
-          SharedAddress(values) + lane() % 16 * Stage::kValuePitch + lane() / 16 * 16;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float (&low)[4] = p[2 * half];
-        const float (&high)[4] = p[2 * half + 1];
-        const uint32_t a[4] = {Pack<T>(low[0], low[1]), Pack<T>(low[2], low[3]),
-                               Pack<T>(high[0], high[1]), Pack<T>(high[2], high[3])};
-        const uint32_t half_row = row + 16 * half * Stage::kValuePitch;
-        uint32_t b[2][4];
-        LoadMatricesTransposed(b[0], half_row);
-#pragma unroll
-        for (int v = 0; v < kColumns; v += 2) {
-          if (v + 2 < kColumns) LoadMatricesTransposed(b[v / 2 % 2 ^ 1], half_row + 16 * (v + 2));
-          MultiplyAdd<T>(sums[v], a, b[v / 2 % 2][0], b[v / 2 % 2][1]);
-          MultiplyAdd<T>(sums[v + 1], a, b[v / 2 % 2][2], b[v / 2 % 2][3]);
-        }
       }
     }
   }
@@ -257,8 +123,8 @@ class WarpRows {
     float* row = record + first_row_ + g;
     const bool exists[2] = {first_row_ + g < record_rows_, first_row_ + g + 8 < record_rows_};
     if (t == 0) {
-      if (exists[0]) row[0] = maxima[0];
-      if (exists[1]) row[8] = maxima[1];
+      if (exists[0]) row[0] = this->maxima[0];
+      if (exists[1]) row[8] = this->maxima[1];
     }
     const int first_block = params_.FirstBlock(first_position);
 #pragma unroll 1
@@ -293,6 +159,6 @@ class WarpRows {
   uint32_t query_[kPlain ? 1 : kSteps][4];
 };
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_ATTEND_CUH_

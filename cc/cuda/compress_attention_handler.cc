@@ -11,7 +11,7 @@
 #include "cuda/workspace.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 namespace {
 
 namespace ffi = xla::ffi;
@@ -31,9 +31,10 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
 }
 
 }  // namespace
+}  // namespace jax_nsa::cuda::compressed
 
-int64_t CompressAttentionWorkspace(const Sizes& sizes) {
-  Problem problem = {};
+int64_t jax_nsa::cuda::CompressAttentionWorkspace(const Sizes& sizes) {
+  compressed::Problem problem = {};
   problem.sequences = sizes["b"];
   problem.rows = sizes.Rows();
   problem.tokens = sizes.Has("n") ? 0 : sizes["t"];
@@ -45,13 +46,11 @@ int64_t CompressAttentionWorkspace(const Sizes& sizes) {
   problem.select_count = sizes["k"];
   problem.blocks = {sizes["compress_block_size"], sizes["compress_stride"],
                     sizes["select_block_size"], sizes["aligned"] != 0};
-  return WorkspaceBytes(problem);
+  return compressed::WorkspaceBytes(problem);
 }
 
-}  // namespace jax_nsa::cuda
-
 // One kernel on the given stream and nothing else, so XLA may record it in command buffers.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_cuda, jax_nsa::cuda::Run,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_cuda, jax_nsa::cuda::compressed::Run,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .RemainingArgs()

@@ -6,9 +6,6 @@
 // positions (compress_attention_attend.cuh), and when a part of an item is through they merge it
 // with the others and select (compress_attention_merge.cuh, compress_attention_selection.cuh).
 
-#include <cstdlib>
-#include <mutex>
-
 #include "cuda/compress_attention_attend.cuh"
 #include "cuda/compress_attention_launch.h"
 #include "cuda/compress_attention_merge.cuh"
@@ -17,13 +14,14 @@
 #include "cuda/compress_attention_records.cuh"
 #include "cuda/compress_attention_selection.cuh"
 #include "cuda/compress_attention_work.cuh"
+#include "cuda/device.h"
 #include "cuda/flags.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 namespace {
 
 // Shared memory, before the ring's stages.
-struct alignas(128) Shared {
+struct alignas(kSwizzle) Shared {
   union {
     MergeScratch merge;
     SelectionScratch selection;
@@ -72,8 +70,8 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
         // This phase is long over; without the wait, synccheck takes the barrier for misused.
         BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);
         faulty |= ring.barriers->faulty[slot] != 0;
-        rows.Attend(ring[slot], tile * kTile, shared.state.weights, &ring.barriers->empty[slot],
-                    releases, records.Own(tile));
+        rows.Attend(ring[slot], tile * kTile, part.sequence.length, shared.state.weights,
+                    &ring.barriers->empty[slot], releases, records.Own(tile));
         position.Advance(turns, params.stages);
       }
       start.Advance(part.end - part.begin, params.stages);
@@ -101,14 +99,12 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
 template <typename T, int kHeadSize, int kValueSize>
 __global__ void __launch_bounds__(kThreads, 1)
     CompressAttention(const __grid_constant__ Params params) {
-  alignas(128) extern __shared__ char memory[];
+  alignas(kSwizzle) extern __shared__ char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Ring<T, kHeadSize, kValueSize> ring = {memory + sizeof(Shared), &shared.barriers};
   // The first warps have the sequences' lengths to wait for, the last ones begin with the rest.
   InitRing(params, ring);
-  if (const int entry = threadIdx.x - kComputeThreads; entry >= 0 && entry < kWeightPairs) {
-    shared.state.weights[entry] = WeightPair(params, entry);
-  }
+  if (threadIdx.x == kComputeThreads) PrefetchMaps(params.pools);
   if (threadIdx.x == 0) LowerOwnFlags(params);
   FindShare(params, shared.share);
   const WorkList work(params, shared.share);
@@ -121,21 +117,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     GrowRegisters<216>();
+    if (threadIdx.x < kWeightPairs) {
+      shared.state.weights[threadIdx.x] = WeightPair(params, threadIdx.x);
+    }
+    SyncConsumers();
     Compute<T, kHeadSize, kValueSize>(params, ring, work, shared);
   }
 }
 
-// A kernel, compiled for head sizes up to its own; smaller ones are padded with zeros in shared
-// memory.
-struct Kernel {
-  DataType dtype;
-  int head_size, value_size, stage_bytes;
-  const void* function;
+struct Kernel : KernelOf {
+  int stage_bytes;
 };
 template <typename T, int kHeadSize, int kValueSize>
 Kernel MakeKernel(DataType dtype) {
-  return {dtype, kHeadSize, kValueSize, Stage<T, kHeadSize, kValueSize>::kBytes,
-          reinterpret_cast<const void*>(&CompressAttention<T, kHeadSize, kValueSize>)};
+  return {{dtype, kHeadSize, kValueSize,
+           reinterpret_cast<const void*>(&CompressAttention<T, kHeadSize, kValueSize>)},
+          Stage<T, kTile, kHeadSize, kValueSize>::kBytes};
 }
 const Kernel kKernels[] = {
     MakeKernel<__nv_bfloat16, 64, 64>(DataType::kBFloat16),
@@ -147,17 +144,6 @@ const Kernel kKernels[] = {
     MakeKernel<float, 192, 128>(DataType::kFloat32),
 };
 
-// The first that fits.
-const Kernel& ChooseKernel(const Problem& problem) {
-  for (const Kernel& kernel : kKernels) {
-    if (kernel.dtype == problem.dtype && kernel.head_size >= problem.head_size &&
-        kernel.value_size >= problem.value_size) {
-      return kernel;
-    }
-  }
-  std::abort();  // Decode() has seen to it
-}
-
 // So many positions, rows or blocks can be counted in 32 bits, and twice as many still fit.
 constexpr int64_t kMost = int64_t{1} << 30;
 
@@ -167,38 +153,6 @@ constexpr int kBusyBytes = 64 << 10;
 // If records are no more bytes than this, the L2 cache writes them to memory in as little time as
 // it takes to discard them.
 constexpr int64_t kFewRecordBytes = 2 << 20;
-
-// What a launch needs to know of a device.
-struct Device {
-  std::once_flag once;
-  cudaError_t error = cudaSuccess;
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // that a thread block can have
-};
-constexpr int kMaxDevices = 64;
-
-// The current device, its kernels allowed all shared memory that there is.
-cudaError_t FindDevice(const Device** found) {
-  static Device devices[kMaxDevices];
-  int id = 0;
-  if (cudaError_t error = cudaGetDevice(&id); error != cudaSuccess) return error;
-  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
-  Device& device = devices[id];
-  std::call_once(device.once, [&] {
-    const auto check = [&](cudaError_t error) {
-      if (device.error == cudaSuccess) device.error = error;
-    };
-    check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id));
-    check(
-        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-    for (const Kernel& kernel : kKernels) {
-      check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 device.shared_bytes));
-    }
-  });
-  *found = &device;
-  return device.error;
-}
 
 }  // namespace
 
@@ -214,7 +168,7 @@ const char* Refuses(const Problem& problem) {
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
                    int64_t workspace_bytes, cudaStream_t stream) {
   const Device* device = nullptr;
-  if (cudaError_t error = FindDevice(&device); error != cudaSuccess) return error;
+  if (cudaError_t error = FindDevice(kKernels, &device); error != cudaSuccess) return error;
 
   Params params = {};
   params.problem = problem;
@@ -223,7 +177,6 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
       MakePlan(problem, device->multiprocessors < kMaxCtas ? device->multiprocessors : kMaxCtas);
   if (params.plan.bytes > workspace_bytes) return cudaErrorInvalidValue;
   params.workspace = static_cast<char*>(workspace);
-  const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
   params.scale_log2 = problem.scale * 1.4426950408889634f;
   params.heads = static_cast<int32_t>(problem.heads);
   params.key_value_heads = static_cast<int32_t>(problem.key_value_heads);
@@ -250,13 +203,9 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   while (blocks.NumBlocks(length + 1) == blocks.NumBlocks(1)) ++length;
   params.num_blocks_rest =
       static_cast<int32_t>(blocks.NumBlocks(length + 1) * params.block_positions - (length + 1));
-  const Kernel& kernel = ChooseKernel(problem);
-  const auto aligned = [&](const void* array, int64_t size) {
-    return reinterpret_cast<uintptr_t>(array) % 16 == 0 && size * element % 16 == 0;
-  };
-  params.aligned_rows = aligned(arrays.key, problem.head_size) &&
-                        aligned(arrays.value, problem.value_size) &&
-                        aligned(arrays.query, problem.head_size);
+  const Kernel& kernel = ChooseKernel(kKernels, problem);
+  params.pools = MakePools(problem, arrays, kTile, device->has_engine);
+  params.aligned_query = IsAligned(arrays.query, problem.head_size, problem.dtype);
   params.by_record_rows = Divider::By(1 + params.plan.slots);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
   if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
@@ -289,4 +238,4 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
                                      arguments, device->shared_bytes, stream);
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed

@@ -9,7 +9,7 @@
 
 #include "compress_attention.h"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 using compress_attention::Arrays;
 using compress_attention::Problem;
@@ -23,6 +23,6 @@ const char* Refuses(const Problem& problem);
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
                    int64_t workspace_bytes, cudaStream_t stream);
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_LAUNCH_H_

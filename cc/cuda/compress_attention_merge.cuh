@@ -13,10 +13,9 @@
 #include "cuda/compress_attention_selection.cuh"
 #include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/results.cuh"
 
-namespace jax_nsa::cuda {
-
-constexpr float kLn2 = 0.6931471805599453f;
+namespace jax_nsa::cuda::compressed {
 
 // Columns that the warps merge at a time; the pitch spreads rows over the banks.
 constexpr int kMergedColumns = 64, kMergePitch = kMergedColumns + 8;
@@ -34,30 +33,11 @@ struct ConsumerState {
   int faulty;
 };
 
-// exp2(a - b); 0 where b is -inf, as where nothing was seen, so that -inf - -inf makes no NaN.
-__device__ inline float Shrink(float a, float b) { return b == -INFINITY ? 0.0f : Exp2(a - b); }
-
 // Where row `row` of the chunk lies in [rows, heads].
 __device__ inline int64_t ResultRow(const Params& params, const Part& part, int row) {
   const int token = part.sequence.first_row + part.first_token + (row >> params.group_log2);
   return int64_t{token} * params.heads + (part.head << params.group_log2) +
          (row & (params.group() - 1));
-}
-
-// Writes up to four columns of a row of the result.
-template <typename T>
-__device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
-  if (columns >= 4 && reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) == 0) {
-    if constexpr (std::is_same_v<T, float>) {
-      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
-    } else {
-      *reinterpret_cast<uint2*>(to) = {Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3])};
-    }
-  } else {
-    for (int c = 0; c < 4; ++c) {
-      if (c < columns) to[c] = static_cast<T>(x[c]);
-    }
-  }
 }
 
 // Stores the norm of a row of the merged item: its greatest score and one over the sum of its
@@ -66,10 +46,9 @@ __device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
 __device__ inline void StoreNorm(const Params& params, const Part& part, int row, float maximum,
                                  float total, RowNorms& norms) {
   norms.maxima[row] = total == 0.0f ? 0.0f : maximum;
-  norms.inverses[row] = total == 0.0f ? 0.0f : Inverse(total);
+  norms.inverses[row] = InverseOf(total);
   if (params.arrays.lse) {
-    params.arrays.lse[ResultRow(params, part, row)] =
-        total == 0.0f ? -INFINITY : (maximum + log2f(total)) * kLn2;
+    params.arrays.lse[ResultRow(params, part, row)] = LogSumExp(maximum, total);
   }
 }
 
@@ -77,13 +56,8 @@ __device__ inline void StoreNorm(const Params& params, const Part& part, int row
 template <typename T>
 __device__ inline void StoreAttention(const Params& params, const Part& part, int row, int column,
                                       const float (&x)[4]) {
-  const int64_t at = ResultRow(params, part, row) * params.value_size + column;
-  const int columns = params.value_size - column;
-  if (params.problem.attention_dtype == DataType::kFloat32) {
-    StoreColumns(static_cast<float*>(params.arrays.attention) + at, x, columns);
-  } else {
-    StoreColumns(static_cast<T*>(params.arrays.attention) + at, x, columns);
-  }
+  StoreAttentionRow<T>(params.arrays.attention, params.problem.attention_dtype,
+                       ResultRow(params, part, row), params.value_size, column, x);
 }
 
 // What the first `members` of a row's warps found.
@@ -175,7 +149,7 @@ __device__ void MergeWarps(const Params& params, const Part& part,
                                                                                   sum[2], sum[3]};
       } else {
         const float total = LoadFromWarps(state.warp_total[row]).Sum(members);
-        const float inverse = total == 0.0f ? 0.0f : Inverse(total);
+        const float inverse = InverseOf(total);
 #pragma unroll
         for (float& x : sum) x *= inverse;
         StoreAttention<T>(params, part, row, chunk + column, sum);
@@ -370,6 +344,6 @@ __device__ inline void FinishAttention(const Params& params, const Part& part,
   }
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_MERGE_CUH_

@@ -7,30 +7,15 @@
 
 #include "compress_attention.h"
 #include "cuda/compress_attention_plan.h"
+#include "cuda/divider.cuh"
+#include "cuda/tiles.cuh"
 
-namespace jax_nsa::cuda {
-
-// Division by a number known at launch: a multiplication and a shift, for dividends below 2^31.
-struct Divider {
-  uint32_t multiplier;
-  int shift;
-
-  static Divider By(int divisor) {
-    int bits = 0;
-    while ((1 << bits) < divisor) ++bits;
-    // ceil(2^(31 + bits) / divisor)
-    const uint64_t power = uint64_t{1} << (31 + bits);
-    return {static_cast<uint32_t>((power + divisor - 1) / divisor), bits - 1};
-  }
-  __device__ int operator()(int dividend) const {
-    const uint64_t product = uint64_t{static_cast<uint32_t>(dividend)} * multiplier;
-    return static_cast<int>(product >> (32 + shift));
-  }
-};
+namespace jax_nsa::cuda::compressed {
 
 // Integers are worked out on the host and 32 bits wide where the kernel needs them often: dividing
 // on the device, and 64-bit arithmetic, cost far more than they look.
 struct Params {
+  Pools pools;
   compress_attention::Problem problem;
   compress_attention::Arrays arrays;
   Plan plan;
@@ -40,7 +25,7 @@ struct Params {
   int32_t ring_floats;    // the same, once the ring is through and its memory is free too
   int32_t batch_tiles;    // of a batch of records, at most; two batches fit into ring_floats
   bool discards;          // whether the records of cut items are discarded once read
-  bool aligned_rows;      // rows of keys, values and query start at multiples of 16 bytes
+  bool aligned_query;     // whether rows of query start at multiples of 16 bytes
   float scale_log2;       // scale / ln 2: exponentials are taken as powers of two
   int32_t heads, key_value_heads, head_size, value_size;
   int32_t value_columns;  // value_size rounded up to a multiple of 4
@@ -93,6 +78,6 @@ struct Params {
   }
 };
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PARAMS_CUH_

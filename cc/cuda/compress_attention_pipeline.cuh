@@ -8,8 +8,9 @@
 #include "cuda/compress_attention_params.cuh"
 #include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/tiles.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // The ring has a power of two stages. A barrier's parity tells only one phase from the next, so
 // whoever waits for a stage must know that its last but one use is over: each loading warp and each
@@ -17,7 +18,7 @@ namespace jax_nsa::cuda {
 constexpr int kMaxStages = 16;
 
 struct Barriers {
-  uint64_t full[kMaxStages];   // each lane of a loading warp arrives
+  uint64_t full[kMaxStages];   // each lane of a loading warp arrives, or one and all bytes
   uint64_t empty[kMaxStages];  // each lane of kConsumers warps, fewer warps more than once
   int faulty[kMaxStages];      // whether the stage's tile has a faulty page id
   // At the end of an item that the thread block finishes for others, each consumer thread arrives
@@ -38,23 +39,9 @@ struct RingPosition {
   }
 };
 
-// Where a stage's rows lie. A pitch is an odd multiple of 16 bytes, so that 8 rows lie in different
-// banks.
-template <typename T, int kHeadSize, int kValueSize>
-struct Stage {
-  static constexpr int kKeyPitch = kHeadSize * sizeof(T) + 16;
-  static constexpr int kValuePitch = kValueSize * sizeof(T) + 16;
-  static constexpr int kBytes = kTile * (kKeyPitch + kValuePitch);
-
-  char* memory;
-
-  __device__ char* keys() const { return memory; }
-  __device__ char* values() const { return memory + kTile * kKeyPitch; }
-};
-
 template <typename T, int kHeadSize, int kValueSize>
 struct Ring {
-  using Stage = cuda::Stage<T, kHeadSize, kValueSize>;
+  using Stage = cuda::Stage<T, kTile, kHeadSize, kValueSize>;
   char* memory;
   Barriers* barriers;
 
@@ -65,88 +52,86 @@ struct Ring {
   }
 };
 
-// Prepares the ring, by all threads. The keys' columns from head_size to the pitch enter the
-// products, so they are made zero; no copy ever touches them.
+// Prepares the ring, by all threads.
 template <typename T, int kHeadSize, int kValueSize>
 __device__ void InitRing(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring) {
   if (const int slot = threadIdx.x - (kThreads - 32); slot >= 0 && slot < params.stages) {
     ring.barriers->faulty[slot] = 0;
-    BarrierInit(&ring.barriers->full[slot], 32);
+    BarrierInit(&ring.barriers->full[slot], params.pools.boxed ? 1 : 32);
     BarrierInit(&ring.barriers->empty[slot], 32 * kConsumers);
+    FenceBarrierInit();
   }
   if (threadIdx.x == kThreads - 1) {
     BarrierInit(&ring.barriers->norms, kComputeThreads);
     BarrierInit(&ring.barriers->records, kComputeThreads);
   }
-  if (params.head_size == kHeadSize) return;
+  if (params.pools.boxed || params.head_size == kHeadSize) return;
 #pragma unroll 1
-  for (int row = threadIdx.x; row < params.stages * kTile; row += kThreads) {
-    char* keys = ring[row / kTile].keys() + row % kTile * ring[0].kKeyPitch;
-#pragma unroll 1
-    for (int d = params.head_size; d < kHeadSize; ++d) reinterpret_cast<T*>(keys)[d] = T(0.0f);
+  for (int slot = 0; slot < params.stages; ++slot) {
+    ring[slot].ClearColumns(params.pools, threadIdx.x, kTile, kThreads);
   }
 }
 
-// Copies a tile's rows in units of 16 bytes, without waiting. `source` is the row for this lane's
-// position; nothing is copied for a negative one. Eight lanes copy 128 neighbouring bytes at a
-// time, so that a warp has four rows in hand. With kFull, all columns exist.
-template <bool kFull, typename T, int kHeadSize, int kValueSize>
-__device__ inline void CopyTile(const Params& params, const Stage<T, kHeadSize, kValueSize>& stage,
-                                int source, uint64_t policy) {
-  const int lane = threadIdx.x % 32, offset = lane % 8 * 16;
-  const int key_bytes = (kFull ? kHeadSize : params.head_size) * static_cast<int>(sizeof(T));
-  const int value_bytes = (kFull ? kValueSize : params.value_size) * static_cast<int>(sizeof(T));
-  const uint32_t keys = SharedAddress(stage.keys()) + lane / 8 * stage.kKeyPitch + offset;
-  const uint32_t values = SharedAddress(stage.values()) + lane / 8 * stage.kValuePitch + offset;
-  const char* key_pool = static_cast<const char*>(params.arrays.key) + offset;
-  const char* value_pool = static_cast<const char*>(params.arrays.value) + offset;
-#pragma unroll
-  for (int r = 0; r < kTile; r += 4) {
-    const int row = __shfl_sync(~0u, source, r + lane / 8);
-    if (row < 0) continue;
-    const char* key = key_pool + int64_t{row} * key_bytes;
-    const char* value = value_pool + int64_t{row} * value_bytes;
-#pragma unroll
-    for (int c = 0; c < kHeadSize * static_cast<int>(sizeof(T)); c += 128) {
-      if (kFull || offset + c < key_bytes) {
-        CopyAsync16(keys + r * stage.kKeyPitch + c, key + c, policy);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kValueSize * static_cast<int>(sizeof(T)); c += 128) {
-      if (kFull || offset + c < value_bytes) {
-        CopyAsync16(values + r * stage.kValuePitch + c, value + c, policy);
-      }
-    }
-  }
-}
+// The runs of a loading warp's next tiles in a part, which are every `step`-th one. Each lane finds
+// one of them, so that page ids come for many tiles at a time.
+class Runs {
+ public:
+  static constexpr int kOfTile = kTile / kRun;
+  // What stands for a place in the pools where there is none: beyond the sequence, or of a page
+  // whose id is wrong.
+  static constexpr int kAbsent = -1, kFaulty = -2;
 
-// The same one element at a time, for rows that start anywhere. Slow.
-template <typename T>
-__device__ inline void CopyTileElements(const void* pool, int row, int row_size, char* to,
-                                        int pitch) {
-#pragma unroll 1
-  for (int r = 0; r < kTile; ++r) {
-    const int64_t from = __shfl_sync(~0u, row, r);
-    if (from < 0) continue;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < row_size; i += 32) {
-      reinterpret_cast<T*>(to + r * pitch)[i] = static_cast<const T*>(pool)[from * row_size + i];
+  __device__ Runs(const Params& params, const Part& part, int first, int step)
+      : params_(params), part_(part), next_(first), step_(step) {}
+
+  // The first position in the pools of each run of the tile that comes next.
+  __device__ void Next(int (&runs)[kOfTile]) {
+    if (left_ == 0) {
+      own_ = Find();
+      left_ = 32 / kOfTile;
     }
+#pragma unroll
+    for (int i = 0; i < kOfTile; ++i) {
+      runs[i] = __shfl_sync(~0u, own_, 32 - left_ * kOfTile + i);
+    }
+    --left_;
+    next_ += step_;
   }
-}
+
+ private:
+  __device__ int Find() const {
+    const int lane = threadIdx.x % 32;
+    const int tile = next_ + lane / kOfTile * step_;
+    const int position = tile * kTile + lane % kOfTile * kRun;
+    if (tile >= part_.end || position >= part_.sequence.length) return kAbsent;
+    const PagedProblem& problem = params_.problem;
+    const int32_t* table =
+        params_.arrays.block_table + part_.sequence.b * problem.pages_per_sequence;
+    const int column = params_.by_page_size(position);
+    const int32_t page = table[column];
+    if (!IsPage(problem, page)) return kFaulty;
+    return (page - column) * params_.page_size + position;
+  }
+
+  const Params& params_;
+  const Part& part_;
+  int next_;  // tile
+  const int step_;
+  int own_ = kAbsent, left_ = 0;
+};
 
 // A loading warp: fills its stages with its tiles of the share. Returns whether the share has the
 // last part of an item.
 template <typename T, int kHeadSize, int kValueSize>
 __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring,
                      WorkList work) {
-  const Problem& problem = params.problem;
-  const int lane = threadIdx.x % 32, heads = params.key_value_heads;
+  const int lane = threadIdx.x % 32;
+  const Pools& pools = params.pools;
   const uint64_t policy = ReadOncePolicy();
   RingPosition position;
   unsigned faulty_slots = 0;  // what lane 0 last wrote of each slot
-  const int loaders = min(kLoaders, params.stages);
+  // One thread asks for boxes as fast as they come.
+  const int loaders = pools.boxed ? 1 : min(kLoaders, params.stages);
   int turn = threadIdx.x / 32 - kConsumers;  // tiles until this warp's next
   if (turn >= loaders) turn = 1 << 30;       // never
   position.Advance(turn, params.stages);
@@ -157,51 +142,57 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   while (work.Next(&part)) {
     if (!part.sequence.loads()) continue;
     has_last |= part.is_last();
-    const int32_t* table = params.arrays.block_table + part.sequence.b * problem.pages_per_sequence;
     int tile = part.begin + turn;
+    Runs runs(params, part, tile, loaders);
 #pragma unroll 1
     for (; tile < part.end; tile += loaders) {
-      // Each lane finds one row of the pools.
-      const int i = tile * kTile + lane;
-      const bool exists = i < part.sequence.length;
-      const int column = params.by_page_size(i);
-      const int32_t page = exists ? table[column] : 0;
-      const bool legal = IsPage(problem, page);
-      const int row =
-          exists && legal ? ((page - column) * params.page_size + i) * heads + part.head : -1;
+      int from[Runs::kOfTile];
+      runs.Next(from);
+      bool faulty = false;
+#pragma unroll
+      for (int run : from) faulty |= run == Runs::kFaulty;
 
       const int slot = position.slot;
       const auto stage = ring[slot];
-      BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // none in the first round
-      BarrierWait(&ring.barriers->full[slot], position.parity ^ 1);   // long over; for synccheck
-      const bool faulty = __any_sync(~0u, !legal);
-      if (row < 0) {
-        // A probability of zero must not meet a NaN. (Scores are masked whatever the keys.)
-#pragma unroll 1
-        for (int c = 0; c < stage.kValuePitch; c += 16) {
-          *reinterpret_cast<int4*>(stage.values() + lane * stage.kValuePitch + c) =
-              int4{0, 0, 0, 0};
-        }
+      uint64_t* const full = &ring.barriers->full[slot];
+      // Where one thread does all, only it waits: others could come too late for a phase.
+      if (pools.boxed && lane != 0) {
+        position.Advance(loaders, params.stages);
+        continue;
       }
+      BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // none in the first round
+      BarrierWait(full, position.parity ^ 1);                         // long over; for synccheck
       if (lane == 0 && faulty != ((faulty_slots >> slot & 1) != 0)) {
         ring.barriers->faulty[slot] = faulty;
         faulty_slots ^= 1u << slot;
       }
-      // These stores, on a sequence's last tile, come before the copies' arrival.
-      if (row < 0 || faulty) __threadfence_block();
-      if (params.aligned_rows) {
-        if (params.head_size == kHeadSize && params.value_size == kValueSize) {
-          CopyTile<true>(params, stage, row, policy);
-        } else {
-          CopyTile<false>(params, stage, row, policy);
+      if (pools.boxed) {
+        // A box takes one run, or all of the tile's.
+        const int boxes = kTile / pools.box_positions;
+        int asked = 0;
+#pragma unroll
+        for (int i = 0; i < Runs::kOfTile; ++i) asked += i < boxes && from[i] >= 0;
+        BarrierArriveExpecting(full, asked * pools.box_positions * stage.kPositionBytes);
+#pragma unroll
+        for (int i = 0; i < Runs::kOfTile; ++i) {
+          if (i < boxes && from[i] >= 0) {
+            CopyBoxes(pools, stage, i * kRun, from[i], part.head, full, policy);
+          }
         }
-        BarrierArriveAfterCopies(&ring.barriers->full[slot]);
       } else {
-        CopyTileElements<T>(params.arrays.key, row, params.head_size, stage.keys(),
-                            stage.kKeyPitch);
-        CopyTileElements<T>(params.arrays.value, row, params.value_size, stage.values(),
-                            stage.kValuePitch);
-        BarrierArrive(&ring.barriers->full[slot]);
+        // This store comes before the copies' arrival.
+        if (faulty) __threadfence_block();
+#pragma unroll
+        for (int i = 0; i < Runs::kOfTile; ++i) {
+          if (from[i] < 0) continue;
+          const int end = min(kRun, part.sequence.length - tile * kTile - i * kRun);
+          CopyRun(pools, stage, i * kRun, from[i], part.head, 0, end, policy);
+        }
+        if (pools.aligned) {
+          BarrierArriveAfterCopies(full);
+        } else {
+          BarrierArrive(full);
+        }
       }
       position.Advance(loaders, params.stages);
     }
@@ -210,6 +201,6 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   return has_last;
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PIPELINE_CUH_

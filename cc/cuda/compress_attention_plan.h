@@ -36,7 +36,7 @@
 
 #include "compress_attention.h"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 using compress_attention::Arrays;
 using compress_attention::Problem;
@@ -216,6 +216,6 @@ inline int64_t WorkspaceBytes(const Problem& problem) {
   return most;
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_PLAN_H_

@@ -13,7 +13,7 @@
 #include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // Tiles whose block sums of one token are added up at a time.
 struct Batch {
@@ -140,6 +140,6 @@ class Records {
   const int shared_tiles_;
 };
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_RECORDS_CUH_

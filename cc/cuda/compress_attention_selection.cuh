@@ -14,7 +14,7 @@
 #include "cuda/ptx.cuh"
 #include "selection.h"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 struct SelectionScratch {
   alignas(16) float importances[kSharedBlocks];
@@ -211,6 +211,6 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
   }
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_SELECTION_CUH_

@@ -15,7 +15,7 @@
 #include "cuda/compress_attention_plan.h"
 #include "cuda/ptx.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // The groups of candidates, and how many blocks are chosen through them at most: for more, too many
 // candidates would reach the bound.
@@ -381,6 +381,6 @@ __device__ inline void SelectBlocks(const Candidates& candidates, int num_blocks
   }
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_TOPK_CUH_

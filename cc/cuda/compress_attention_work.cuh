@@ -8,7 +8,7 @@
 #include "cuda/compress_attention_params.cuh"
 #include "cuda/ptx.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // a / b for counts of tiles, which are below 2^30: a float's quotient is off by less than 2^7, the
 // next one exact.
@@ -237,6 +237,6 @@ class WorkList {
   Sequence sequence_;
 };
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_COMPRESS_ATTENTION_WORK_CUH_

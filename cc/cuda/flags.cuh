@@ -10,7 +10,7 @@
 #include "cuda/compress_attention_work.cuh"
 #include "cuda/ptx.cuh"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 // The workspace comes uninitialised, so arrivals cannot be counted. Each part but the last raises
 // its flag to a value that hardly any garbage holds; the thread block of the last one, which has
@@ -47,6 +47,6 @@ __device__ inline void LowerFlags(const Params& params, const Part& part) {
   }
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_CUDA_FLAGS_CUH_

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "cuda/tensor_map.h"
+
 namespace jax_nsa::cuda {
 
 __device__ inline uint32_t SharedAddress(const void* pointer) {
@@ -47,6 +49,16 @@ __device__ inline void BarrierArrive(uint64_t* barrier, int count = 1) {
 __device__ inline void BarrierArriveAfterCopies(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier))
                : "memory");
+}
+
+// Arrives, and has the barrier wait for so many bytes of boxes in this phase, too.
+__device__ inline void BarrierArriveExpecting(uint64_t* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
+#endif
 }
 
 // Waits for the end of the phase of this parity.
@@ -96,6 +108,34 @@ __device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::
 template <int kLater>
 __device__ inline void WaitForCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+}
+
+// Boxes of arrays, copied by an engine (tensor_map.h).
+
+// Has the engine see barriers that this thread has initialised.
+__device__ inline void FenceBarrierInit() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Fetches a map ahead of its first use.
+__device__ inline void PrefetchMap(const TensorMap& map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
+// Copies a box without waiting. Its bytes arrive at the barrier.
+__device__ inline void CopyBox(uint32_t to, const TensorMap& map, int column, int head,
+                               int position, uint64_t* barrier, uint64_t policy) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(head), "r"(position), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+#endif
 }
 
 // Tells that what the 128 bytes hold is not needed any more, so that they need not go from the L2

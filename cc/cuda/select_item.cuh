@@ -108,8 +108,8 @@ __device__ inline const int32_t* Table(const Params& params, const Row& row) {
   return params.arrays.block_table + int64_t{row.sequence} * params.pages_per_sequence;
 }
 
-// Where a tile's positions lie: position `first` + r in row `source` + r * key_value_heads of the
-// pools, for r in [begin, end), which are those that count. A tile never straddles pages.
+// Where a tile's positions lie: from position `source` of the pools on. Those in [begin, end)
+// count. A tile never straddles pages.
 struct Tile {
   int source;
   int begin, end;
@@ -138,7 +138,7 @@ __device__ inline Tile FindTile(const Params& params, const Item& item, const Ro
   if (first >= row.limit) return found;
   const int page = Table(params, row)[column];
   if (!IsPage(params.problem, page)) return {0, 0, 0};
-  found.source = ((page - column) * params.page_size + first) * params.key_value_heads + item.head;
+  found.source = (page - column) * params.page_size + first;
   found.end = min(kTile, row.limit - first);
   return found;
 }

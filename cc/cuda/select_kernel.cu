@@ -6,9 +6,9 @@
 // (select_merge.cuh). Several thread blocks share a multiprocessor, so that one's beginning and
 // end lie under another's loading.
 
-#include <cstdlib>
-#include <mutex>
+#include <algorithm>
 
+#include "cuda/device.h"
 #include "cuda/select_attend.cuh"
 #include "cuda/select_item.cuh"
 #include "cuda/select_launch.h"
@@ -27,7 +27,8 @@ constexpr int kResidentBlocks = std::is_same_v<T, float> ? 2 : 4;
 template <typename T, int kHeadSize, int kValueSize>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
     SelectAttention(const __grid_constant__ Params params) {
-  alignas(128) extern __shared__ char memory[];
+  alignas(kSwizzle) extern __shared__ char memory[];
+  if (threadIdx.x == 0) PrefetchMaps(params.pools);
   const Item item = FindItem(params);
   const Team team(params);
   TeamTiles tiles(params, item, team);
@@ -39,28 +40,23 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
   }
   const Queries<T, kHeadSize> queries = {memory + sizeof(Shared)};
   char* const rings = queries.memory + (queries.kTileBytes << team.warps_log2);
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
   bool faulty;
   auto rows = AttendPart<T, kHeadSize, kValueSize>(params, item, row, team, tiles, faults, queries,
-                                                   rings, &faulty);
-  Finish(params, item, team, rows, faulty, *reinterpret_cast<Shared*>(memory), rings);
+                                                   rings, shared.full, &faulty);
+  Finish(params, item, team, rows, faulty, shared, rings);
 }
 
-// A kernel, compiled for head sizes up to its own; smaller ones are padded with zeros in shared
-// memory.
-struct Kernel {
-  DataType dtype;
-  int head_size, value_size, query_tile_bytes, stage_bytes, sums_bytes;
-  const void* function;
+struct Kernel : KernelOf {
+  int query_tile_bytes, stage_bytes, sums_bytes;
 };
 template <typename T, int kHeadSize, int kValueSize>
 Kernel MakeKernel(DataType dtype) {
-  return {dtype,
-          kHeadSize,
-          kValueSize,
+  return {{dtype, kHeadSize, kValueSize,
+           reinterpret_cast<const void*>(&SelectAttention<T, kHeadSize, kValueSize>)},
           Queries<T, kHeadSize>::kTileBytes,
-          Stage<T, kHeadSize, kValueSize>::kBytes,
-          static_cast<int>(sizeof(WarpSums<kValueSize>)),
-          reinterpret_cast<const void*>(&SelectAttention<T, kHeadSize, kValueSize>)};
+          Stage<T, kTile, kHeadSize, kValueSize>::kBytes,
+          static_cast<int>(sizeof(WarpSums<kValueSize>))};
 }
 const Kernel kKernels[] = {
     MakeKernel<__nv_bfloat16, 64, 64>(DataType::kBFloat16),
@@ -72,51 +68,10 @@ const Kernel kKernels[] = {
     MakeKernel<float, 192, 128>(DataType::kFloat32),
 };
 
-// The first that fits.
-const Kernel& ChooseKernel(const Problem& problem) {
-  for (const Kernel& kernel : kKernels) {
-    if (kernel.dtype == problem.dtype && kernel.head_size >= problem.head_size &&
-        kernel.value_size >= problem.value_size) {
-      return kernel;
-    }
-  }
-  std::abort();  // decoding the call has seen to it
-}
-
 // Tiles that a team of one warp has in flight: two where two thread blocks share a multiprocessor,
 // one where there are so many thread blocks that it can have four. (That is as much shared memory
 // as a Hopper GPU has for the largest 16-bit kernel.)
 constexpr int Stages(int64_t blocks) { return blocks > kResident ? 1 : 2; }
-
-// What a launch needs to know of a device.
-struct Device {
-  std::once_flag once;
-  cudaError_t error = cudaSuccess;
-  int shared_bytes = 0;  // that a thread block can have
-};
-constexpr int kMaxDevices = 64;
-
-// The current device, its kernels allowed all shared memory that there is.
-cudaError_t FindDevice(const Device** found) {
-  static Device devices[kMaxDevices];
-  int id = 0;
-  if (cudaError_t error = cudaGetDevice(&id); error != cudaSuccess) return error;
-  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
-  Device& device = devices[id];
-  std::call_once(device.once, [&] {
-    const auto check = [&](cudaError_t error) {
-      if (device.error == cudaSuccess) device.error = error;
-    };
-    check(
-        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-    for (const Kernel& kernel : kKernels) {
-      check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 device.shared_bytes));
-    }
-  });
-  *found = &device;
-  return device.error;
-}
 
 // Pages that a block lies in, at most.
 int64_t PagesOfBlock(int64_t block, int64_t page) {
@@ -141,7 +96,7 @@ const char* Refuses(const Problem& problem) {
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
                    int64_t workspace_bytes, cudaStream_t stream) {
   const Device* device = nullptr;
-  if (cudaError_t error = FindDevice(&device); error != cudaSuccess) return error;
+  if (cudaError_t error = FindDevice(kKernels, &device); error != cudaSuccess) return error;
 
   Params params = {};
   params.problem = problem;
@@ -167,25 +122,19 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.pages_each = static_cast<int32_t>(PagesOfBlock(params.block_size, problem.page_size));
   params.select_count = static_cast<int32_t>(problem.select_count);
   params.head_items = params.key_value_heads * plan.chunks;
-  params.by_head_items = Divisor::By(params.head_items);
-  params.by_chunks = Divisor::By(plan.chunks);
-  params.by_parts = Divisor::By(plan.all_parts());
-  params.by_tokens = Divisor::By(std::max<int64_t>(problem.tokens, 1));
-  params.by_page_size = Divisor::By(params.page_size);
-  params.by_block_tiles = Divisor::By(params.block_tiles);
-  params.by_pages_each = Divisor::By(params.pages_each);
+  params.by_head_items = Divider::By(params.head_items);
+  params.by_chunks = Divider::By(plan.chunks);
+  params.by_parts = Divider::By(plan.all_parts());
+  params.by_tokens = Divider::By(std::max<int64_t>(problem.tokens, 1));
+  params.by_page_size = Divider::By(params.page_size);
+  params.by_block_tiles = Divider::By(params.block_tiles);
+  params.by_pages_each = Divider::By(params.pages_each);
   for (int kind = 0; kind < kKinds; ++kind) {
-    params.by_parts_of[kind] = Divisor::By(std::max(plan.parts[kind], 1));
+    params.by_parts_of[kind] = Divider::By(std::max(plan.parts[kind], 1));
   }
-  const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
-  const auto aligned = [&](const void* array, int64_t size) {
-    return reinterpret_cast<uintptr_t>(array) % 16 == 0 && size * element % 16 == 0;
-  };
-  params.aligned = aligned(arrays.key, problem.head_size) &&
-                   aligned(arrays.value, problem.value_size) &&
-                   aligned(arrays.query, problem.head_size);
-
-  const Kernel& kernel = ChooseKernel(problem);
+  const Kernel& kernel = ChooseKernel(kKernels, problem);
+  params.pools = MakePools(problem, arrays, kTile, device->has_engine);
+  params.aligned_query = IsAligned(arrays.query, problem.head_size, problem.dtype);
   const int64_t blocks = plan.items * plan.all_parts();
   // As many tiles in flight whether teams are many or few, if there is room.
   const int team_warps = plan.rows > 2 * kRowTile ? 4 : plan.rows > kRowTile ? 2 : 1;

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "cuda/ptx.cuh"
+#include "cuda/results.cuh"
 #include "cuda/select_attend.cuh"
 #include "cuda/select_item.cuh"
 #include "cuda/select_params.cuh"
@@ -15,15 +16,14 @@
 
 namespace jax_nsa::cuda::select {
 
-constexpr float kLn2 = 0.6931471805599453f;
-
 // Shared memory, before the rings.
-struct alignas(128) Shared {
+struct alignas(kSwizzle) Shared {
   // Of each row, what the warps that have it found.
   float maxima[kWarps][kRowTile];
   float totals[kWarps][kRowTile];
   int faulty[kWarps];
-  int finishes;  // whether this thread block merges the parts
+  int finishes;                        // whether this thread block merges the parts
+  uint64_t full[kWarps * kMaxStages];  // of each team's stages, for boxes
 };
 
 // What takes the place of the rings when all tiles are through: the warps' sums,
@@ -37,15 +37,6 @@ struct PartFactors {
   float factors[kMaxParts][kMaxRows];
 };
 
-// exp2(a - b), where -inf stands for nothing at all.
-__device__ inline float Shrink(float a, float b) { return b == -INFINITY ? 0.0f : Exp2(a - b); }
-
-__device__ inline float InverseOf(float total) { return total == 0.0f ? 0.0f : Inverse(total); }
-// A row that sees nothing has a total of 0.
-__device__ inline float LogSumExp(float maximum, float total) {
-  return total == 0.0f ? -INFINITY : (maximum + log2f(total)) * kLn2;
-}
-
 // Where a row of the item lies in [rows, heads].
 __device__ inline int64_t ResultRow(const Params& params, const Item& item, int row) {
   return int64_t{item.row} * params.heads + item.first_head + row;
@@ -57,32 +48,12 @@ __device__ inline float* Lse(const Params& params, int kind) {
   return kind == kSelected ? params.arrays.lse : params.arrays.window_lse;
 }
 
-template <typename T>
-__device__ inline void StoreColumns(T* to, const float (&x)[4], int columns) {
-  if (columns >= 4 && reinterpret_cast<uintptr_t>(to) % (4 * sizeof(T)) == 0) {
-    if constexpr (std::is_same_v<T, float>) {
-      *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
-    } else {
-      *reinterpret_cast<uint2*>(to) = {Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3])};
-    }
-  } else {
-    for (int c = 0; c < 4; ++c) {
-      if (c < columns) to[c] = static_cast<T>(x[c]);
-    }
-  }
-}
-
 // Writes four columns of a row of attention, as far as they exist.
 template <typename T>
 __device__ inline void StoreAttention(const Params& params, const Item& item, int kind, int row,
                                       int column, const float (&x)[4]) {
-  const int64_t at = ResultRow(params, item, row) * params.value_size + column;
-  const int columns = params.value_size - column;
-  if (params.problem.attention_dtype == DataType::kFloat32) {
-    StoreColumns(static_cast<float*>(Attention(params, kind)) + at, x, columns);
-  } else {
-    StoreColumns(static_cast<T*>(Attention(params, kind)) + at, x, columns);
-  }
+  StoreAttentionRow<T>(Attention(params, kind), params.problem.attention_dtype,
+                       ResultRow(params, item, row), params.value_size, column, x);
 }
 
 // Results without any attention, of the item's rows: NaN if faulty, otherwise 0 and -inf. Of all

@@ -5,38 +5,23 @@
 
 #include <cstdint>
 
+#include "cuda/divider.cuh"
 #include "cuda/select_plan.h"
+#include "cuda/tiles.cuh"
 
 namespace jax_nsa::cuda::select {
-
-// Division by a number known at launch: a multiplication and a shift, for dividends below 2^31.
-struct Divisor {
-  uint32_t multiplier;
-  int shift;
-
-  static Divisor By(int64_t divisor) {
-    int bits = 0;
-    while ((int64_t{1} << bits) < divisor) ++bits;
-    // ceil(2^(31 + bits) / divisor)
-    const uint64_t power = uint64_t{1} << (31 + bits), by = static_cast<uint64_t>(divisor);
-    return {static_cast<uint32_t>((power + by - 1) / by), bits - 1};
-  }
-  __device__ int operator()(int dividend) const {
-    const uint64_t product = uint64_t{static_cast<uint32_t>(dividend)} * multiplier;
-    return static_cast<int>(product >> (32 + shift));
-  }
-};
 
 // Integers that the kernel needs often are 32 bits wide: 64-bit arithmetic, and dividing on the
 // device, cost more than they look.
 struct Params {
+  Pools pools;
   Problem problem;
   Arrays arrays;
   Plan plan;
   char* workspace;
-  float scale_log2;  // makes powers of two of scores
-  bool aligned;      // whether rows of keys, values and query start at multiples of 16 bytes
-  int32_t stages;    // tiles in flight for each team of warps
+  float scale_log2;    // makes powers of two of scores
+  bool aligned_query;  // whether rows of query start at multiples of 16 bytes
+  int32_t stages;      // tiles in flight for each team of warps
   int32_t heads, key_value_heads, head_size, value_size, value_columns;
   int32_t group, page_size, capacity, num_pages, pages_per_sequence;
   int32_t block_size, block_tiles;  // l', and in tiles
@@ -44,9 +29,9 @@ struct Params {
   int32_t pages_each;               // pages that a block lies in, at most
   int32_t select_count;
   int32_t head_items;  // items of one token
-  Divisor by_head_items, by_chunks, by_parts, by_tokens, by_page_size, by_block_tiles,
+  Divider by_head_items, by_chunks, by_parts, by_tokens, by_page_size, by_block_tiles,
       by_pages_each;
-  Divisor by_parts_of[kKinds];
+  Divider by_parts_of[kKinds];
 
   // Part `part` of an item.
   __device__ int64_t PartIndex(int64_t item, int part) const {

@@ -11,25 +11,12 @@
 #include "cuda/select_item.cuh"
 #include "cuda/select_params.cuh"
 #include "cuda/select_ptx.cuh"
+#include "cuda/tiles.cuh"
 
 namespace jax_nsa::cuda::select {
 
 // Stages of a ring, at most; a switch of WaitForStage has one case for each.
 constexpr int kMaxStages = 4;
-
-// A tile's rows in shared memory. A pitch is an odd multiple of 16 bytes, so that 8 rows lie in
-// different banks.
-template <typename T, int kHeadSize, int kValueSize>
-struct Stage {
-  static constexpr int kKeyPitch = kHeadSize * sizeof(T) + 16;
-  static constexpr int kValuePitch = kValueSize * sizeof(T) + 16;
-  static constexpr int kBytes = kTile * (kKeyPitch + kValuePitch);
-
-  char* memory;
-
-  __device__ char* keys() const { return memory; }
-  __device__ char* values() const { return memory + kTile * kKeyPitch; }
-};
 
 // Warps of a team, and this warp's place.
 struct Team {
@@ -75,8 +62,8 @@ __device__ inline void WaitForAllBut(int later) {
 template <typename T, int kHeadSize>
 struct Queries {
   static constexpr bool kPlain = std::is_same_v<T, float>;
-  static constexpr int kPitch = kHeadSize * sizeof(T) + 16;
-  static constexpr int kTileBytes = kPlain ? 0 : kRowTile * kPitch;
+  using Rows = Swizzled<T, kRowTile, kHeadSize>;
+  static constexpr int kTileBytes = kPlain ? 0 : Rows::kBytes;
 
   char* memory;
 
@@ -86,13 +73,13 @@ struct Queries {
       const int rows = max(params.plan.rows, kRowTile);
       const T* query = static_cast<const T*>(params.arrays.query) +
                        (int64_t{item.row} * params.heads + item.first_head) * params.head_size;
-      if (params.aligned) {
+      if (params.aligned_query) {
         constexpr int kUnits = kHeadSize / 8;  // of 16 bytes, in a row
         const int units = params.head_size / 8;
 #pragma unroll 1
         for (int i = threadIdx.x; i < rows * kUnits; i += kThreads) {
           const int row = i / kUnits, unit = i % kUnits;
-          char* to = memory + row * kPitch + 16 * unit;
+          char* to = memory + row / kRowTile * kTileBytes + Rows::Place(row % kRowTile, unit);
           if (row < params.plan.rows && unit < units) {
             CopyAsync16(SharedAddress(to), query + row * params.head_size + 8 * unit);
           } else {
@@ -104,7 +91,7 @@ struct Queries {
         for (int i = threadIdx.x; i < rows * kHeadSize; i += kThreads) {
           const int row = i / kHeadSize, d = i % kHeadSize;
           const bool exists = row < params.plan.rows && d < params.head_size;
-          reinterpret_cast<T*>(memory + row * kPitch)[d] =
+          *Rows::At(memory + row / kRowTile * kTileBytes, row % kRowTile, d) =
               exists ? query[row * params.head_size + d] : T(0.0f);
         }
       }
@@ -113,120 +100,80 @@ struct Queries {
   }
 };
 
-// Copies rows [first, end) of a tile without waiting, as far as they count. Eight lanes copy 128
-// neighbouring bytes at a time, so that a warp has four rows in hand. With kFull, all columns
-// exist.
-template <bool kFull, typename T, int kHeadSize, int kValueSize>
-__device__ inline void CopyRows(const Params& params, const Stage<T, kHeadSize, kValueSize>& stage,
-                                const Tile& tile, int first, int end, uint64_t policy) {
-  const int lane = threadIdx.x % 32, offset = lane % 8 * 16;
-  const int key_bytes = (kFull ? kHeadSize : params.head_size) * static_cast<int>(sizeof(T));
-  const int value_bytes = (kFull ? kValueSize : params.value_size) * static_cast<int>(sizeof(T));
-  const uint32_t keys = SharedAddress(stage.keys()) + lane / 8 * stage.kKeyPitch + offset;
-  const uint32_t values = SharedAddress(stage.values()) + lane / 8 * stage.kValuePitch + offset;
-  const int64_t source = tile.source + lane / 8 * params.key_value_heads;
-  const char* key = static_cast<const char*>(params.arrays.key) + offset + source * key_bytes;
-  const char* value = static_cast<const char*>(params.arrays.value) + offset + source * value_bytes;
-  const int key_step = params.key_value_heads * key_bytes;
-  const int value_step = params.key_value_heads * value_bytes;
-#pragma unroll
-  for (int r = 0; r < kTile; r += 4) {
-    const int row = r + lane / 8;
-    if (r < first || r >= end || row < tile.begin || row >= tile.end) continue;
-#pragma unroll
-    for (int c = 0; c < kHeadSize * static_cast<int>(sizeof(T)); c += 128) {
-      if (kFull || offset + c < key_bytes) {
-        CopyAsync16(keys + r * stage.kKeyPitch + c, key + int64_t{r} * key_step + c, policy);
-      }
-    }
-#pragma unroll
-    for (int c = 0; c < kValueSize * static_cast<int>(sizeof(T)); c += 128) {
-      if (kFull || offset + c < value_bytes) {
-        CopyAsync16(values + r * stage.kValuePitch + c, value + int64_t{r} * value_step + c,
-                    policy);
-      }
-    }
-  }
-}
-
-// The same one element at a time, for rows that start anywhere. Slow.
-template <typename T>
-__device__ inline void CopyElements(const Params& params, const void* pool, const Tile& tile,
-                                    int first, int end, int row_size, char* to, int pitch) {
-#pragma unroll 1
-  for (int r = max(first, tile.begin); r < min(end, tile.end); ++r) {
-    const T* from = static_cast<const T*>(pool) +
-                    (tile.source + int64_t{r} * params.key_value_heads) * row_size;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < row_size; i += 32) {
-      reinterpret_cast<T*>(to + r * pitch)[i] = from[i];
-    }
-  }
-}
-
-// A team's ring.
+// A team's ring. `full` are barriers of its stages, for boxes.
 template <typename T, int kHeadSize, int kValueSize>
 class Ring {
  public:
-  using Stage = select::Stage<T, kHeadSize, kValueSize>;
+  using Stage = cuda::Stage<T, kTile, kHeadSize, kValueSize>;
+  static_assert(kTile == kRun);
 
-  __device__ Ring(const Params& params, const Team& team, char* memory)
+  __device__ Ring(const Params& params, const Item& item, const Team& team, char* memory,
+                  uint64_t* full)
       : params_(params),
+        team_(team),
+        head_(item.head),
         memory_(memory + team.team * params.stages * Stage::kBytes),
-        first_(team.member << (4 - team.warps_log2)),
-        end_((team.member + 1) << (4 - team.warps_log2)),
+        full_(full + team.team * kMaxStages),
         policy_(ReadOncePolicy()) {
-    static_assert(kTile == 16);
+    if (params.pools.boxed && asks()) {
+#pragma unroll 1
+      for (int slot = 0; slot < params.stages; ++slot) BarrierInit(&full_[slot], 1);
+      FenceBarrierInit();
+    }
   }
 
   __device__ Stage operator[](int slot) const { return {memory_ + slot * Stage::kBytes}; }
 
-  // The keys' columns from head_size to the pitch enter the products, so they are made zero; no
-  // copy ever touches them. The team must meet before it reads them.
+  // The team must meet before it reads what this has cleared.
   __device__ void Clear() const {
-    if (params_.head_size == kHeadSize) return;
-    const int lane = threadIdx.x % 32, rows = end_ - first_;
+    if (params_.pools.key.size == kHeadSize || params_.pools.boxed) return;
 #pragma unroll 1
-    for (int i = lane; i < params_.stages * rows; i += 32) {
-      const int slot = i / rows;
-      char* keys = (*this)[slot].keys() + (first_ + i - slot * rows) * Stage::kKeyPitch;
-#pragma unroll 1
-      for (int d = params_.head_size; d < kHeadSize; ++d) reinterpret_cast<T*>(keys)[d] = T(0.0f);
+    for (int slot = 0; slot < params_.stages; ++slot) {
+      (*this)[slot].ClearColumns(params_.pools, first() + threadIdx.x % 32, end(), 32);
     }
   }
 
-  // This warp's share of bringing a tile into a stage, as one batch of copies.
+  // This warp's share of bringing a tile into a stage, as one batch of copies; or one thread of the
+  // team has it brought.
   __device__ void Load(const Tile& tile, int slot) const {
-    if (tile.end > 0) {
-      const Stage stage = (*this)[slot];
-      const int own = threadIdx.x % kTile;
-      if ((own < tile.begin || own >= tile.end) && own >= first_ && own < end_) {
-        // A probability of zero must not meet a NaN. (Scores are masked whatever the keys.)
-#pragma unroll 1
-        for (int c = threadIdx.x % 32 / kTile * 16; c < Stage::kValuePitch; c += 32) {
-          *reinterpret_cast<int4*>(stage.values() + own * Stage::kValuePitch + c) =
-              int4{0, 0, 0, 0};
-        }
-      }
-      if (!params_.aligned) {
-        CopyElements<T>(params_, params_.arrays.key, tile, first_, end_, params_.head_size,
-                        stage.keys(), Stage::kKeyPitch);
-        CopyElements<T>(params_, params_.arrays.value, tile, first_, end_, params_.value_size,
-                        stage.values(), Stage::kValuePitch);
-      } else if (params_.head_size == kHeadSize && params_.value_size == kValueSize) {
-        CopyRows<true>(params_, stage, tile, first_, end_, policy_);
-      } else {
-        CopyRows<false>(params_, stage, tile, first_, end_, policy_);
-      }
+    const Pools& pools = params_.pools;
+    if (pools.boxed) {
+      if (tile.end == 0 || !asks()) return;
+      BarrierArriveExpecting(&full_[slot], Stage::kBytes);
+      CopyBoxes(pools, (*this)[slot], 0, tile.source, head_, &full_[slot], policy_);
+    } else {
+      CopyRun(pools, (*this)[slot], 0, tile.source, head_, max(tile.begin, first()),
+              min(tile.end, end()), policy_);
+      CommitCopies();
     }
-    CommitCopies();
+  }
+
+  // Waits for the tile that was loaded into a stage before as many others as there are stages, if
+  // it has any positions. By all of the team.
+  __device__ void Await(int slot, bool any) {
+    if (!params_.pools.boxed) {
+      WaitForAllBut(params_.stages - 1);
+      team_.Sync();
+    } else if (any) {
+      BarrierWait(&full_[slot], phases_ >> slot & 1);
+      phases_ ^= 1u << slot;
+    }
   }
 
  private:
+  // Whether this thread asks for the team's boxes.
+  __device__ bool asks() const { return team_.member == 0 && threadIdx.x % 32 == 0; }
+  // Rows that this warp brings.
+  __device__ int first() const { return team_.member << (4 - team_.warps_log2); }
+  __device__ int end() const { return (team_.member + 1) << (4 - team_.warps_log2); }
+
   const Params& params_;
+  const Team& team_;
+  const int head_;
   char* const memory_;
-  const int first_, end_;  // rows that this warp brings
+  uint64_t* const full_;
   const uint64_t policy_;
+  uint32_t phases_ = 0;  // of each stage's barrier, as bits
 };
 
 }  // namespace jax_nsa::cuda::select

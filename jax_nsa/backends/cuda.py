@@ -39,8 +39,6 @@ def refuses(call: Call, platform: str) -> str | None:
     Of positions beyond 2**30, which no memory holds, they say so when they run.
     """
     del platform
-    if getattr(call.problem, "interleaved", False):
-        return 'its kernels do not yet read pools with kv_layout="interleaved"'
     if not native.needs_workspace(call.operator.target):
         return None
     for operand in call.operands:

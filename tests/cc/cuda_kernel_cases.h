@@ -12,7 +12,7 @@
 #include "paged.h"
 #include "selection.h"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 
 enum class Lengths { kEqual, kRagged };
 
@@ -273,6 +273,6 @@ inline std::vector<Case> Cases() {
   return cases;
 }
 
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #endif  // JAX_NSA_TESTS_CUDA_KERNEL_CASES_H_

@@ -26,7 +26,7 @@
 #include "emulated_cuda/machine.h"
 #include "expect.h"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 namespace {
 
 using testing::Buffer;
@@ -305,25 +305,27 @@ void Test(const Case& c, unsigned number) {
 }
 
 }  // namespace
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 int main(int argc, char** argv) {
-  if (argc > 2) jax_nsa::cuda::first_seed = static_cast<unsigned>(std::stoul(argv[2]));
+  if (argc > 2) jax_nsa::cuda::compressed::first_seed = static_cast<unsigned>(std::stoul(argv[2]));
   const std::string only = argc > 1 ? argv[1] : "all";
   unsigned number = 0;
-  for (const auto& c : jax_nsa::cuda::Cases()) {
+  for (const auto& c : jax_nsa::cuda::compressed::Cases()) {
     ++number;
     if (only != "all" && c.name != only) continue;
-    jax_nsa::cuda::Test(c, number);
+    jax_nsa::cuda::compressed::Test(c, number);
     if (jax_nsa::testing::failures > 0) return jax_nsa::testing::ExitStatus();
   }
-  for (const auto& [what, times] : jax_nsa::cuda::covered) {
+  for (const auto& [what, times] : jax_nsa::cuda::compressed::covered) {
     std::cout << times << " launches: " << what << "\n";
   }
   const auto& counts = emulated_cuda::counts;
   std::cout << counts.launches << " launches of " << counts.blocks << " thread blocks, "
             << counts.flags << " parts of items\n";
-  EXPECT(only != "all" || jax_nsa::cuda::covered.size() == jax_nsa::cuda::kKinds)
-      << jax_nsa::cuda::covered.size() << " kinds of launches, expected " << jax_nsa::cuda::kKinds;
+  EXPECT(only != "all" ||
+         jax_nsa::cuda::compressed::covered.size() == jax_nsa::cuda::compressed::kKinds)
+      << jax_nsa::cuda::compressed::covered.size() << " kinds of launches, expected "
+      << jax_nsa::cuda::compressed::kKinds;
   return jax_nsa::testing::ExitStatus();
 }

@@ -4,14 +4,14 @@
 #include "language.h"
 #include "machine.h"
 
-namespace jax_nsa::cuda {
+namespace jax_nsa::cuda::compressed {
 namespace {
 
 // The shared memory that the kernel declares: the most that a device has.
-alignas(128) char memory[232448];
+alignas(1024) char memory[232448];
 
 }  // namespace
-}  // namespace jax_nsa::cuda
+}  // namespace jax_nsa::cuda::compressed
 
 #include "cuda/compress_attention_kernel.cu"
 
@@ -22,7 +22,9 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   const emulated_cuda::Device& found = emulated_cuda::kDevices[device];
-  *value = attribute == cudaDevAttrMultiProcessorCount ? found.multiprocessors : found.shared_bytes;
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? found.multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? found.shared_bytes
+                                                                  : found.major;
   return cudaSuccess;
 }
 
@@ -30,10 +32,10 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return c
 
 cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
                                         size_t shared_bytes, cudaStream_t) {
-  using jax_nsa::cuda::Params;
+  using jax_nsa::cuda::compressed::Params;
   const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
   const Params& params = *static_cast<const Params*>(arguments[0]);
-  emulated_cuda::Launch(grid.x, block.x, jax_nsa::cuda::memory, static_cast<int>(shared_bytes),
-                        [&] { function(params); });
+  emulated_cuda::Launch(grid.x, block.x, jax_nsa::cuda::compressed::memory,
+                        static_cast<int>(shared_bytes), [&] { function(params); });
   return cudaSuccess;
 }

@@ -19,9 +19,10 @@ namespace emulated_cuda {
 
 constexpr int kHopper = 232448, kAmpere = 166912, kSmall = 101376;
 const Device kDevices[] = {
-    {1, kHopper}, {2, kHopper}, {3, kHopper}, {5, kHopper}, {7, kHopper}, {132, kHopper},
-    {1, kAmpere}, {2, kAmpere}, {3, kAmpere}, {5, kAmpere}, {7, kAmpere}, {132, kAmpere},
-    {1, kSmall},  {2, kSmall},  {3, kSmall},  {5, kSmall},  {7, kSmall},  {132, kSmall},
+    {1, kHopper, 9},   {2, kHopper, 9},   {3, kHopper, 9},  {5, kHopper, 9}, {7, kHopper, 9},
+    {132, kHopper, 9}, {1, kAmpere, 8},   {2, kAmpere, 8},  {3, kAmpere, 8}, {5, kAmpere, 8},
+    {7, kAmpere, 8},   {132, kAmpere, 8}, {1, kSmall, 12},  {2, kSmall, 8},  {3, kSmall, 12},
+    {5, kSmall, 8},    {7, kSmall, 12},   {132, kSmall, 8},
 };
 const int kNumDevices = sizeof kDevices / sizeof kDevices[0];
 int current_device = 0;
@@ -33,6 +34,7 @@ namespace {
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / kLanes;
 constexpr int kMaxResident = 4, kNamedBarriers = 3;
 constexpr int kNoWarp = -1;
+constexpr int kBoxRow = 128;  // bytes
 // The pitch is no power of two, so that the fibers' stacks lie in different cache sets.
 constexpr size_t kStackBytes = (64 << 10) + 832;
 
@@ -47,7 +49,7 @@ uint32_t Random(uint32_t below) { return static_cast<uint32_t>(uint64_t{Random()
 
 struct PhaseBarrier {
   static constexpr uint16_t kInitialised = 0xba11;
-  uint16_t initialised, arrivals, pending, phase;
+  uint64_t initialised : 16, arrivals : 10, pending : 10, phase : 4, bytes : 24;
 };
 static_assert(sizeof(PhaseBarrier) == sizeof(uint64_t));
 
@@ -55,6 +57,11 @@ PhaseBarrier* AsBarrier(uint64_t* memory) {
   auto* barrier = reinterpret_cast<PhaseBarrier*>(memory);
   Require(barrier->initialised == PhaseBarrier::kInitialised, "a barrier that is none");
   return barrier;
+}
+void EndPhase(PhaseBarrier* barrier) {
+  if (barrier->pending != 0 || barrier->bytes != 0) return;
+  barrier->pending = barrier->arrivals;
+  ++barrier->phase;
 }
 bool IsOver(uint64_t* barrier, uint32_t parity) {
   return (AsBarrier(barrier)->phase & 1) != (parity & 1);
@@ -64,11 +71,13 @@ struct Copy {
   char* to;
   const void* from;
 };
-// Copies of one thread, and the barrier that they arrive at.
+// Copies of one thread, and the barrier that they arrive at: of 16 bytes each, or a box.
 struct Transfer {
   int thread;
   uint64_t* barrier;
   std::vector<Copy> copies;
+  char* to;
+  Box box;
 };
 
 struct Block;
@@ -169,7 +178,23 @@ void CompleteTransfer(Block* block) {
   const Transfer transfer = std::move(*first);
   transfers.erase(first);
   for (const Copy& copy : transfer.copies) std::memcpy(copy.to, copy.from, 16);
-  Arrive(transfer.barrier, 1);
+  const Box& box = transfer.box;
+  for (int r = 0; r < box.rows; ++r) {
+    char row[kBoxRow] = {};
+    std::memcpy(row, box.from + r * box.pitch, box.existing);
+    for (int u = 0; u < kBoxRow / 16; ++u) {
+      std::memcpy(transfer.to + r * kBoxRow + (u ^ r % 8) * 16, row + u * 16, 16);
+    }
+  }
+  if (box.rows == 0) {
+    Arrive(transfer.barrier, 1);
+  } else {
+    PhaseBarrier* const barrier = AsBarrier(transfer.barrier);
+    const int bytes = box.rows * kBoxRow;
+    Require(bytes <= static_cast<int>(barrier->bytes), "more bytes than a barrier waits for");
+    barrier->bytes -= static_cast<unsigned>(bytes) & 0xfffff;
+    EndPhase(barrier);
+  }
 }
 
 // Whether a lane of the warp can go on.
@@ -416,20 +441,25 @@ void Sync(int id, int threads) {
 
 void InitBarrier(uint64_t* barrier, int arrivals) {
   SharedOffset(barrier);
-  const PhaseBarrier value = {PhaseBarrier::kInitialised, static_cast<uint16_t>(arrivals),
-                              static_cast<uint16_t>(arrivals), 0};
+  PhaseBarrier value = {};
+  value.initialised = PhaseBarrier::kInitialised;
+  value.arrivals = value.pending = static_cast<unsigned>(arrivals) & 1023;
   std::memcpy(barrier, &value, sizeof value);
 }
 
 void Arrive(uint64_t* barrier, int count) {
   SharedOffset(barrier);
   PhaseBarrier* const state = AsBarrier(barrier);
-  Require(count <= state->pending, "more arrivals than a barrier waits for");
-  state->pending = static_cast<uint16_t>(state->pending - count);
-  if (state->pending == 0) {
-    state->pending = state->arrivals;
-    ++state->phase;
-  }
+  Require(count <= static_cast<int>(state->pending), "more arrivals than a barrier waits for");
+  state->pending -= static_cast<unsigned>(count) & 1023;
+  EndPhase(state);
+}
+
+void ArriveExpecting(uint64_t* barrier, int bytes) {
+  PhaseBarrier* const state = AsBarrier(barrier);
+  Require(state->bytes + bytes < 1 << 20, "more bytes than a barrier counts");
+  state->bytes += static_cast<unsigned>(bytes) & 0xfffff;
+  Arrive(barrier, 1);
 }
 
 void WaitForPhase(uint64_t* barrier, uint32_t parity) {
@@ -460,8 +490,18 @@ void CopyLater(uint32_t to, const void* from) {
 
 void ArriveAfterCopies(uint64_t* barrier) {
   SharedOffset(barrier);
-  current->block->transfers.push_back({current->index, barrier, std::move(current->copies)});
+  current->block->transfers.push_back(
+      {current->index, barrier, std::move(current->copies), nullptr, {}});
   current->copies.clear();
+}
+
+void CopyBoxLater(uint32_t to, const Box& box, uint64_t* barrier) {
+  Require(to % 1024 == 0, "a box is not aligned");  // where the rows' pattern begins anew
+  char* const pointer = SharedPointer(to);
+  SharedPointer(to + box.rows * kBoxRow - 1);
+  std::memset(pointer, 0xff, size_t{1} * box.rows * kBoxRow);
+  current->block->transfers.push_back({current->index, barrier, {}, pointer, box});
+  ++counts.boxes;
 }
 
 void CommitCopies() {

@@ -26,6 +26,7 @@ constexpr int kLanes = 32;
 struct Device {
   int multiprocessors;
   int shared_bytes;  // that a thread block can have
+  int major;         // of its compute capability
 };
 // The devices that there are, and the current one.
 extern const Device kDevices[];
@@ -37,7 +38,7 @@ extern uint64_t seed;
 
 // What launches have done so far.
 struct Counts {
-  int64_t launches, blocks, waits, copies, flags;
+  int64_t launches, blocks, waits, copies, boxes, flags;
   int64_t whole_items_lines, cut_items_lines;  // discarded, by whom and so of what
 };
 extern Counts counts;
@@ -68,6 +69,8 @@ void Sync(int id, int threads);
 // A barrier in shared memory.
 void InitBarrier(uint64_t* barrier, int arrivals);
 void Arrive(uint64_t* barrier, int count);
+// Arrives, and adds so many bytes of boxes to what the phase waits for.
+void ArriveExpecting(uint64_t* barrier, int bytes);
 void WaitForPhase(uint64_t* barrier, uint32_t parity);
 
 // Waits for another thread to store a value.
@@ -76,6 +79,15 @@ void WaitForValue(const uint64_t* from, uint64_t value);
 // Copies 16 bytes, some time before ArriveAfterCopies arrives. Until then they are garbage.
 void CopyLater(uint32_t to, const void* from);
 void ArriveAfterCopies(uint64_t* barrier);
+// Copies rows of 128 bytes, each `pitch` bytes after the one before. Of each, bytes from `existing`
+// on become zero. In shared memory unit u of 16 bytes of row r comes to place u ^ (r % 8) of the
+// row. They arrive at a barrier in time.
+struct Box {
+  const char* from;
+  int rows, existing;
+  int64_t pitch;
+};
+void CopyBoxLater(uint32_t to, const Box& box, uint64_t* barrier);
 // Or makes a batch of this thread's copies, and waits for all but its last `later` ones.
 void CommitCopies();
 void WaitForCopies(int later);

@@ -8,7 +8,7 @@ namespace jax_nsa::cuda::select {
 namespace {
 
 // The shared memory that the kernel declares: the most that a device has.
-alignas(128) char memory[232448];
+alignas(1024) char memory[232448];
 
 }  // namespace
 }  // namespace jax_nsa::cuda::select

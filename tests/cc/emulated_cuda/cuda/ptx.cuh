@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/tensor_map.h"
 #include "language.h"
 #include "machine.h"
 
@@ -26,6 +27,10 @@ inline void BarrierArriveAfterCopies(uint64_t* barrier) {
   emulated_cuda::ArriveAfterCopies(barrier);
   emulated_cuda::MaybeYield(64);
 }
+inline void BarrierArriveExpecting(uint64_t* barrier, int bytes) {
+  emulated_cuda::ArriveExpecting(barrier, bytes);
+  emulated_cuda::MaybeYield(64);
+}
 inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
   emulated_cuda::WaitForPhase(barrier, parity);
 }
@@ -35,6 +40,22 @@ inline void CopyAsync16(uint32_t to, const void* from, uint64_t) {
   emulated_cuda::CopyLater(to, from);
 }
 inline void CopyAsync16(uint32_t to, const void* from) { emulated_cuda::CopyLater(to, from); }
+inline void FenceBarrierInit() {}
+inline void PrefetchMap(const TensorMap&) {}
+inline void CopyBox(uint32_t to, const TensorMap& map, int column, int head, int position,
+                    uint64_t* barrier, uint64_t) {
+  const BoxedArray& array = map.array;
+  const int element = array.dtype == DataType::kFloat32 ? 4 : 2;
+  emulated_cuda::Require(column >= 0 && head >= 0 && head < array.heads && position >= 0 &&
+                             position + array.box_positions <= array.positions,
+                         "a box beyond its array");
+  const int64_t first = int64_t{column} * element, row = array.columns * element;
+  const int64_t exist = max(int64_t{0}, min(int64_t{128}, row - first));
+  const auto* memory = static_cast<const char*>(array.memory) + head * array.head_bytes + first +
+                       position * array.position_bytes;
+  emulated_cuda::CopyBoxLater(
+      to, {memory, array.box_positions, static_cast<int>(exist), array.position_bytes}, barrier);
+}
 inline void CommitCopies() { emulated_cuda::CommitCopies(); }
 template <int kLater>
 void WaitForCopies() {

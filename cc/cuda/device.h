@@ -1,0 +1,80 @@
+// Which of an operator's kernels serves a call, and what a launch needs to know of a device.
+
+#ifndef JAX_NSA_CUDA_DEVICE_H_
+#define JAX_NSA_CUDA_DEVICE_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+
+#include "paged.h"
+
+namespace jax_nsa::cuda {
+
+// A kernel, compiled for head sizes up to its own; smaller ones are padded with zeros in shared
+// memory.
+struct KernelOf {
+  DataType dtype;
+  int head_size, value_size;
+  const void* function;
+};
+
+// The first that fits.
+template <typename Kernel, size_t kCount>
+const Kernel& ChooseKernel(const Kernel (&kernels)[kCount], const PagedProblem& problem) {
+  for (const Kernel& kernel : kernels) {
+    if (kernel.dtype == problem.dtype && kernel.head_size >= problem.head_size &&
+        kernel.value_size >= problem.value_size) {
+      return kernel;
+    }
+  }
+  std::abort();  // decoding the call has seen to it
+}
+
+inline bool IsAligned(const void* array, int64_t row_size, DataType dtype) {
+  const int64_t element = dtype == DataType::kFloat32 ? 4 : 2;
+  return reinterpret_cast<uintptr_t>(array) % 16 == 0 && row_size * element % 16 == 0;
+}
+
+struct Device {
+  std::once_flag once;
+  cudaError_t error = cudaSuccess;
+  int multiprocessors = 0;
+  int shared_bytes = 0;     // that a thread block can have
+  bool has_engine = false;  // that copies boxes (tensor_map.h)
+};
+
+// The current device, these kernels allowed all shared memory that there is.
+template <typename Kernel, size_t kCount>
+cudaError_t FindDevice(const Kernel (&kernels)[kCount], const Device** found) {
+  constexpr int kMaxDevices = 64;
+  static Device devices[kMaxDevices];
+  int id = 0;
+  if (cudaError_t error = cudaGetDevice(&id); error != cudaSuccess) return error;
+  if (id >= kMaxDevices) return cudaErrorInvalidDevice;
+  Device& device = devices[id];
+  std::call_once(device.once, [&] {
+    const auto check = [&](cudaError_t error) {
+      if (device.error == cudaSuccess) device.error = error;
+    };
+    int major = 0;
+    check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id));
+    check(
+        cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
+    device.has_engine = major >= 9;
+    for (const Kernel& kernel : kernels) {
+      check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 device.shared_bytes));
+    }
+  });
+  *found = &device;
+  return device.error;
+}
+
+}  // namespace jax_nsa::cuda
+
+#endif  // JAX_NSA_CUDA_DEVICE_H_
