@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -99,32 +101,36 @@ def draw(
     """
     assert shape.query_tokens == 1
     rows = {"compressed": shape.lengths, "original": shape.tokens}
-    columns = {name: _columns(lengths, shape.page) for name, lengths in rows.items()}
+    blocks = {
+        "compressed": shape.blocks.strides_per_select_block,
+        "original": shape.blocks.select_block_size,
+    }
+    columns = {n: _columns(int(rows[n].max()), shape.page, blocks[n]) for n in rows}
     sizes = {"key": shape.head_size, "value": shape.value_size}
     heads = shape.key_value_heads
 
-    def floats(seed: jax.Array) -> tuple[Arrays, Arrays]:
-        seeds = iter(jax.random.split(seed, 6))
+    def floats() -> tuple[Arrays, Arrays]:
+        seeds = itertools.count()
 
-        def normal(*size: int) -> jax.Array:
-            return jax.random.normal(next(seeds), size, dtype)
+        def noise(*size: int) -> jax.Array:
+            return _noise(next(seeds), size).astype(dtype)
 
         pools = {
             cache: {
-                name: normal(shape.sequences, columns[cache], sets, shape.page, heads * size)
+                name: noise(shape.sequences, columns[cache], sets, shape.page, heads * size)
                 for name, size in sizes.items()
             }
             for cache in rows
         }
         of_steps = (steps, shape.sequences, shape.heads)
-        query, gates = normal(*of_steps, shape.head_size), normal(*of_steps, 3)
+        query, gates = noise(*of_steps, shape.head_size), noise(*of_steps, 3)
         return pools, {"query": query, "gates": jax.nn.sigmoid(gates)}
 
     tables = P(None, "sequences", split.context_axis)
     pools = {name: P("sequences", split.context_axis, None, None, "heads") for name in sizes}
     lie = (dict.fromkeys(rows, pools), {"query": ROWS, "gates": ROWS})
     shardings = jax.tree.map(functools.partial(NamedSharding, split.mesh), lie)
-    shared, own = jax.jit(floats, out_shardings=shardings)(jax.random.key(0))
+    shared, own = jax.jit(floats, out_shardings=shardings)()
     for name, lengths in rows.items():
         shared[name]["lengths"] = _put(split, lengths, P("sequences"))
         of_steps = _tables(shape.sequences, columns[name], sets, split, steps)
@@ -189,13 +195,28 @@ def program(part: Part, split: Split, operands: tuple[Arrays, Arrays]) -> Any:
     return jax.jit(spread).lower(*operands).compile()
 
 
+def _noise(seed: int, size: tuple[int, ...]) -> jax.Array:
+    """Numbers of variance 1, float32, each hashed from where it lies.
+
+    Each device computes what it holds. The generators of `jax.random` do so too, but take long to
+    compile, or need twice the memory.
+    """
+    strides = np.cumprod((1, *size[:0:-1]))[::-1].astype(np.uint32)
+    bits = jnp.full(size, 0x9E3779B9 * (seed + 1) % 2**32, jnp.uint32)
+    for axis, stride in enumerate(strides):
+        bits += jax.lax.broadcasted_iota(jnp.uint32, size, axis) * stride
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return jax.lax.bitcast_convert_type(bits, jnp.int32) * np.float32(3**0.5 / 2**31)
+
+
 def _put(split: Split, array: np.ndarray, spec: P) -> jax.Array:
     return jax.device_put(array, NamedSharding(split.mesh, spec))
 
 
-def _columns(lengths: np.ndarray, page: int) -> int:
-    """Columns of a block table for so many rows, that any split of it has whole grains of."""
-    return -(-int(lengths.max()) // (page * GRAINS)) * GRAINS
+def _columns(rows: int, page: int, block: int) -> int:
+    """Columns of a block table for so many rows, in grains that hold whole blocks of rows."""
+    return -(-rows // (GRAINS * math.lcm(page, block))) * GRAINS * math.lcm(page, block) // page
 
 
 def _tables(sequences: int, columns: int, sets: int, split: Split, steps: int) -> np.ndarray:
