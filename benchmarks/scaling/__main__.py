@@ -33,7 +33,7 @@ import jax
 from benchmarks import measure
 from benchmarks.__main__ import machine, write
 from benchmarks.scaling import table, timing
-from benchmarks.scaling.series import Point, Series, all_series
+from benchmarks.scaling.series import SPLITS, Point, Series, all_series
 
 DEVICES = (1, 2, 4, 8)
 
@@ -118,6 +118,7 @@ def main() -> None:
         "--quick", action="store_true", help="small steps, warm caches, few programs"
     )
     parser.add_argument("--repeat", type=int, default=15, help="programs that a median is of")
+    parser.add_argument("--split", choices=SPLITS, action="append", help="only what is split so")
     parser.add_argument("--cpu-devices", type=int, help="how many devices the CPU is to be")
     parser.add_argument("--output", metavar="JSON", help="where to write, not benchmarks/results")
     parser.add_argument("--plot", metavar="PNG", help="draw a picture, too")
@@ -143,7 +144,9 @@ def main() -> None:
         effort = timing.Effort(repeat=arguments.repeat)
         if arguments.quick:
             effort = timing.Effort(steps=2, programs=1, repeat=2, cold=False)
-        reports = [run(counts, arguments.quick, effort)]
+        every = all_series(counts, arguments.quick)
+        splits = arguments.split or SPLITS
+        reports = [run([s for s in every if s.split in splits], counts, effort)]
         write(reports[0], arguments.output, f"scaling-{reports[0]['machine']['platform']}")
     for report in reports:
         print_report(report)

@@ -9,6 +9,7 @@ from benchmarks.scaling.problem import Split
 from jax_nsa.blocks import compressed_length
 from jax_nsa.shapes import Shape
 
+SPLITS = ("sequences", "heads", "sequences and heads", "context")
 KEY_VALUE_HEADS, GROUP = 4, 16
 
 
@@ -25,7 +26,7 @@ class Series:
     """A step on more and more devices.
 
     Attributes:
-        split: what is split.
+        split: what is split, one of `SPLITS`.
         strong: whether the step stays the same, or else a device's share of it.
         points: by the number of devices, 1 among them.
     """
@@ -80,11 +81,7 @@ def all_series(counts: list[int], quick: bool) -> list[Series]:
     every = [
         series(name, strong, splits, large if strong else small)
         for strong in (True, False)
-        for name, splits in (
-            ("sequences", by_sequences),
-            ("heads", by_heads),
-            ("sequences and heads", half_heads),
-        )
+        for name, splits in zip(SPLITS, (by_sequences, by_heads, half_heads), strict=False)
     ]
     for length in (long, 2 * long):
         every.append(series("heads", True, by_heads, batch(1, length)))
