@@ -60,7 +60,7 @@ def test_sequences_and_heads_split_without_a_word(implementation):
 def test_split_pages_are_merged_by_few_reductions(implementation):
     """Of which neither number nor size depends on how many devices there are."""
     together = [program for program in found(implementation) if program["split"][2] > 1]
-    blocks = 1 + -(-250 * 16 // 64 // 8) * 8  # what devices could hold, and one before them
+    blocks = 1 + -(-(256 * 16 + 31) // 64)  # of all that devices could hold, and one before them
     # Three numbers of each head beside its attention and its group's importances.
     compressed = HEADS * (VALUE_SIZE + 3) + KEY_VALUE_HEADS * blocks
     selected = 2 * HEADS * (VALUE_SIZE + 3)
@@ -112,9 +112,8 @@ def test_series_keep_the_step_or_a_devices_share(quick):
                 (shape.sequences, split.sequences), (shape.key_value_heads, split.heads),
             ):  # fmt: skip
                 assert size % parts == 0
-    assert {2 << 20, 8 << 20} <= {
-        int(p.shape.tokens[0]) for s in every for p in s.points.values()
-    } or quick
+    lengths = {int(point.shape.tokens[0]) for one in every for point in one.points.values()}
+    assert max(lengths) == (128 << 10 if quick else 8 << 20)
 
 
 def test_efficiency_is_one_where_devices_add_up():
@@ -157,6 +156,5 @@ def test_what_it_says(tmp_path):
     assert len(several) == 6  # two strong, one weak, of two parts
     for row in several:
         assert row["held_to_one_device"]
-        assert 0 < row["seconds"]
         assert f"| {row['seconds'] * 1e6:.1f} | {row['efficiency']:.2f} |" in measured.stdout
         assert row["collectives"]

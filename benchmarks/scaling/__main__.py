@@ -67,9 +67,8 @@ def rows_of(series: Series, measured: dict[Point, dict[str, Any]]) -> list[dict[
     return rows
 
 
-def run(counts: list[int], quick: bool, effort: timing.Effort) -> dict[str, Any]:
-    """Measures all series over these numbers of devices, returns the report."""
-    every = all_series(counts, quick)
+def run(every: list[Series], counts: list[int], effort: timing.Effort) -> dict[str, Any]:
+    """Measures series over these numbers of devices, returns the report."""
     # Those on fewer devices first: one device's results are what others are held to.
     points = sorted(
         dict.fromkeys(point for series in every for point in series.points.values()),

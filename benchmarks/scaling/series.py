@@ -56,7 +56,7 @@ def batch(sequences: int, tokens: int, key_value_heads: int = KEY_VALUE_HEADS) -
 
 def all_series(counts: list[int], quick: bool) -> list[Series]:
     """All series over some numbers of devices, of steps that are much smaller if `quick`."""
-    sequences, tokens, long = (2, 4, 16) if quick else (64, 32, 1024)
+    sequences, tokens, long = (4, 4, 16) if quick else (64, 32, 1024)
     half_heads = {1: Split()} | {n: Split(n // 2, heads=2) for n in counts if n >= 4}
     by_sequences = {n: Split(sequences=n) for n in counts}
     by_heads = {n: Split(heads=n) for n in counts}
