@@ -95,11 +95,18 @@ def measure_point(
 
 
 def compare(results: list[np.ndarray], expected: list[np.ndarray]) -> None:
-    """Holds attention and ids of some steps to those of one device, up to rounding."""
-    # A part may be summed in another order than the whole, and another of two near blocks chosen.
-    np.testing.assert_allclose(results[0], expected[0], rtol=2**-6, atol=2e-3)
-    same = np.mean(results[1] == expected[1])
-    assert same > 0.995, f"only {same:.2%} of the blocks are the same as on one device"
+    """Holds attention and ids of some steps to those of one device, up to rounding.
+
+    A part may be summed in another order than the whole, and of two blocks that are next to equal
+    the other be chosen. Where that happened the attention is of other blocks, and not compared.
+    """
+    (attention, ids), (wanted, wanted_ids) = results, expected
+    same = np.all(np.sort(ids) == np.sort(wanted_ids), axis=-1)
+    assert same.mean() > 0.75, f"only {same.mean():.1%} choose the same blocks as on one device"
+    by_group = (*same.shape, -1, attention.shape[-1])
+    np.testing.assert_allclose(
+        attention.reshape(by_group)[same], wanted.reshape(by_group)[same], rtol=2**-6, atol=2e-3
+    )
 
 
 def links(devices: int, effort: Effort) -> dict[str, float]:
