@@ -1,0 +1,1 @@
+"""How a step scales over devices: `python -m benchmarks.scaling --help`."""
