@@ -148,7 +148,7 @@ def parts(shape: Shape, split: Split, implementation: str | None = None) -> dict
         "select_block_size": shape.blocks.select_block_size,
         "select_block_count": shape.select_count,
     }  # fmt: skip
-    windows = {
+    windows: dict[str, Any] = {
         "compress_block_size": shape.blocks.compress_block_size,
         "compress_stride": shape.blocks.compress_stride,
     }

