@@ -1,15 +1,24 @@
 """What a reader is promised: every public name has shapes, dtypes, errors and a source."""
 
+import dataclasses
 import inspect
 import pathlib
 import re
+import types
 
 import pytest
 
 import jax_nsa
 
 ROOT = pathlib.Path(__file__).parent.parent
-OPERATIONS = [name for name in jax_nsa.__all__ if name.startswith("nsa_")]
+OPERATIONS = [name for name in jax_nsa.__all__ if name.startswith(("nsa_", "block_"))]
+RECORDS = [name for name in jax_nsa.__all__ if inspect.isclass(getattr(jax_nsa, name))]
+METHODS = [
+    (name, method)
+    for name in RECORDS
+    for method, member in vars(getattr(jax_nsa, name)).items()
+    if not method.startswith("_") and isinstance(member, (classmethod, types.FunctionType))
+]
 
 
 def sections(docstring):
@@ -37,7 +46,7 @@ class TestOperations:
     def test_tells_shapes_and_dtypes(self, name):
         told = sections(getattr(jax_nsa, name).__doc__)
         for section in ("Args", "Returns"):
-            assert re.search(r"`?\[[\w, *+'/-]+\]`?", told[section]), f"no shape in {section}"
+            assert re.search(r"`?\[[\w, *+'/.-]+\]`?", told[section]), f"no shape in {section}"
         dtype = r"float32|bfloat16|int32|[Ii]ntegers|dtype"
         assert re.search(dtype, told["Args"])
         assert re.search(dtype, told["Returns"])
@@ -48,6 +57,24 @@ class TestOperations:
 
     def test_tells_its_source(self, name):
         assert "arXiv" in getattr(jax_nsa, name).__doc__
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_tells_every_field(name):
+    record = getattr(jax_nsa, name)
+    told = sections(record.__doc__)["Attributes"]
+    described = re.findall(r"^    (\w+): ", told, re.M)
+    assert described == [field.name for field in dataclasses.fields(record)]
+    assert re.search(r"`\[[\w, *]+\]`", told), "no shape"
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS, ids=map(".".join, METHODS))
+def test_methods_tell_arguments_and_errors(name, method):
+    function = getattr(getattr(jax_nsa, name), method)
+    told = sections(function.__doc__)
+    described = re.findall(r"^    (\w+): ", told["Args"], re.M)
+    assert described == [n for n in inspect.signature(function).parameters if n != "self"]
+    assert {"TypeError", "ValueError"} <= set(re.findall(r"^    (\w+): ", told["Raises"], re.M))
 
 
 def pages():

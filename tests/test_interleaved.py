@@ -37,18 +37,10 @@ missing = [
 needs_cpu_kernels = pytest.mark.skipif(bool(missing), reason=f"{missing}")
 
 
-class TestCompressReference(Interleaved, CompressAttentionContract):
-    implementation = "reference"
-
-
 @needs_cpu_kernels
 class TestCompressCpu(Interleaved, CompressAttentionContract):
     implementation = "cpu"
     fails_on_faults = True
-
-
-class TestSelectReference(Interleaved, SelectAttentionContract):
-    implementation = "reference"
 
 
 @needs_cpu_kernels
