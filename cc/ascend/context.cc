@@ -18,7 +18,7 @@ ffi::Error Context::Synchronize() {
 
 ffi::Error Context::Close() {
   ffi::Error first = ffi::Error::Success();
-  const auto keep_first = [&](ffi::Error error) {
+  const auto keep_first = [&](const ffi::Error& error) {
     if (first.success() && error.failure()) first = error;
   };
   const bool in_use = arrays.capacity() > 0 || mask.capacity() > 0 || workspace.capacity() > 0 ||
