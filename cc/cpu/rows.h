@@ -23,6 +23,11 @@ struct Rows {
   int64_t count;
 };
 
+// The keys and values of a tile.
+struct TileRows {
+  Rows keys, values;
+};
+
 constexpr int64_t kMostSteps = 64;  // of values, converted at once by any multiplier
 
 // Steps of Ahead in the time of a vector of block scores.

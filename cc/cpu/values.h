@@ -24,13 +24,13 @@ struct ValueWords {
   static constexpr int64_t kElement = sizeof(typename Type::Bits);
 
   // Columns [c, c + count) of a step; `whole`: as many as a chunk has.
-  template <bool whole>
-  static inline void Load(const char* const* rows, int64_t c, int64_t count, Word* words) {
+  template <bool whole, class Rows>
+  static inline void Load(const Rows& rows, int64_t row, int64_t c, int64_t count, Word* words) {
     Float a, b;
     if constexpr (whole) {
-      Type::Load(rows[0] + c * kElement, &a, &b);
+      Type::Load(rows[row] + c * kElement, &a, &b);
     } else {
-      LoadSome<Type>(rows[0] + c * kElement, count, &a, &b);
+      LoadSome<Type>(rows[row] + c * kElement, count, &a, &b);
     }
     words[0] = (Word)a;
     words[1] = (Word)b;
@@ -48,11 +48,11 @@ template <>
 struct ValueWords<BFloat16, BFloat16Products> {
   static constexpr int64_t kRows = 2;
 
-  template <bool whole>
-  static inline void Load(const char* const* rows, int64_t c, int64_t count, Word* words) {
+  template <bool whole, class Rows>
+  static inline void Load(const Rows& rows, int64_t row, int64_t c, int64_t count, Word* words) {
     const __mmask32 mask = whole ? ~0u : (1u << count) - 1;
-    const __m512i low = _mm512_maskz_loadu_epi16(mask, rows[0] + 2 * c);
-    const __m512i high = _mm512_maskz_loadu_epi16(mask, rows[1] + 2 * c);
+    const __m512i low = _mm512_maskz_loadu_epi16(mask, rows[row] + 2 * c);
+    const __m512i high = _mm512_maskz_loadu_epi16(mask, rows[row + 1] + 2 * c);
     words[0] = (Word)_mm512_unpacklo_epi16(low, high);
     words[1] = (Word)_mm512_unpackhi_epi16(low, high);
   }
@@ -68,19 +68,28 @@ struct ValueWords<BFloat16, BFloat16Products> {
 };
 #endif
 
-// Adds weighted values to sums, [row][columns].
-template <class Type, class Products>
+// Adds weighted values to sums, [row][columns]. Rows has the values by operator[]; Ahead is what
+// is fetched, a FetchRows or FetchStream.
+template <class Type, class Products, class Rows, class Ahead>
 class Weigh {
  public:
   using Words = ValueWords<Type, Products>;
 
-  // Adds kGranule values, weighted, and fetches as many rows `ahead`. Of weights, [step][stride],
-  // the first `rows` of each step count.
-  static void Add(const char* const* values, const char* const* ahead, int64_t size,
-                  const uint32_t* weights, int64_t stride, int64_t rows, float* sums) {
-    const Weigh weigh = {values, ahead, size, weights, stride, rows, sums};
-    WithConstant(Least(stride, kMostRows), [&](auto at_once) {
-      if constexpr (at_once() <= kMostRows) weigh.template Columns<at_once()>();
+  // Of weights, [step][stride], the first `rows` of each step count.
+  Weigh(const uint32_t* weights, int64_t stride, int64_t rows, int64_t size, Ahead& ahead)
+      : weights_(weights),
+        stride_(stride),
+        rows_(rows),
+        size_(size),
+        columns_(RoundUp(size, kChunk)),
+        ahead_(ahead) {}
+
+  // Adds `count` values, weighted.
+  void Add(const Rows& values, int64_t count, float* sums) const {
+    WithConstant(Least(stride_, kMostRows), [&](auto at_once) {
+      if constexpr (at_once() <= kMostRows) {
+        Columns<at_once()>(values, RoundUp(count, Words::kRows) / Words::kRows, sums);
+      }
     });
   }
 
@@ -90,66 +99,51 @@ class Weigh {
   // Chunks of two vectors that fill the accumulators.
   static constexpr int64_t ChunksAtOnce(int64_t rows) { return Least(kAccumulators / 2 / rows, 4); }
 
-  Weigh(const char* const* values, const char* const* ahead, int64_t size, const uint32_t* weights,
-        int64_t stride, int64_t rows, float* sums)
-      : values_(values),
-        ahead_(ahead),
-        size_(size),
-        weights_(weights),
-        stride_(stride),
-        rows_(rows),
-        columns_(RoundUp(size, kChunk)),
-        sums_(sums) {}
-
   template <int rows>
-  void Columns() const {
+  void Columns(const Rows& values, int64_t steps, float* sums) const {
     constexpr int kChunks = ChunksAtOnce(rows);
     int64_t c = 0;
-    for (; c + kChunks * kChunk <= size_; c += kChunks * kChunk) Rows<rows, kChunks, true>(c);
-    for (; c + kChunk <= size_; c += kChunk) Rows<rows, 1, true>(c);
-    if (c < size_) Rows<rows, 1, false>(c);
+    for (; c + kChunks * kChunk <= size_; c += kChunks * kChunk) {
+      Blocks<rows, kChunks, true>(values, steps, c, sums);
+    }
+    for (; c + kChunk <= size_; c += kChunk) Blocks<rows, 1, true>(values, steps, c, sums);
+    if (c < size_) Blocks<rows, 1, false>(values, steps, c, sums);
   }
 
+  // Some rows after the other meet the same values, and share in fetching.
   template <int rows, int chunks, bool whole>
-  void Rows(int64_t c) const {
-    for (int64_t r = 0; r < rows_; r += rows) Block<rows, chunks, whole>(c, r);
+  void Blocks(const Rows& values, int64_t steps, int64_t c, float* sums) const {
+    for (int64_t r = 0; r < rows_; r += rows) {
+      Block<rows, chunks, whole>(values, steps, c, r, sums + r * columns_ + c);
+    }
   }
 
   // `rows` rows from row r, `chunks` chunks of columns from column c.
   template <int rows, int chunks, bool whole>
-  inline void Block(int64_t c, int64_t r) const {
+  inline void Block(const Rows& values, int64_t steps, int64_t c, int64_t r, float* sums) const {
     constexpr int kVectors = 2 * chunks;
-    float* const target = sums_ + r * columns_ + c;
-    const int64_t count = size_ - c;
-    constexpr int64_t kElement = sizeof(typename Type::Bits), kBytes = chunks * kChunk * kElement;
-    const int64_t first = c * kElement;
-    const bool fetches = r == 0 && first % kLine == 0;
+    constexpr int kBytes = chunks * kChunk * sizeof(typename Type::Bits);
     Float block[rows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        block[i][v] = Load<Float>(target + i * columns_ + v * kLanes);
+        block[i][v] = Load<Float>(sums + i * columns_ + v * kLanes);
       }
     }
+    const uint32_t* weights = weights_ + r;
 #pragma GCC unroll 4
-    for (int64_t s = 0; s < kGranule / Words::kRows; ++s) {
-      if (fetches) {
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < Words::kRows; ++i) {
-          const char* const row = ahead_[s * Words::kRows + i] + first;
-          for (int64_t b = 0; b < kBytes; b += kLine) FetchLine(row + b);
-        }
-      }
+    for (int64_t s = 0; s < steps; ++s, weights += stride_) {
+      if (r == 0) ahead_.template Step<Words::kRows, kBytes>(s * Words::kRows, c / (chunks * kChunk));
       Word value[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < chunks; ++v) {
-        Words::template Load<whole>(values_ + s * Words::kRows, c + v * kChunk, count,
+        Words::template Load<whole>(values, s * Words::kRows, c + v * kChunk, size_ - c,
                                     value + 2 * v);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const Word weight = Repeated<1>(weights_ + s * stride_ + r + i);
+        const Word weight = Repeated<1>(weights + i);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           block[i][v] = Products::MultiplyAdd(weight, value[v], block[i][v]);
@@ -160,17 +154,14 @@ class Weigh {
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        Store(target + i * columns_ + v * kLanes, block[i][v]);
+        Store(sums + i * columns_ + v * kLanes, block[i][v]);
       }
     }
   }
 
-  const char* const* const values_;
-  const char* const* const ahead_;
-  const int64_t size_;
   const uint32_t* const weights_;
-  const int64_t stride_, rows_, columns_;
-  float* const sums_;
+  const int64_t stride_, rows_, size_, columns_;
+  Ahead& ahead_;
 };
 
 }  // namespace
