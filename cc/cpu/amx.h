@@ -84,7 +84,6 @@ class AmxTiles {
   }
 
   static constexpr int64_t kAtOnce = kMaxPage;  // positions
-  static int64_t ValuesAtOnce(int64_t) { return kMaxPage; }
 
   // As Vectors::Score, of any number of keys, of one head.
   template <bool in_place>
@@ -94,12 +93,13 @@ class AmxTiles {
     ScoreAll<2, 1>(keys, queries, scores, ahead);
   }
 
-  // As Vectors::Weigh, of any number of values, but for the order of weights: the steps of a tile
+  // As Vectors::Weigh, of one head, but for the order of weights: the steps of a tile
   // lie side by side, [step / kStepGranule][padded row][step % kStepGranule], zeros up to a whole
   // tile. Sums must hold all padded rows. `packed` has room for kSteps steps of values.
-  static void Weigh(const HeadRows& values, int64_t size, const uint32_t* weights,
-                    int64_t padded_rows, int64_t rows, float* sums, uint32_t* packed,
-                    Ahead& ahead) {
+  template <class Head>
+  static void Weigh(Head head, int64_t, int64_t size, int64_t padded_rows, int64_t rows,
+                    uint32_t* packed, Ahead& ahead) {
+    const auto [values, weights, sums] = head(0);
     const int64_t columns = PaddedWords(size), steps = RoundUp(values.count, 2) / 2;
     for (int64_t s = 0; s < steps; s += kSteps) {
       const int64_t count = Least(kSteps, steps - s);

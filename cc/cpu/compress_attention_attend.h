@@ -164,16 +164,12 @@ class Attention {
   // Adds the weighted values of some heads of the tile.
   void AddValues(const Tile& tile, int64_t first, int64_t heads, Ahead& ahead) {
     ahead.BeginValues();
-    constexpr int64_t kPerStep = Multiplier::kPairs ? 2 : 1;
-    const int64_t at_once = Multiplier::ValuesAtOnce(padded_rows_);
-    for (int64_t p = 0; p < tile.count; p += at_once) {
-      for (int64_t h = first; h < first + heads; ++h) {
-        const HeadRows values = {ValueRow(unit_, tile, h) + p * value_stride_, value_stride_,
-                                 Least(at_once, tile.count - p)};
-        Multiplier::Weigh(values, value_size_, weights_.words(h) + p / kPerStep * padded_rows_,
-                          padded_rows_, rows_, partials_[h].attention, scratch_.values, ahead);
-      }
-    }
+    const auto head = [&](int64_t h) {
+      return HeadValues{{ValueRow(unit_, tile, first + h), value_stride_, tile.count},
+                        weights_.words(first + h),
+                        partials_[first + h].attention};
+    };
+    Multiplier::Weigh(head, heads, value_size_, padded_rows_, rows_, scratch_.values, ahead);
   }
 
   // A granule of keys, converted.

@@ -19,39 +19,85 @@ constexpr int64_t kLine = 64;  // bytes
 // Rows that are worked on at once.
 constexpr int64_t kGranule = 16;
 
-inline void FetchLine(const char* at) { __builtin_prefetch(at, 0, 3); }
+// A function that does nothing but fetch is pure to a compiler, which drops calls of it: such are
+// always inlined.
+[[gnu::always_inline]] inline void FetchLine(const char* at) { __builtin_prefetch(at, 0, 3); }
 
-// Fetches rows that lie anywhere: each row that is worked on fetches one other.
+// What is fetched in the time of some work is *taken* at its beginning, and then fetched in steps.
+// Each step works on `bytes` bytes of each of `count` rows.
+
+// Rows that lie anywhere: each row that is worked on fetches one other.
 class FetchRows {
  public:
   explicit FetchRows(const char* const* rows) : rows_(rows) {}
 
-  // The share of a step that works on `bytes` bytes of each of `count` rows from row `first`.
+  // In the time of work on rows from row `first`, from so many bytes on.
+  FetchRows Take(int64_t first, int64_t offset, int64_t) const {
+    FetchRows taken(rows_ + first);
+    taken.offset_ = offset;
+    return taken;
+  }
+
+  // A step along the rows.
   template <int count, int bytes>
-  inline void Step(int64_t first, int64_t step) {
+  [[gnu::always_inline]] inline void Step(int64_t step) const {
     constexpr int kSteps = bytes < kLine ? kLine / bytes : 1;  // in which a line of each is due
     constexpr int kAtOnce = (count + kSteps - 1) / kSteps;
-    const int64_t offset = step / kSteps * kSteps * bytes;
+    const int64_t offset = offset_ + step / kSteps * kSteps * bytes;
 #pragma GCC unroll 8
     for (int i = 0; i < kAtOnce; ++i) {
       const int64_t row = step % kSteps * kAtOnce + i;
       if (count % kSteps != 0 && row >= count) break;
 #pragma GCC unroll 4
-      for (int b = 0; b < bytes; b += kLine) FetchLine(rows_[first + row] + offset + b);
+      for (int b = 0; b < bytes; b += kLine) FetchLine(rows_[row] + offset + b);
+    }
+  }
+
+  // A step from rows to the next.
+  template <int count, int bytes>
+  [[gnu::always_inline]] inline void StepRows(int64_t step) const {
+    if (offset_ % kLine != 0) return;  // with the columns before
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) {
+#pragma GCC unroll 4
+      for (int b = 0; b < bytes; b += kLine) FetchLine(rows_[step * count + i] + offset_ + b);
     }
   }
 
  private:
   const char* const* const rows_;
+  int64_t offset_ = 0;
 };
 
-// Fetches nothing.
+// Nothing.
 struct NoFetch {
+  NoFetch Take(int64_t, int64_t, int64_t) const { return {}; }
+
   template <int count, int bytes>
-  inline void Step(int64_t, int64_t) {}
+  inline void Step(int64_t) const {}
+  template <int count, int bytes>
+  inline void StepRows(int64_t) const {}
 };
 
-// Fetches rows side by side in memory in a straight line, as the processor's own prefetchers do.
+// Bytes side by side in memory.
+struct FetchBytes {
+  const char* first;
+
+  template <int count, int bytes>
+  [[gnu::always_inline]] inline void Step(int64_t step) const {
+    constexpr int kSteps = count * bytes < kLine ? kLine / (count * bytes) : 1;
+    if (step % kSteps != 0) return;
+#pragma GCC unroll 8
+    for (int b = 0; b < count * bytes; b += kLine) FetchLine(first + step * count * bytes + b);
+  }
+
+  template <int count, int bytes>
+  [[gnu::always_inline]] inline void StepRows(int64_t step) const {
+    Step<count, bytes>(step);
+  }
+};
+
+// Rows side by side in memory, in a straight line, as the processor's own prefetchers do.
 class FetchStream {
  public:
   // `rows` from so many bytes on, then those of `after`, of which may be none.
@@ -64,29 +110,19 @@ class FetchStream {
     Begin(skipped % rows_.bytes);
   }
 
-  // As FetchRows::Step, whichever rows.
-  template <int count, int bytes>
-  inline void Step(int64_t first, int64_t step) {
-    constexpr int kSteps = count * bytes < kPair ? kPair / (count * bytes) : 1;
-    if ((first / count + step) % kSteps != 0) return;
-#pragma GCC unroll 4
-    for (int b = 0; b < count * bytes; b += kPair) FetchPair();
+  // In the time of work on so many bytes, whichever these are.
+  FetchBytes Take(int64_t, int64_t, int64_t bytes) {
+    const char* const taken = next_;
+    next_ += bytes;
+    if (__builtin_expect(next_ >= end_, 0)) NextRow();
+    return {taken};
   }
 
  private:
-  static constexpr int kPair = 2 * kLine;
-
   // Rows that touch are one.
   static Rows Join(const Rows& rows) {
     if (rows.bytes != rows.stride || rows.count == 0) return rows;
     return {rows.first, 0, rows.bytes * rows.count, 1};
-  }
-
-  inline void FetchPair() {
-    FetchLine(next_);
-    FetchLine(next_ + kLine);
-    next_ += kPair;
-    if (__builtin_expect(next_ >= end_, 0)) NextRow();
   }
 
   void Begin(int64_t offset) {

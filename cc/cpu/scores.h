@@ -106,11 +106,13 @@ class Scores {
     const char* rows[count];
 #pragma GCC unroll 8
     for (int p = 0; p < count; ++p) rows[p] = keys[first + p] + offset;
+    const auto fetched = ahead.Take(first, 0, count * row_words * kWordBytes);
+    int64_t step = 0;
     for (int64_t begin = 0; begin < row_words; begin += most) {
       const int64_t end = chain > 0 ? Least(begin + most, row_words) : row_words;
       Float block[count][vectors] = {};
-      for (int64_t w = begin; w < end; w += kWords) {
-        ahead.template Step<count, kWordBytes * kWords>(first, w / kWords);
+      for (int64_t w = begin; w < end; w += kWords, ++step) {
+        fetched.template Step<count, kWordBytes * kWords>(step);
         Word key[count][kLoads];
 #pragma GCC unroll 8
         for (int p = 0; p < count; ++p) {

@@ -88,7 +88,7 @@ class SelectAttention {
  private:
   using ByKeys = Scores<Type, KeyProducts>;
   using Key = Operands<Type, KeyProducts::kElements>;
-  using ByValues = Weigh<Type, ValueProducts, const char* const*, FetchRows>;
+  using ByValues = Weigh<Type, ValueProducts, FetchRows>;
   static constexpr int64_t kValueRows = ByValues::Words::kRows;  // in a step
   static constexpr int64_t kElement = Key::kElementSize;
 
@@ -127,8 +127,10 @@ class SelectAttention {
     Score(tile.keys, next.keys);
     softmax_.Weigh(tile.count, partial, columns_);
     FetchRows ahead(next.values);
-    ByValues(softmax_.words(), rows_, rows_, value_size_, ahead)
-        .Add(tile.values, kGranule, partial.attention);
+    const ByValues weigh(rows_, rows_, value_size_, ahead);
+    ByValues::WithRows(rows_, [&](auto rows) {
+      weigh.template Add<rows()>(tile.values, kGranule, softmax_.words(), partial.attention);
+    });
   }
 
   void Score(const char* const* keys, const char* const* next) {
