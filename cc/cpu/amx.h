@@ -64,9 +64,7 @@ class AmxTiles {
   static constexpr int64_t kSteps = kMostSteps;  // weighed at once: fewer loads and stores of sums
 
   static int64_t Repeat(int64_t) { return 1; }
-  static bool ReadsInPlace(int64_t, int64_t head_size) {
-    return head_size % (2 * kTileWords) == 0;
-  }
+  static bool ReadsInPlace(int64_t, int64_t head_size) { return head_size % (2 * kTileWords) == 0; }
 
   // In the time that the work on a tile takes.
   static Ahead FetchAhead(const TileRows&, const TileRows& next, const Rows& queries,

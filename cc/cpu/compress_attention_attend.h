@@ -141,8 +141,11 @@ class Attention {
     const int64_t end = RoundUp(tile.count, kGranule);
     const int64_t at_once = in_place_ ? Multiplier::kAtOnce : kGranule;
     const auto queries = [&](int64_t h, int64_t count) {
-      return Queries{scratch_.queries + h * key_words_ * padded_rows_, padded_rows_, key_words_,
-                     count, plan_.problem.key_pitch().head * kElement,
+      return Queries{scratch_.queries + h * key_words_ * padded_rows_,
+                     padded_rows_,
+                     key_words_,
+                     count,
+                     plan_.problem.key_pitch().head * kElement,
                      scratch_.weights.head_scores};
     };
     for (int64_t p = 0; p < end; p += at_once) {

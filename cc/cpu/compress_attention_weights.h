@@ -25,7 +25,7 @@ inline void Fill(float* target, int64_t count, float value) {
 
 // The memory that weights take.
 struct WeightsMemory {
-  float* history;   // [heads][taps][padded rows], weights of the positions before the tile
+  float* history;  // [heads][taps][padded rows], weights of the positions before the tile
   // Of each head that is worked on together with others:
   float* scores;    // [kGranule + tile + kGranule][padded rows]: history; scores, then weights
   uint32_t* pairs;  // [steps of a tile][padded rows], weights as words
@@ -33,8 +33,8 @@ struct WeightsMemory {
 };
 
 // The weights of the heads of a unit, tile by tile: powers of two, relative to each row's greatest
-// product so far. That one's own weight is 1, which rounding leaves alone: where one position has
-// nearly all the weight, so is its share.
+// product so far. That one's own weight is 2^-headroom, which rounding leaves alone: where one
+// position has nearly all the weight, so is its share.
 template <class Type, class Multiplier>
 class Weights {
  public:
@@ -104,7 +104,7 @@ class Weights {
       const Float greatest = Load<Float>(partial.peak + v);
       ForVectors(v, end, stride, [&](int64_t i, int chain) {
         // The difference first: however large products are, that of the greatest is 0.
-        const Float weight = Exp2((Load<Float>(weights + i) - greatest) * scale_);
+        const Float weight = Exp2((Load<Float>(weights + i) - greatest) * scale_ - unit_.headroom);
         Store(weights + i, weight);
         totals[chain] += weight;
         if (chain == 0) ahead.Step(kChains);  // one for each, in fewer calls

@@ -60,7 +60,8 @@ class Scores {
     }
     if (rows <= kLanes) {
       return WithConstant(Repeat(rows), [&](auto repeat) {
-        if constexpr (repeat() < kLanes) Narrow<in_place, repeat(), 2>(keys, queries, scores, ahead);
+        if constexpr (repeat() < kLanes)
+          Narrow<in_place, repeat(), 2>(keys, queries, scores, ahead);
       });
     }
     int64_t r = 0;
@@ -89,8 +90,11 @@ class Scores {
     return kAccumulators / vectors < kMostKeys ? kAccumulators / vectors : kMostKeys;
   }
 
-  // Two, so that a load of a query serves two; one where it stays in a register.
-  static constexpr int WholeKeys(int rows) { return rows >= 2 ? 2 : 1; }
+// Two, so that a load of a query serves two; one where it stays in a register.
+#ifndef WK
+#define WK rows >= 2 ? 2 : 1
+#endif
+  static constexpr int WholeKeys(int rows) { return WK; }
 
   // The sums of `count` keys' products with `vectors` vectors of queries, `stride` words from one
   // group of `repeat` words to the next. Elements become words as they are loaded if `converts`.
@@ -150,7 +154,8 @@ class Scores {
   // For panels of few rows, or no wider than a vector: the `repeat` lanes of each row are summed at
   // last.
   template <bool in_place, int repeat, int vectors, class Ahead>
-  static void Narrow(const char* const* keys, const Queries& queries, float* scores, Ahead& ahead) {
+  [[gnu::noinline]] static void Narrow(const char* const* keys, const Queries& queries,
+                                       float* scores, Ahead& ahead) {
     constexpr bool kWhole = repeat == kLanes, kConverts = kWhole && in_place && !Key::kInPlace;
     constexpr int kKeys = kWhole ? WholeKeys(vectors) : KeysAtOnce(vectors);
     // Keys whose sums fill vectors.
@@ -188,8 +193,9 @@ class Scores {
       for (int64_t h = 0; h < queries.heads; ++h) {
         Float sums[kKeys * vectors];
         MultiplyKeys<1, vectors, kKeys, false>(
-            keys, h * queries.head_bytes, p, queries.words + h * queries.row_words * queries.rows + r,
-            queries.rows, queries.row_words, ahead, sums);
+            keys, h * queries.head_bytes, p,
+            queries.words + h * queries.row_words * queries.rows + r, queries.rows,
+            queries.row_words, ahead, sums);
         float* const target = scores + h * queries.head_scores + r;
 #pragma GCC unroll 8
         for (int i = 0; i < kKeys; ++i) {

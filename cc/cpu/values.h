@@ -77,11 +77,7 @@ class Weigh {
 
   // Of the weights of a step, [stride], the first `rows` count.
   Weigh(int64_t stride, int64_t rows, int64_t size, Ahead& ahead)
-      : stride_(stride),
-        rows_(rows),
-        size_(size),
-        columns_(RoundUp(size, kChunk)),
-        ahead_(ahead) {}
+      : stride_(stride), rows_(rows), size_(size), columns_(RoundUp(size, kChunk)), ahead_(ahead) {}
 
   // Calls the function with the number of rows that meet values at once, as a constant for Add.
   template <class Function>

@@ -97,8 +97,8 @@ class Vectors {
       for (int64_t p = 0; p < count; p += at_once) {
         for (int64_t h = 0; h < heads; ++h) {
           const HeadValues values = head(h);
-          const ValueRows some = {
-              {values.rows.first + p * values.rows.stride, values.rows.stride, Least(at_once, count - p)}};
+          const ValueRows some = {{values.rows.first + p * values.rows.stride, values.rows.stride,
+                                   Least(at_once, count - p)}};
           weigh.template Add<rows_at_once()>(
               some, some.count, values.weights + p / Words::kRows * padded_rows, values.sums);
         }
