@@ -63,7 +63,7 @@ def operands(dtype: str, value: float, spread: float) -> dict:
 def check(attention: jax.Array, dtype: str, value: float) -> None:
     want = float(jnp.asarray(value, dtype))
     got = np.asarray(attention, np.float64)
-    np.testing.assert_allclose(got, want, rtol=2e-5 if dtype == "float32" else 1e-2)
+    np.testing.assert_allclose(got, want, rtol=3e-4 if dtype == "float32" else 1e-2)
 
 
 # Equal products, and products of which one raises the others' reference again and again.

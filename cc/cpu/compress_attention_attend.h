@@ -43,7 +43,7 @@ struct Scratch {
     // Sums over few rows read a vector past the end.
     weights.head_scores = (kGranule + plan.tile_size + kGranule) * padded_rows + kLanes;
     weights.scores = reinterpret_cast<float*>(take(heads * weights.head_scores));
-    weights.head_pairs = RoundUp(plan.tile_size, kMostSteps) * padded_rows;
+    weights.head_pairs = RoundUp(plan.tile_size, 2 * kLanes) / 2 * padded_rows + kLanes;
     weights.pairs = take(heads * weights.head_pairs);
     size = next - static_cast<char*>(memory);
   }

@@ -90,11 +90,8 @@ class Scores {
     return kAccumulators / vectors < kMostKeys ? kAccumulators / vectors : kMostKeys;
   }
 
-// Two, so that a load of a query serves two; one where it stays in a register.
-#ifndef WK
-#define WK rows >= 2 ? 2 : 1
-#endif
-  static constexpr int WholeKeys(int rows) { return WK; }
+  // Of whole keys: so that a load of a query serves several.
+  static constexpr int WholeKeysAtOnce(int rows) { return Least(kAccumulators / rows, 4); }
 
   // The sums of `count` keys' products with `vectors` vectors of queries, `stride` words from one
   // group of `repeat` words to the next. Elements become words as they are loaded if `converts`.
@@ -152,12 +149,12 @@ class Scores {
   }
 
   // For panels of few rows, or no wider than a vector: the `repeat` lanes of each row are summed at
-  // last.
+  // last. Inlined, it would have too few registers.
   template <bool in_place, int repeat, int vectors, class Ahead>
   [[gnu::noinline]] static void Narrow(const char* const* keys, const Queries& queries,
                                        float* scores, Ahead& ahead) {
     constexpr bool kWhole = repeat == kLanes, kConverts = kWhole && in_place && !Key::kInPlace;
-    constexpr int kKeys = kWhole ? WholeKeys(vectors) : KeysAtOnce(vectors);
+    constexpr int kKeys = kWhole ? WholeKeysAtOnce(vectors) : KeysAtOnce(vectors);
     // Keys whose sums fill vectors.
     constexpr int kFolded = repeat / vectors > kKeys ? repeat / vectors : kKeys;
     constexpr int kSums = kFolded * vectors;
