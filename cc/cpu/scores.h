@@ -112,6 +112,7 @@ class Scores {
     for (int64_t begin = 0; begin < row_words; begin += most) {
       const int64_t end = chain > 0 ? Least(begin + most, row_words) : row_words;
       Float block[count][vectors] = {};
+#pragma GCC unroll 2
       for (int64_t w = begin; w < end; w += kWords, ++step) {
         fetched.template Step<count, kWordBytes * kWords>(step);
         Word key[count][kLoads];

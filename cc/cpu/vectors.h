@@ -107,7 +107,7 @@ class Vectors {
   }
 
  private:
-  static constexpr int64_t kFetchDistance = 6 << 10;  // bytes, beside what is worked on
+  static constexpr int64_t kFetchDistance = 2 << 10;  // bytes, beside what is worked on
 
   using ByKeys = Scores<Type, KeyProducts, chain>;
   using ByValues = JAX_NSA_ISA::Weigh<Type, ValueProducts, FetchStream>;
