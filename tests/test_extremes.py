@@ -1,4 +1,4 @@
-"""Values at the ends of their type's range: a mean of finite values is finite, and small ones count.
+"""Values at the ends of their type's range: means of finite values are finite, small ones count.
 
 A mean of positions that all have one value is that value, whatever the order of sums. Kernels that
 sum before they divide must not leave the range on the way.
@@ -22,10 +22,10 @@ KERNELS = [f"cpu-{isa}" for isa in native.module().cpu_kernels()]
 POSITIONS, PAGE, GROUP, SIZE = 4000, 128, 4, 32
 PAGES = -(-POSITIONS // PAGE)
 # The greatest but for what rounding needs, a sum of which overflows soon; one of which 4000
-# overflow; and one that 4000 times smaller weights leave a normal number.
+# overflow; and one small enough to vanish, were weights made much smaller than their number asks.
 VALUES = {
-    "float32": (3.4e38, 1e35, 1e-31),
-    "bfloat16": (3.3e38, 3e36, 1e-31),
+    "float32": (3.4e38, 1e35, 1e-25),
+    "bfloat16": (3.3e38, 3e36, 1e-25),
     "float16": (65504.0, 65504.0, 1e-3),
 }
 CASES = [(dtype, value) for dtype, values in VALUES.items() for value in values]
