@@ -174,7 +174,7 @@ def memory_bound(
 ) -> int:  # fmt: skip
     """The bound that docs/performance.md states, in bytes."""
     tiles = 4 * (
-        heads * rows * (head_size + 16) + (3 * tile + 32) * rows + 16 * head_size + 64 * value_size
+        heads * rows * (head_size + 2 * tile + 80) + 64 * heads + 16 * head_size + 64 * value_size
     )
     state = blocks + splits * (value_size + 5) + length // tile + 2  # of a row
     group = 4 * heads * (rows * state + tokens * blocks)

@@ -23,9 +23,9 @@ class AheadByTime {
     rate_ = lines * kLine / (steps > 0 ? steps : 1) + 1;
   }
 
-  // Memory that is to be fetched with each row: none, as time decides.
-  const char* keys() const { return nullptr; }
-  const char* values() const { return nullptr; }
+  // Time alone decides.
+  void BeginKeys() {}
+  void BeginValues() {}
 
   inline void Step(int64_t steps = 1) {
     for (due_ += steps * rate_; due_ >= 0; due_ -= kBurstLines * kLine) FetchBurst();

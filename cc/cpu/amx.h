@@ -58,15 +58,16 @@ class AmxTiles {
   using Words = ValueWords<BFloat16, FloatProducts>;  // of sums: even columns, then odd ones
   using Ahead = AheadByTime;
   using Scope = TileScope;
+  static constexpr bool kHeadsTogether = false;  // scores of one stay in the caches
   static constexpr bool kPairs = true;
   static constexpr int64_t kStepGranule = kTileRows;
   static constexpr int64_t kSteps = kMostSteps;  // weighed at once: fewer loads and stores of sums
 
   static int64_t Repeat(int64_t) { return 1; }
-  static int64_t WordGranule(int64_t) { return kTileWords; }
+  static bool ReadsInPlace(int64_t, int64_t head_size) { return head_size % (2 * kTileWords) == 0; }
 
   // In the time that the work on a tile takes.
-  static Ahead FetchAhead(const Rows& keys, const Rows& values, const Rows& queries,
+  static Ahead FetchAhead(const TileRows&, const TileRows& next, const Rows& queries,
                           const TileWork& work) {
     const int64_t vectors = work.positions * work.padded_rows / kLanes;
     const int64_t block_vectors = work.blocks * RoundUp(work.padded_rows, kLanes) / kLanes;
@@ -77,25 +78,26 @@ class AmxTiles {
                           (RoundUp(value_steps, kTileRows) / kTileRows) * kWeighSteps;
     const int64_t steps = scores + vectors + kBlockSteps * block_vectors + vectors / 2 +
                           value_steps * PackSteps(work.value_size) + weigh;
-    return Ahead(keys, values, queries, work.heads * steps);
+    return Ahead(next.keys, next.values, queries, work.heads * steps);
   }
 
   static constexpr int64_t kAtOnce = kMaxPage;  // positions
 
-  // As Vectors::Score, of any number of keys.
-  static void Score(const HeadRows& keys, const HeadRows&, const Queries& queries, float* scores,
-                    Ahead& ahead) {
+  // As Vectors::Score, of any number of keys, of one head.
+  template <bool in_place>
+  static void Score(const HeadRows& keys, const Queries& queries, float* scores, Ahead& ahead) {
     if (queries.rows > kTileWords) return ScoreAll<2, 2>(keys, queries, scores, ahead);
     if (queries.rows == kTileWords) return ScoreAll<4, 1>(keys, queries, scores, ahead);
     ScoreAll<2, 1>(keys, queries, scores, ahead);
   }
 
-  // As Vectors::Weigh, of any number of values, but for the order of weights: the steps of a tile
+  // As Vectors::Weigh, of one head, but for the order of weights: the steps of a tile
   // lie side by side, [step / kStepGranule][padded row][step % kStepGranule], zeros up to a whole
   // tile. Sums must hold all padded rows. `packed` has room for kSteps steps of values.
-  static void Weigh(const HeadRows& values, const HeadRows&, int64_t size, const uint32_t* weights,
-                    int64_t padded_rows, int64_t rows, float* sums, uint32_t* packed,
-                    Ahead& ahead) {
+  template <class Head>
+  static void Weigh(Head head, int64_t, int64_t size, int64_t padded_rows, int64_t rows,
+                    uint32_t* packed, Ahead& ahead) {
+    const auto [values, weights, sums] = head(0);
     const int64_t columns = PaddedWords(size), steps = RoundUp(values.count, 2) / 2;
     for (int64_t s = 0; s < steps; s += kSteps) {
       const int64_t count = Least(kSteps, steps - s);

@@ -41,9 +41,10 @@ struct Scratch {
     values = take(kMostSteps * PaddedWords(plan.problem.value_size));
     weights.history = reinterpret_cast<float*>(take(heads * plan.num_taps * padded_rows));
     // Sums over few rows read a vector past the end.
-    weights.scores = reinterpret_cast<float*>(
-        take((kGranule + plan.tile_size + kGranule) * padded_rows + kLanes));
-    weights.pairs = take(RoundUp(plan.tile_size, kMostSteps) * padded_rows);
+    weights.head_scores = (kGranule + plan.tile_size + kGranule) * padded_rows + kLanes;
+    weights.scores = reinterpret_cast<float*>(take(heads * weights.head_scores));
+    weights.head_pairs = RoundUp(plan.tile_size, 2 * kLanes) / 2 * padded_rows + kLanes;
+    weights.pairs = take(heads * weights.head_pairs);
     size = next - static_cast<char*>(memory);
   }
 };
@@ -58,9 +59,8 @@ class Attention {
         partials_(partials),
         scratch_(plan, unit.heads, unit.padded_rows, memory) {
     const Problem& problem = plan.problem;
-    const int64_t granule = 4 * Multiplier::WordGranule(padded_rows_);
-    in_place_ = Key::kInPlace && head_size_ * kElement % granule == 0;
-    key_words_ = in_place_ ? head_size_ * kElement / 4 : Key::RowWords(head_size_);
+    in_place_ = Multiplier::ReadsInPlace(padded_rows_, head_size_);
+    key_words_ = in_place_ ? head_size_ / Key::kElements : Key::RowWords(head_size_);
     key_stride_ = problem.key_pitch().row * kElement;
     value_stride_ = problem.value_pitch().row * kElement;
   }
@@ -71,10 +71,11 @@ class Attention {
     for (Tile tile = Tile::At(plan_, unit_, 0), next; tile.count > 0; tile = next) {
       next = Tile::At(plan_, unit_, tile.index + 1);
       Ahead ahead = FetchAhead(tile, next, upcoming);
-      for (int64_t h = 0; h < unit_.heads; ++h) {
-        Score(tile, h, ahead);
-        weights_.Weigh(tile, h, partials_[h], ahead);
-        AddValues(tile, h, ahead);
+      const int64_t together = Multiplier::kHeadsTogether ? unit_.heads : 1;
+      for (int64_t h = 0; h < unit_.heads; h += together) {
+        Score(tile, h, together, ahead);
+        for (int64_t i = h; i < h + together; ++i) weights_.Weigh(tile, i, partials_[i], ahead);
+        AddValues(tile, h, together, ahead);
       }
     }
     for (int64_t h = 0; h < unit_.heads; ++h) weights_.End(partials_[h]);
@@ -134,39 +135,44 @@ class Attention {
     for (int64_t w = 0; w < Key::RowWords(head_size_); ++w) words[w] = (words[w] ^ sign) & keep;
   }
 
-  // Scores of all positions of the tile, and of those up to a multiple of kGranule.
-  void Score(const Tile& tile, int64_t h, Ahead& ahead) {
-    const Queries queries = {scratch_.queries + h * key_words_ * padded_rows_, padded_rows_,
-                             key_words_};
-    const char* const first = KeyRow(unit_, tile, h);
-    const char* const after = h + 1 < unit_.heads ? KeyRow(unit_, tile, h + 1) : ahead.keys();
+  // Scores of some heads and all positions of the tile, and of those up to a multiple of kGranule.
+  void Score(const Tile& tile, int64_t first, int64_t heads, Ahead& ahead) {
+    ahead.BeginKeys();
     const int64_t end = RoundUp(tile.count, kGranule);
     const int64_t at_once = in_place_ ? Multiplier::kAtOnce : kGranule;
+    const auto queries = [&](int64_t h, int64_t count) {
+      return Queries{scratch_.queries + h * key_words_ * padded_rows_,
+                     padded_rows_,
+                     key_words_,
+                     count,
+                     plan_.problem.key_pitch().head * kElement,
+                     scratch_.weights.head_scores};
+    };
     for (int64_t p = 0; p < end; p += at_once) {
-      HeadRows keys = {first + p * key_stride_, key_stride_, Least(at_once, end - p)};
-      const HeadRows next = Next(keys, p + at_once < end, after);
-      if (!in_place_) keys = Packed(keys);
-      Multiplier::Score(keys, next, queries, weights_.scores() + p * padded_rows_, ahead);
+      const auto keys = [&](int64_t h) {
+        return HeadRows{KeyRow(unit_, tile, h) + p * key_stride_, key_stride_,
+                        Least(at_once, end - p)};
+      };
+      const auto scores = [&](int64_t h) { return weights_.scores(h) + p * padded_rows_; };
+      if (in_place_) {
+        Multiplier::template Score<true>(keys(first), queries(first, heads), scores(first), ahead);
+        continue;
+      }
+      for (int64_t h = first; h < first + heads; ++h) {
+        Multiplier::template Score<false>(Packed(keys(h)), queries(h, 1), scores(h), ahead);
+      }
     }
   }
 
-  // Adds the weighted values of the tile.
-  void AddValues(const Tile& tile, int64_t h, Ahead& ahead) {
-    const char* const first = ValueRow(unit_, tile, h);
-    const char* const after = h + 1 < unit_.heads ? ValueRow(unit_, tile, h + 1) : ahead.values();
-    constexpr int64_t kAtOnce = Multiplier::kAtOnce, kPerStep = Multiplier::kPairs ? 2 : 1;
-    for (int64_t p = 0; p < tile.count; p += kAtOnce) {
-      const HeadRows values = {first + p * value_stride_, value_stride_,
-                               Least(kAtOnce, tile.count - p)};
-      Multiplier::Weigh(values, Next(values, p + kAtOnce < tile.count, after), value_size_,
-                        weights_.words() + p / kPerStep * padded_rows_, padded_rows_, rows_,
-                        partials_[h].attention, scratch_.values, ahead);
-    }
-  }
-
-  // The rows after these, or, if the tile has no more, those that begin `after`.
-  static HeadRows Next(const HeadRows& rows, bool more, const char* after) {
-    return {more ? rows.first + rows.count * rows.stride : after, rows.stride, rows.count};
+  // Adds the weighted values of some heads of the tile.
+  void AddValues(const Tile& tile, int64_t first, int64_t heads, Ahead& ahead) {
+    ahead.BeginValues();
+    const auto head = [&](int64_t h) {
+      return HeadValues{{ValueRow(unit_, tile, first + h), value_stride_, tile.count},
+                        weights_.words(first + h),
+                        partials_[first + h].attention};
+    };
+    Multiplier::Weigh(head, heads, value_size_, padded_rows_, rows_, scratch_.values, ahead);
   }
 
   // A granule of keys, converted.
@@ -195,16 +201,20 @@ class Attention {
       next = tile;
       next.count = 0;
     }
-    const Problem& problem = plan_.problem;
-    const int64_t key_bytes = unit->heads * problem.key_pitch().head * kElement;
-    const int64_t value_bytes = unit->heads * problem.value_pitch().head * kElement;
     return Multiplier::FetchAhead(
-        {KeyRow(*unit, next, 0), key_stride_, key_bytes, next.count},
-        {ValueRow(*unit, next, 0), value_stride_, value_bytes,
-         problem.interleaved ? 0 : next.count},  // values that lie among keys come with them
-        queries,
+        RowsOf(unit_, tile), RowsOf(*unit, next), queries,
         {unit_.heads, positions, positions / plan_.strides_per_select_block, key_words_,
          value_size_, rows_, padded_rows_});
+  }
+
+  // All heads of a unit, of the positions of a tile.
+  TileRows RowsOf(const Unit& unit, const Tile& tile) const {
+    const Problem& problem = plan_.problem;
+    const int64_t key_bytes = unit.heads * problem.key_pitch().head * kElement;
+    const int64_t value_bytes = unit.heads * problem.value_pitch().head * kElement;
+    return {{KeyRow(unit, tile, 0), key_stride_, key_bytes, tile.count},
+            {ValueRow(unit, tile, 0), value_stride_, value_bytes,
+             problem.interleaved ? 0 : tile.count}};  // values that lie among keys come with them
   }
 
   // Of the unit's kv head h, row r of the panel.

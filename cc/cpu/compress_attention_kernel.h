@@ -54,7 +54,8 @@ struct Unit {
   int64_t padded_rows;  // rows of the panel in memory
   int64_t first_head;   // kv heads
   int64_t heads;
-  int64_t begin;  // positions; begin is the first of a page
+  float headroom;  // the greatest weight of a row is 2^-headroom
+  int64_t begin;   // positions; begin is the first of a page
   int64_t end;
 };
 

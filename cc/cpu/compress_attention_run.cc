@@ -125,6 +125,7 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
       unit.padded_rows = PaddedRows(unit.tokens * plan_.group, kernel_.lanes);
       unit.first_head = head;
       unit.heads = std::min(heads_per_unit_, problem.key_value_heads - head);
+      unit.headroom = Headroom(length);
       unit.begin = 0;
       unit.end = length;
       const int64_t pages = CeilDiv(length, problem.page_size);
@@ -349,7 +350,8 @@ void Run::Merge(const Group& group, int64_t h) {
   if (arrays.lse) {
     for (int64_t r = 0; r < rows; ++r) {
       // Of a sum of powers of two, as kernels take scores. -inf where nothing was summed.
-      const double log2_sum = double{peak[r]} * plan_.exponent_scale + std::log2(double{total[r]});
+      const double log2_sum =
+          double{peak[r]} * plan_.exponent_scale + std::log2(double{total[r]}) + unit.headroom;
       const double lse = log2_sum * std::log(2.0);
       arrays.lse[query_row(r)] = static_cast<float>(lse);
     }

@@ -25,24 +25,23 @@ inline void Fill(float* target, int64_t count, float value) {
 
 // The memory that weights take.
 struct WeightsMemory {
-  float* history;   // [heads][taps][padded rows], weights of the positions before the tile
+  float* history;  // [heads][taps][padded rows], weights of the positions before the tile
+  // Of each head that is worked on together with others:
   float* scores;    // [kGranule + tile + kGranule][padded rows]: history; scores, then weights
   uint32_t* pairs;  // [steps of a tile][padded rows], weights as words
+  int64_t head_scores, head_pairs;  // from a head's to the next one's
 };
 
 // The weights of the heads of a unit, tile by tile: powers of two, relative to each row's greatest
-// product so far. That one's own weight is 1, which rounding leaves alone: where one position has
-// nearly all the weight, so is its share.
+// product so far. That one's own weight is 2^-headroom, which rounding leaves alone: where one
+// position has nearly all the weight, so is its share.
 template <class Type, class Multiplier>
 class Weights {
  public:
   using Ahead = typename Multiplier::Ahead;
 
   Weights(const Plan& plan, const Unit& unit, const WeightsMemory& memory)
-      : plan_(plan),
-        unit_(unit),
-        memory_(memory),
-        weights_(memory.scores + kGranule * unit.padded_rows) {}
+      : plan_(plan), unit_(unit), memory_(memory) {}
 
   // Begins a unit.
   void Begin(int64_t h, const Partial& partial) const {
@@ -53,7 +52,9 @@ class Weights {
   }
 
   // Where the scores of a tile are to be written, up to whole granules.
-  float* scores() const { return weights_; }
+  float* scores(int64_t h) const {
+    return memory_.scores + Slot(h) * memory_.head_scores + kGranule * padded_rows_;
+  }
 
   // Turns these into weights, and sums the weights into blocks.
   void Weigh(const Tile& tile, int64_t h, const Partial& partial, Ahead& ahead) const {
@@ -61,14 +62,14 @@ class Weights {
     SumBlocks(tile, h, partial, ahead);
     if constexpr (Multiplier::kPairs) {
       WithConstant(Least(padded_rows_, kLanes),
-                   [&](auto rows) { PairWeights<rows()>(tile, ahead); });
+                   [&](auto rows) { PairWeights<rows()>(tile, h, ahead); });
     }
   }
 
   // The weights as words, as the multiplier reads them: themselves, or rounded in pairs of
   // positions.
-  const uint32_t* words() const {
-    return Multiplier::kPairs ? memory_.pairs : reinterpret_cast<const uint32_t*>(weights_);
+  const uint32_t* words(int64_t h) const {
+    return Multiplier::kPairs ? pairs(h) : reinterpret_cast<const uint32_t*>(scores(h));
   }
 
   // Ends a unit. Several lanes hold the total of a row where a vector holds several positions.
@@ -86,14 +87,15 @@ class Weights {
   static constexpr int kBlocks = kLanes > 4 ? 4 : 2;  // summed at once, as measured to serve
 
   void Softmax(const Tile& tile, int64_t h, const Partial& partial, Ahead& ahead) const {
-    Mask(tile);
+    float* const weights = scores(h);
+    Mask(tile, weights);
     const int64_t end = RoundUp(tile.count, kGranule) * padded_rows_;
     const int64_t stride = vectors_end_;
     for (int64_t v = 0; v < stride; v += kLanes) {
       Float peaks[kChains], totals[kChains] = {};
       for (Float& chain : peaks) chain = Set(-__builtin_inff());
       ForVectors(v, end, stride, [&](int64_t i, int chain) {
-        peaks[chain] = Max(Load<Float>(weights_ + i), peaks[chain]);
+        peaks[chain] = Max(Load<Float>(weights + i), peaks[chain]);
       });
       const Float peak = Max(Max(peaks[0], peaks[1]), Max(peaks[2], peaks[3]));
       if (tile.index == 0 || AnyGreater(peak, Load<Float>(partial.peak + v))) {
@@ -102,8 +104,8 @@ class Weights {
       const Float greatest = Load<Float>(partial.peak + v);
       ForVectors(v, end, stride, [&](int64_t i, int chain) {
         // The difference first: however large products are, that of the greatest is 0.
-        const Float weight = Exp2((Load<Float>(weights_ + i) - greatest) * scale_);
-        Store(weights_ + i, weight);
+        const Float weight = Exp2((Load<Float>(weights + i) - greatest) * scale_ - unit_.headroom);
+        Store(weights + i, weight);
         totals[chain] += weight;
         if (chain == 0) ahead.Step(kChains);  // one for each, in fewer calls
       });
@@ -127,12 +129,12 @@ class Weights {
 
   // Scores of what a row does not see become -inf: positions past the end, and the last of the
   // sequence for the rows of early tokens.
-  void Mask(const Tile& tile) const {
+  void Mask(const Tile& tile, float* weights) const {
     const float hidden = -__builtin_inff();
-    Fill(weights_ + tile.count * padded_rows_,
+    Fill(weights + tile.count * padded_rows_,
          (RoundUp(tile.count, kGranule) - tile.count) * padded_rows_, hidden);
     if (tile.begin + tile.count == unit_.length) {
-      Fill(weights_ + (tile.count - 1) * padded_rows_, unit_.early * plan_.group, hidden);
+      Fill(weights + (tile.count - 1) * padded_rows_, unit_.early * plan_.group, hidden);
     }
   }
 
@@ -160,26 +162,28 @@ class Weights {
   // Sums the weights into the blocks that close in the tile.
   void SumBlocks(const Tile& tile, int64_t h, const Partial& partial, Ahead& ahead) const {
     float* const history = History(h);
-    __builtin_memcpy(weights_ - history_size_, history, 4 * history_size_);
+    float* const weights = scores(h);
+    __builtin_memcpy(weights - history_size_, history, 4 * history_size_);
     if (tile.begin + tile.count == unit_.end) {
-      Fill(weights_ + tile.count * padded_rows_, kGranule * padded_rows_, 0);
+      Fill(weights + tile.count * padded_rows_, kGranule * padded_rows_, 0);
     }
     const int64_t last = BlocksEnd(plan_, unit_, partial, tile.begin + tile.count);
     int64_t j = BlocksBegin(plan_, unit_, partial, tile);
     for (; j + kBlocks <= last; j += kBlocks) {
-      SumBlocksFrom<kBlocks>(tile, j, partial, ahead);
+      SumBlocksFrom<kBlocks>(tile, weights, j, partial, ahead);
     }
-    for (; j < last; ++j) SumBlocksFrom<1>(tile, j, partial, ahead);
-    __builtin_memcpy(history, weights_ + tile.count * padded_rows_ - history_size_,
+    for (; j < last; ++j) SumBlocksFrom<1>(tile, weights, j, partial, ahead);
+    __builtin_memcpy(history, weights + tile.count * padded_rows_ - history_size_,
                      4 * history_size_);
   }
 
   // The sums of `count` blocks from block j.
   template <int count>
-  void SumBlocksFrom(const Tile& tile, int64_t j, const Partial& partial, Ahead& ahead) const {
+  void SumBlocksFrom(const Tile& tile, const float* weights, int64_t j, const Partial& partial,
+                     Ahead& ahead) const {
     const int64_t stride = plan_.strides_per_select_block * padded_rows_;
     const float* const closing =
-        weights_ + stride * (j + 1) - (tile.begin + plan_.closing) * padded_rows_;
+        weights + stride * (j + 1) - (tile.begin + plan_.closing) * padded_rows_;
     float* const scores = partial.scores + (j - partial.first_block) * padded_rows_;
     // Of few rows, the lanes past them are of later positions; the next block overwrites them.
     for (int64_t r = 0; r < padded_rows_; r += kLanes) {
@@ -199,15 +203,16 @@ class Weights {
   // Rounds the weights in pairs of positions, up to what the multiplier reads of them. With `rows`
   // rows to a position in a vector.
   template <int rows>
-  void PairWeights(const Tile& tile, Ahead& ahead) const {
+  void PairWeights(const Tile& tile, int64_t h, Ahead& ahead) const {
+    float* const weights = scores(h);
     const int64_t scored = RoundUp(tile.count, kGranule);
     const int64_t positions = RoundUp(scored, 2 * Multiplier::kStepGranule);
-    Fill(weights_ + scored * padded_rows_, (positions - scored) * padded_rows_, 0);
-    uint32_t* const words = memory_.pairs;
+    Fill(weights + scored * padded_rows_, (positions - scored) * padded_rows_, 0);
+    uint32_t* const words = pairs(h);
     const int64_t apart = Most(padded_rows_, kLanes);  // from even vectors to odd ones
     const auto pairs = [&](int64_t i) {
-      return Type::template RoundPairs<rows>(Load<Float>(weights_ + i),
-                                             Load<Float>(weights_ + i + apart));
+      return Type::template RoundPairs<rows>(Load<Float>(weights + i),
+                                             Load<Float>(weights + i + apart));
     };
     if constexpr (Multiplier::kStepGranule == 1) {
       for (int64_t i = 0; i < positions * padded_rows_; i += 2 * apart) {
@@ -233,12 +238,16 @@ class Weights {
     }
   }
 
+  // Heads that are not worked on together have the same memory, in turn.
+  static int64_t Slot(int64_t h) { return Multiplier::kHeadsTogether ? h : 0; }
+
+  uint32_t* pairs(int64_t h) const { return memory_.pairs + Slot(h) * memory_.head_pairs; }
+
   float* History(int64_t h) const { return memory_.history + h * history_size_; }
 
   const Plan& plan_;
   const Unit& unit_;
   const WeightsMemory& memory_;
-  float* const weights_;  // of the tile's first position
   const int64_t padded_rows_ = unit_.padded_rows;
   const int64_t vectors_end_ = Most(padded_rows_, kLanes);
   const int64_t columns_ = PaddedWords(plan_.problem.value_size);  // of partials

@@ -51,6 +51,7 @@ inline void StoreColumns(void* target, int64_t count, Float a, Float b) {
 // How rows of elements become words for a multiplier of `elements` elements in a word.
 template <class Type, int elements>
 struct Operands {
+  static constexpr int kElements = elements;
   static constexpr bool kPairs = elements == 2;
   static constexpr int64_t kElementSize = sizeof(typename Type::Bits);
   // Whether the words of a row are its bytes in memory.

@@ -23,6 +23,18 @@ struct Rows {
   int64_t count;
 };
 
+// The keys and values of a tile.
+struct TileRows {
+  Rows keys, values;
+};
+
+// The values of a head in a tile, what weighs them, and where they are added up.
+struct HeadValues {
+  HeadRows rows;
+  const uint32_t* weights;  // words
+  float* sums;              // [row][columns]
+};
+
 constexpr int64_t kMostSteps = 64;  // of values, converted at once by any multiplier
 
 // Steps of Ahead in the time of a vector of block scores.

@@ -1,4 +1,4 @@
-// Products of keys with the queries of a panel, by vectors.
+// Products of keys with the queries of panels, by vectors.
 
 #ifndef JAX_NSA_CPU_SCORES_H_
 #define JAX_NSA_CPU_SCORES_H_
@@ -6,17 +6,21 @@
 #include <cstdint>
 
 #include "cpu/fetch.h"
+#include "cpu/operands.h"
 #include "cpu/simd.h"
 
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-// The queries of a panel: [words / repeat][rows][repeat], so that `repeat` words of each row lie
-// side by side, see Scores::Repeat.
+// The queries of the panels of some kv heads: [head][words / repeat][rows][repeat], so that
+// `repeat` words of each row lie side by side, see Scores::Repeat.
 struct Queries {
   const uint32_t* words;
-  int64_t rows;       // a power of two that divides a vector, or whole vectors
+  int64_t rows;       // of a panel; a power of two that divides a vector, or whole vectors
   int64_t row_words;  // of a query, and of a key; a multiple of `repeat`
+  int64_t heads = 1;
+  int64_t head_bytes = 0;   // from a head's key to the next one's, in a row of memory
+  int64_t head_scores = 0;  // from a head's scores to the next one's
 };
 
 // Type is that of keys in memory. With `chain`, no more products than that are added one after
@@ -24,7 +28,7 @@ struct Queries {
 template <class Type, class Products, int64_t chain = 0>
 class Scores {
  public:
-  static constexpr int kElements = Products::kElements;  // in a word
+  using Key = Operands<Type, Products::kElements>;
 
   // Words of a key that meet as many of each row at a time. Few rows take whole vectors of a key's
   // words, so that keys are read one after the other, as memory likes it best; for more, a load
@@ -34,135 +38,169 @@ class Scores {
     return rows > kLanes ? 1 : 2 * kLanes / rows;
   }
 
-  // Writes the products of kGranule keys, [key][row], and fetches as many rows `ahead`.
-  // Where keys have been converted, what is fetched has not.
-  static void Multiply(const char* const* keys, const char* const* ahead, const Queries& queries,
-                       float* scores) {
-    if constexpr (chain == 0) {
-      MultiplySome(keys, ahead, queries, false, scores);
-    } else {
-      // Some words of all keys, then the next; their sums are added up.
-      const int64_t most = chain * Repeat(queries.rows);
-      for (int64_t w = 0; w < queries.row_words; w += most) {
-        const char *some[kGranule], *some_ahead[kGranule];
-        for (int64_t i = 0; i < kGranule; ++i) {
-          some[i] = keys[i] + 4 * w;
-          some_ahead[i] = ahead[i] + kWordBytes * w;
-        }
-        const int64_t left = queries.row_words - w;
-        MultiplySome(some, some_ahead,
-                     {queries.words + w * queries.rows, queries.rows, left < most ? left : most},
-                     w > 0, scores);
-      }
-    }
+  // Whether keys are read where they lie: they are words there, or whole vectors become words as
+  // they are loaded. Others are to be packed before.
+  static bool ReadsInPlace(int64_t rows, int64_t head_size) {
+    if (Key::kInPlace) return head_size % (Repeat(rows) * Products::kElements) == 0;
+    return rows <= kMostWhole && head_size % Key::kChunk == 0;
   }
 
- private:
-  static constexpr int kWordBytes = kElements * sizeof(typename Type::Bits);  // in memory
-
-  static void MultiplySome(const char* const* keys, const char* const* ahead,
-                           const Queries& queries, bool add, float* scores) {
+  // Writes the products of kGranule keys of each head, [key][row], and fetches what is `ahead`, a
+  // FetchRows or FetchStream. `keys` are those of the first head, as ReadsInPlace says.
+  template <bool in_place, class Ahead>
+  static void Multiply(const char* const* keys, const Queries& queries, float* scores,
+                       Ahead& ahead) {
     const int64_t rows = queries.rows;
     if (rows <= kMostWhole) {
       return WithConstant(rows, [&](auto count) {
         if constexpr (count() <= kMostWhole) {
-          Narrow<kLanes, count()>(keys, ahead, queries, add, scores);
+          Narrow<in_place, kLanes, count()>(keys, queries, scores, ahead);
         }
       });
     }
     if (rows <= kLanes) {
       return WithConstant(Repeat(rows), [&](auto repeat) {
-        Narrow<repeat(), 2>(keys, ahead, queries, add, scores);
+        if constexpr (repeat() < kLanes)
+          Narrow<in_place, repeat(), 2>(keys, queries, scores, ahead);
       });
     }
     int64_t r = 0;
-    if constexpr (kAccumulators >= 16) {
-      for (; r + 4 * kLanes <= rows; r += 4 * kLanes) {
-        Wide<4>(keys, ahead, queries, r, add, scores);
+    const auto wide = [&](auto vectors) {
+      for (; r + vectors() * kLanes <= rows; r += vectors() * kLanes) {
+        NoFetch fetched;  // for the first rows
+        if (r == 0) {
+          Wide<vectors()>(keys, queries, r, scores, ahead);
+        } else {
+          Wide<vectors()>(keys, queries, r, scores, fetched);
+        }
       }
-    }
-    for (; r + 2 * kLanes <= rows; r += 2 * kLanes) Wide<2>(keys, ahead, queries, r, add, scores);
-    if (r < rows) Wide<1>(keys, ahead, queries, r, add, scores);
+    };
+    if constexpr (kAccumulators >= 16) wide(Constant<4>());
+    wide(Constant<2>());
+    wide(Constant<1>());
   }
 
-  static inline void Put(Float sum, bool add, float* target) {
-    Store(target, add ? Load<Float>(target) + sum : sum);
-  }
-
-  static constexpr int64_t kMostKeys = 8;  // multiplied at once: their addresses fill registers
+ private:
+  static constexpr int kMostKeys = 8;   // multiplied at once: their addresses fill registers
+  static constexpr int kMostHeads = 8;  // read in the order of memory
   // Rows that meet keys one after the other, at most.
   static constexpr int64_t kMostWhole = kAccumulators / 2 < kLanes ? kAccumulators / 2 : kLanes;
 
-  static constexpr int64_t KeysAtOnce(int64_t vectors) {
+  static constexpr int KeysAtOnce(int vectors) {
     return kAccumulators / vectors < kMostKeys ? kAccumulators / vectors : kMostKeys;
   }
 
-  // Two, so that a load of a query serves two; one where it stays in a register.
-  static constexpr int64_t WholeKeys(int64_t rows) { return rows >= 2 ? 2 : 1; }
+  // Of whole keys: so that a load of a query serves several.
+  static constexpr int WholeKeysAtOnce(int rows) { return Least(kAccumulators / rows, 4); }
 
   // The sums of `count` keys' products with `vectors` vectors of queries, `stride` words from one
-  // group of `repeat` words to the next.
-  template <int repeat, int vectors, int count>
-  static inline void MultiplyKeys(const char* const* keys, const char* const* ahead,
+  // group of `repeat` words to the next. Elements become words as they are loaded if `converts`.
+  template <int repeat, int vectors, int count, bool converts, class Ahead>
+  static inline void MultiplyKeys(const char* const* keys, int64_t offset, int64_t first,
                                   const uint32_t* queries, int64_t stride, int64_t row_words,
-                                  Float* sums) {
+                                  Ahead& ahead, Float* sums) {
+    static_assert(!converts || repeat == kLanes);
+    constexpr int kLoads = converts ? 2 : 1;  // vectors that a load of a key gives
+    constexpr int kWords = repeat * kLoads;
+    constexpr int kWordBytes = Products::kElements * Key::kElementSize;  // in memory
+    const int64_t most = chain > 0 ? chain * kWords : row_words;
     const char* rows[count];
 #pragma GCC unroll 8
-    for (int p = 0; p < count; ++p) rows[p] = keys[p];
-    Float block[count][vectors] = {};
-    for (int64_t w = 0; w < row_words; w += repeat) {
-      FetchStep<count, kWordBytes * repeat>(ahead, w / repeat);
-      Word query[vectors];
+    for (int p = 0; p < count; ++p) rows[p] = keys[first + p] + offset;
+    const auto fetched = ahead.Take(first, 0, count * row_words * kWordBytes);
+    int64_t step = 0;
+    for (int64_t begin = 0; begin < row_words; begin += most) {
+      const int64_t end = chain > 0 ? Least(begin + most, row_words) : row_words;
+      Float block[count][vectors] = {};
+#pragma GCC unroll 2
+      for (int64_t w = begin; w < end; w += kWords, ++step) {
+        fetched.template Step<count, kWordBytes * kWords>(step);
+        Word key[count][kLoads];
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) query[v] = Load<Word>(queries + v * kLanes);
-      queries += stride;
+        for (int p = 0; p < count; ++p) {
+          if constexpr (converts) {
+            Float a, b;
+            Type::Load(rows[p] + w * kWordBytes, &a, &b);
+            key[p][0] = (Word)a, key[p][1] = (Word)b;
+          } else {
+            key[p][0] = Repeated<repeat>(rows[p] + 4 * w);
+          }
+        }
+#pragma GCC unroll 2
+        for (int load = 0; load < kLoads; ++load, queries += stride) {
+#pragma GCC unroll 8
+          for (int v = 0; v < vectors; ++v) {
+            const Word query = Load<Word>(queries + v * kLanes);
+#pragma GCC unroll 8
+            for (int p = 0; p < count; ++p) {
+              block[p][v] = Products::MultiplyAdd(key[p][load], query, block[p][v]);
+            }
+          }
+        }
+      }
 #pragma GCC unroll 8
       for (int p = 0; p < count; ++p) {
-        const Word key = Repeated<repeat>(rows[p] + 4 * w);
 #pragma GCC unroll 8
         for (int v = 0; v < vectors; ++v) {
-          block[p][v] = Products::MultiplyAdd(key, query[v], block[p][v]);
+          Float* const sum = sums + p * vectors + v;
+          *sum = begin == 0 ? block[p][v] : *sum + block[p][v];
         }
       }
     }
-#pragma GCC unroll 8
-    for (int p = 0; p < count; ++p) {
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sums[p * vectors + v] = block[p][v];
+  }
+
+  // For panels of few rows, or no wider than a vector: the `repeat` lanes of each row are summed at
+  // last. Inlined, it would have too few registers.
+  template <bool in_place, int repeat, int vectors, class Ahead>
+  [[gnu::noinline]] static void Narrow(const char* const* keys, const Queries& queries,
+                                       float* scores, Ahead& ahead) {
+    constexpr bool kWhole = repeat == kLanes, kConverts = kWhole && in_place && !Key::kInPlace;
+    constexpr int kKeys = kWhole ? WholeKeysAtOnce(vectors) : KeysAtOnce(vectors);
+    // Keys whose sums fill vectors.
+    constexpr int kFolded = repeat / vectors > kKeys ? repeat / vectors : kKeys;
+    constexpr int kSums = kFolded * vectors;
+    const int64_t head_words = queries.row_words * queries.rows;
+    for (int64_t first = 0; first < queries.heads; first += kMostHeads) {
+      const int64_t end = Least(first + kMostHeads, queries.heads);
+      for (int64_t p = 0; p < kGranule; p += kFolded) {
+        Float sums[kMostHeads][kSums];
+        for (int64_t i = 0; i < kFolded; i += kKeys) {
+          for (int64_t h = first; h < end; ++h) {
+            MultiplyKeys<repeat, vectors, kKeys, kConverts>(
+                keys, h * queries.head_bytes, p + i, queries.words + h * head_words,
+                vectors * kLanes, queries.row_words, ahead, sums[h - first] + i * vectors);
+          }
+        }
+        for (int64_t h = first; h < end; ++h) {
+          float* const target = scores + h * queries.head_scores + p * queries.rows;
+          for (int64_t i = 0; i < kSums; i += repeat) {
+            Store(target + i / repeat * kLanes,
+                  TransposeRuns<repeat>(FoldRuns<repeat>(sums[h - first] + i)));
+          }
+        }
+      }
     }
   }
 
-  // For a panel of few rows, or no wider than a vector: the `repeat` lanes of each row are summed
-  // at last.
-  template <int repeat, int vectors>
-  static void Narrow(const char* const* keys, const char* const* ahead, const Queries& queries,
-                     bool add, float* scores) {
-    constexpr bool kWhole = repeat == kLanes;
-    constexpr int kKeys = kWhole ? WholeKeys(vectors) : KeysAtOnce(vectors);
-    Float sums[kGranule * vectors];
-    for (int64_t p = 0; p < kGranule; p += kKeys) {
-      MultiplyKeys<repeat, vectors, kKeys>(keys + p, ahead + p, queries.words, vectors * kLanes,
-                                           queries.row_words, sums + p * vectors);
-    }
-    for (int64_t i = 0; i < kGranule * vectors; i += repeat) {
-      Put(TransposeRuns<repeat>(FoldRuns<repeat>(sums + i)), add, scores + i / repeat * kLanes);
-    }
-  }
-
-  // For `vectors` vectors of rows of a wider one, from row r.
-  template <int vectors>
-  static void Wide(const char* const* keys, const char* const* ahead, const Queries& queries,
-                   int64_t r, bool add, float* scores) {
+  // For `vectors` vectors of rows of wider ones, from row r.
+  template <int vectors, class Ahead>
+  static void Wide(const char* const* keys, const Queries& queries, int64_t r, float* scores,
+                   Ahead& ahead) {
     constexpr int kKeys = KeysAtOnce(vectors);
     for (int64_t p = 0; p < kGranule; p += kKeys) {
-      Float sums[kKeys * vectors];
-      MultiplyKeys<1, vectors, kKeys>(keys + p, ahead + p, queries.words + r, queries.rows,
-                                      queries.row_words, sums);
+      for (int64_t h = 0; h < queries.heads; ++h) {
+        Float sums[kKeys * vectors];
+        MultiplyKeys<1, vectors, kKeys, false>(
+            keys, h * queries.head_bytes, p,
+            queries.words + h * queries.row_words * queries.rows + r, queries.rows,
+            queries.row_words, ahead, sums);
+        float* const target = scores + h * queries.head_scores + r;
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) {
+        for (int i = 0; i < kKeys; ++i) {
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          Put(sums[i * vectors + v], add, scores + (p + i) * queries.rows + r + v * kLanes);
+          for (int v = 0; v < vectors; ++v) {
+            Store(target + (p + i) * queries.rows + v * kLanes, sums[i * vectors + v]);
+          }
         }
       }
     }

@@ -57,10 +57,9 @@ class SelectAttention {
         partials_(partials),
         scratch_(plan, memory),
         softmax_(plan, scratch_.scores, scratch_.pairs) {
-    const int64_t repeat_bytes = 4 * ByKeys::Repeat(rows_);
-    in_place_ = Key::kInPlace && head_size_ * kElement % repeat_bytes == 0;
+    in_place_ = ByKeys::ReadsInPlace(rows_, head_size_);
     queries_ = {scratch_.queries, rows_,
-                in_place_ ? head_size_ * kElement / 4 : Key::RowWords(head_size_)};
+                in_place_ ? head_size_ / Key::kElements : Key::RowWords(head_size_)};
   }
 
   void Run(const select::Upcoming& upcoming) {
@@ -89,7 +88,7 @@ class SelectAttention {
  private:
   using ByKeys = Scores<Type, KeyProducts>;
   using Key = Operands<Type, KeyProducts::kElements>;
-  using ByValues = Weigh<Type, ValueProducts>;
+  using ByValues = Weigh<Type, ValueProducts, FetchRows>;
   static constexpr int64_t kValueRows = ByValues::Words::kRows;  // in a step
   static constexpr int64_t kElement = Key::kElementSize;
 
@@ -127,19 +126,25 @@ class SelectAttention {
   void Attend(const Tile& tile, const Tile& next, const select::Partial& partial) {
     Score(tile.keys, next.keys);
     softmax_.Weigh(tile.count, partial, columns_);
-    ByValues::Add(tile.values, next.values, value_size_, softmax_.words(), rows_, rows_,
-                  partial.attention);
+    FetchRows ahead(next.values);
+    const ByValues weigh(rows_, rows_, value_size_, ahead);
+    ByValues::WithRows(rows_, [&](auto rows) {
+      weigh.template Add<rows()>(tile.values, kGranule, softmax_.words(), partial.attention);
+    });
   }
 
-  void Score(const char* const* keys, const char* const* ahead) {
-    if (in_place_) return ByKeys::Multiply(keys, ahead, queries_, scratch_.scores);
+  void Score(const char* const* keys, const char* const* next) {
+    FetchRows ahead(next);
+    if (in_place_) {
+      return ByKeys::template Multiply<true>(keys, queries_, scratch_.scores, ahead);
+    }
     const char* packed[kGranule];
     for (int64_t i = 0; i < kGranule; ++i) {
       uint32_t* const words = scratch_.keys + i * queries_.row_words;
       Key::PackRow(keys[i], head_size_, words);
       packed[i] = reinterpret_cast<const char*>(words);
     }
-    ByKeys::Multiply(packed, ahead, queries_, scratch_.scores);
+    ByKeys::template Multiply<false>(packed, queries_, scratch_.scores, ahead);
   }
 
   // The query heads of the panel as words, their scale but for its size folded in.

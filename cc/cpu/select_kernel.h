@@ -23,6 +23,9 @@ using select_attention::Problem;
 using select_attention::RowFault;
 
 constexpr float kNoPeak = -3.4028235e38f;  // no product is below it; finite
+// A product may exceed its row's reference by a factor of up to 2^kSlack in weight: no more than
+// what float32 and bfloat16 do not notice.
+constexpr float kSlack = 6;
 
 // The sections of an item: what only the chosen blocks have, what the window has too, and what only
 // the window has.
@@ -34,6 +37,7 @@ struct Plan {
   Arrays arrays;
   int64_t group;         // query heads in a panel
   float exponent_scale;  // of products of queries and keys, for powers of two; positive
+  float headroom;        // no weight is greater than 2^-headroom
 };
 
 // Some of the positions of an item.
@@ -55,7 +59,8 @@ struct Upcoming {
 // The result of one unit in one section. Products are of query and key, weights powers of two.
 struct Partial {
   float* attention;  // [group, padded value size], weighted values, in the order of the kernel
-  float* reference;  // [at least a vector of group] the product whose weight is 1
+  float* reference;  // [at least a vector of group] the product whose weight is
+                     // 2^-(headroom + kSlack)
   float* total;      // [the same] sum of the weights
   float* rounded;    // [the same] of the weights as values met them
 };

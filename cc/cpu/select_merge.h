@@ -96,8 +96,8 @@ void MergePartials(const select::Plan& plan, int64_t row, int64_t head,
     }
     if (lse == nullptr) continue;
     // Of a sum of powers of two. -inf where nothing was summed.
-    const double log2_sum =
-        double{scratch.reference[r]} * plan.exponent_scale + __builtin_log2(double{total});
+    const double log2_sum = double{scratch.reference[r]} * plan.exponent_scale +
+                            __builtin_log2(double{total}) + plan.headroom + select::kSlack;
     lse[first + r] = static_cast<float>(log2_sum * 0.693147180559945309417);
   }
 }

@@ -20,11 +20,12 @@ constexpr int64_t Aligned(int64_t bytes) { return RoundUp(bytes, kAlignment); }
 }  // namespace
 
 Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : kernel_(kernel) {
-  plan_ = {problem, arrays, problem.group(), ExponentScale(problem.scale)};
+  plan_ = {problem, arrays, problem.group(), ExponentScale(problem.scale), 0};
   items_ = problem.rows * problem.key_value_heads;
   const int64_t row_bytes = (problem.head_size + problem.value_size) * ElementSize(problem.dtype);
   const RowCounts counts = CountRows();
   bytes_ = counts.all * row_bytes;
+  plan_.headroom = Headroom(counts.most);
   units_per_item_ = 1;
   if (items_ > 0 && bytes_ >= kSerialBytes) {
     units_per_item_ = std::clamp<int64_t>(counts.most / kMinUnitRows, 1, CeilDiv(kUnits, items_));

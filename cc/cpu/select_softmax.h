@@ -25,7 +25,8 @@ class Softmax {
         words_(words),
         rows_(plan.group),
         scale_(plan.exponent_scale),
-        slack_(kSlack / scale_ < kMostSlack ? kSlack / scale_ : kMostSlack) {}
+        slack_(select::kSlack / scale_ < kMostSlack ? select::kSlack / scale_ : kMostSlack),
+        shift_(plan.headroom + select::kSlack) {}
 
   // Begins a section.
   void Begin(const select::Partial& partial, int64_t columns) {
@@ -67,8 +68,7 @@ class Softmax {
   }
 
  private:
-  // Weights reach up to 2^kSlack: no more than what float32 and bfloat16 do not notice.
-  static constexpr float kSlack = 6, kMostSlack = 1e30f;
+  static constexpr float kMostSlack = 1e30f;
   static constexpr int kChains = 4;  // of what is compared one after another
 
   // The greatest score of each lane.
@@ -110,7 +110,7 @@ class Softmax {
   // The weight of a vector of scores. The difference first: however large products are, that of the
   // greatest is 0.
   inline Float Weight(int64_t i, Float reference) const {
-    return Exp2((Load<Float>(scores_ + i) - reference) * scale_);
+    return Exp2((Load<Float>(scores_ + i) - reference) * scale_ - shift_);
   }
 
   // Of the rows of a vector, of which each position has `rows`.
@@ -144,7 +144,7 @@ class Softmax {
   uint32_t* const words_;
   const int64_t rows_;
   const int64_t stride_ = Most(rows_, kLanes);  // from one vector of a row to the next
-  const float scale_, slack_;
+  const float scale_, slack_, shift_;
   bool begun_ = false;  // the section has no tile yet
 };
 

@@ -27,6 +27,12 @@ inline float ExponentScale(float scale) {
   return std::clamp(std::fabs(scale) * kLog2E, Limits::min(), Limits::max());
 }
 
+// Weights are powers of two up to 2^-Headroom: as many products of weights and values as there are
+// positions add up to no more than the greatest value, so that no sum leaves the range of float32.
+inline float Headroom(int64_t positions) {
+  return static_cast<float>(std::ceil(std::log2(std::max<double>(1, positions))));
+}
+
 }  // namespace jax_nsa::cpu
 
 #endif  // JAX_NSA_CPU_SIZES_H_

@@ -23,14 +23,14 @@ struct ValueWords {
   static constexpr int64_t kRows = 1;
   static constexpr int64_t kElement = sizeof(typename Type::Bits);
 
-  // Columns [c, c + count) of a step; `whole`: as many as a chunk has.
+  // The first `count` columns of a step; `whole`: as many as a chunk has.
   template <bool whole>
-  static inline void Load(const char* const* rows, int64_t c, int64_t count, Word* words) {
+  static inline void Load(const char* const* rows, int64_t count, Word* words) {
     Float a, b;
     if constexpr (whole) {
-      Type::Load(rows[0] + c * kElement, &a, &b);
+      Type::Load(rows[0], &a, &b);
     } else {
-      LoadSome<Type>(rows[0] + c * kElement, count, &a, &b);
+      LoadSome<Type>(rows[0], count, &a, &b);
     }
     words[0] = (Word)a;
     words[1] = (Word)b;
@@ -49,10 +49,10 @@ struct ValueWords<BFloat16, BFloat16Products> {
   static constexpr int64_t kRows = 2;
 
   template <bool whole>
-  static inline void Load(const char* const* rows, int64_t c, int64_t count, Word* words) {
+  static inline void Load(const char* const* rows, int64_t count, Word* words) {
     const __mmask32 mask = whole ? ~0u : (1u << count) - 1;
-    const __m512i low = _mm512_maskz_loadu_epi16(mask, rows[0] + 2 * c);
-    const __m512i high = _mm512_maskz_loadu_epi16(mask, rows[1] + 2 * c);
+    const __m512i low = _mm512_maskz_loadu_epi16(mask, rows[0]);
+    const __m512i high = _mm512_maskz_loadu_epi16(mask, rows[1]);
     words[0] = (Word)_mm512_unpacklo_epi16(low, high);
     words[1] = (Word)_mm512_unpackhi_epi16(low, high);
   }
@@ -68,88 +68,88 @@ struct ValueWords<BFloat16, BFloat16Products> {
 };
 #endif
 
-// Adds weighted values to sums, [row][columns].
-template <class Type, class Products>
+// Adds weighted values to sums, [row][columns]. Ahead is what is fetched, a FetchRows or
+// FetchStream.
+template <class Type, class Products, class Ahead>
 class Weigh {
  public:
   using Words = ValueWords<Type, Products>;
 
-  // Adds kGranule values, weighted, and fetches as many rows `ahead`. Of weights, [step][stride],
-  // the first `rows` of each step count.
-  static void Add(const char* const* values, const char* const* ahead, int64_t size,
-                  const uint32_t* weights, int64_t stride, int64_t rows, float* sums) {
-    const Weigh weigh = {values, ahead, size, weights, stride, rows, sums};
-    WithConstant(Least(stride, kMostRows), [&](auto at_once) {
-      if constexpr (at_once() <= kMostRows) weigh.template Columns<at_once()>();
+  // Of the weights of a step, [stride], the first `rows` count.
+  Weigh(int64_t stride, int64_t rows, int64_t size, Ahead& ahead)
+      : stride_(stride), rows_(rows), size_(size), columns_(RoundUp(size, kChunk)), ahead_(ahead) {}
+
+  // Calls the function with the number of rows that meet values at once, as a constant for Add.
+  template <class Function>
+  static void WithRows(int64_t stride, Function function) {
+    WithConstant(Least(stride, kMostRows), [&](auto rows) {
+      if constexpr (rows() <= kMostRows) function(rows);
     });
+  }
+
+  // Adds `count` values, weighted. Rows has them by operator[], also one past an odd number.
+  template <int rows, class Rows>
+  void Add(const Rows& values, int64_t count, const uint32_t* weights, float* sums) const {
+    constexpr int kChunks = ChunksAtOnce(rows);
+    const int64_t steps = RoundUp(count, Words::kRows) / Words::kRows;
+    int64_t c = 0;
+    for (; c + kChunks * kChunk <= size_; c += kChunks * kChunk) {
+      AddColumns<rows, kChunks, true>(values, steps, weights, c, sums + c);
+    }
+    for (; c + kChunk <= size_; c += kChunk) {
+      AddColumns<rows, 1, true>(values, steps, weights, c, sums + c);
+    }
+    if (c < size_) AddColumns<rows, 1, false>(values, steps, weights, c, sums + c);
   }
 
  private:
   static constexpr int64_t kMostRows = Least(kAccumulators / 2, kLanes);
+  static constexpr int64_t kElement = sizeof(typename Type::Bits);
 
   // Chunks of two vectors that fill the accumulators.
   static constexpr int64_t ChunksAtOnce(int64_t rows) { return Least(kAccumulators / 2 / rows, 4); }
 
-  Weigh(const char* const* values, const char* const* ahead, int64_t size, const uint32_t* weights,
-        int64_t stride, int64_t rows, float* sums)
-      : values_(values),
-        ahead_(ahead),
-        size_(size),
-        weights_(weights),
-        stride_(stride),
-        rows_(rows),
-        columns_(RoundUp(size, kChunk)),
-        sums_(sums) {}
-
-  template <int rows>
-  void Columns() const {
-    constexpr int kChunks = ChunksAtOnce(rows);
-    int64_t c = 0;
-    for (; c + kChunks * kChunk <= size_; c += kChunks * kChunk) Rows<rows, kChunks, true>(c);
-    for (; c + kChunk <= size_; c += kChunk) Rows<rows, 1, true>(c);
-    if (c < size_) Rows<rows, 1, false>(c);
+  // `chunks` chunks of columns from column c, some rows after the other.
+  template <int rows, int chunks, bool whole, class Rows>
+  void AddColumns(const Rows& values, int64_t steps, const uint32_t* weights, int64_t c,
+                  float* sums) const {
+    const int64_t bytes = steps * Words::kRows * chunks * kChunk * kElement;
+    AddBlock<rows, chunks, whole>(values, steps, weights, c, sums,
+                                  ahead_.Take(0, c * kElement, bytes));
+    for (int64_t r = rows; r < rows_; r += rows) {
+      AddBlock<rows, chunks, whole>(values, steps, weights + r, c, sums + r * columns_, NoFetch());
+    }
   }
 
-  template <int rows, int chunks, bool whole>
-  void Rows(int64_t c) const {
-    for (int64_t r = 0; r < rows_; r += rows) Block<rows, chunks, whole>(c, r);
-  }
-
-  // `rows` rows from row r, `chunks` chunks of columns from column c.
-  template <int rows, int chunks, bool whole>
-  inline void Block(int64_t c, int64_t r) const {
+  template <int rows, int chunks, bool whole, class Rows, class Fetched>
+  void AddBlock(const Rows& values, int64_t steps, const uint32_t* weights, int64_t c, float* sums,
+                const Fetched& fetched) const {
     constexpr int kVectors = 2 * chunks;
-    float* const target = sums_ + r * columns_ + c;
-    const int64_t count = size_ - c;
-    constexpr int64_t kElement = sizeof(typename Type::Bits), kBytes = chunks * kChunk * kElement;
-    const int64_t first = c * kElement;
-    const bool fetches = r == 0 && first % kLine == 0;
+    constexpr int kBytes = chunks * kChunk * kElement;
     Float block[rows][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        block[i][v] = Load<Float>(target + i * columns_ + v * kLanes);
+        block[i][v] = Load<Float>(sums + i * columns_ + v * kLanes);
       }
     }
 #pragma GCC unroll 4
-    for (int64_t s = 0; s < kGranule / Words::kRows; ++s) {
-      if (fetches) {
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < Words::kRows; ++i) {
-          const char* const row = ahead_[s * Words::kRows + i] + first;
-          for (int64_t b = 0; b < kBytes; b += kLine) FetchLine(row + b);
-        }
+    for (int64_t s = 0; s < steps; ++s, weights += stride_) {
+      const char* rows_here[Words::kRows];
+      for (int64_t i = 0; i < Words::kRows; ++i) {
+        rows_here[i] = values[s * Words::kRows + i] + c * kElement;
       }
       Word value[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < chunks; ++v) {
-        Words::template Load<whole>(values_ + s * Words::kRows, c + v * kChunk, count,
-                                    value + 2 * v);
+        Words::template Load<whole>(rows_here, size_ - c, value + 2 * v);
+        for (const char*& row : rows_here) row += kChunk * kElement;
       }
+      fetched.template StepRows<Words::kRows, kBytes>(s);
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i) {
-        const Word weight = Repeated<1>(weights_ + s * stride_ + r + i);
+        const Word weight = Repeated<1>(weights + i);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           block[i][v] = Products::MultiplyAdd(weight, value[v], block[i][v]);
@@ -160,17 +160,13 @@ class Weigh {
     for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        Store(target + i * columns_ + v * kLanes, block[i][v]);
+        Store(sums + i * columns_ + v * kLanes, block[i][v]);
       }
     }
   }
 
-  const char* const* const values_;
-  const char* const* const ahead_;
-  const int64_t size_;
-  const uint32_t* const weights_;
-  const int64_t stride_, rows_, columns_;
-  float* const sums_;
+  const int64_t stride_, rows_, size_, columns_;
+  Ahead& ahead_;
 };
 
 }  // namespace

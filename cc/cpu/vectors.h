@@ -17,19 +17,32 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-// What is read after the present tile. Rows are fetched as those a granule before are worked on.
-class AheadByRow {
- public:
-  AheadByRow(const Rows& keys, const Rows& values) : keys_(keys.first), values_(values.first) {}
+// Values of a head; zeros past the last.
+struct ValueRows : HeadRows {
+  const char* operator[](int64_t i) const { return i < count ? first + i * stride : kZeroRow; }
+};
 
-  const char* keys() const { return keys_; }
-  const char* values() const { return values_; }
+// What is read after what is worked on: a straight line through the keys of a tile, its values, and
+// the keys of the next tile.
+class AheadInOrder {
+ public:
+  // To be fetched `distance` bytes ahead.
+  AheadInOrder(const TileRows& tile, const TileRows& next, int64_t distance)
+      : tile_(tile), next_(next), distance_(distance), stream_(tile.keys, 0, tile.values) {}
+
+  // Before the tile's keys, or its values, are read.
+  void BeginKeys() { stream_ = FetchStream(tile_.keys, distance_, tile_.values); }
+  void BeginValues() { stream_ = FetchStream(tile_.values, distance_, next_.keys); }
+
+  FetchStream& stream() { return stream_; }
 
   // In the time of other work, which fetches nothing.
   inline void Step(int64_t = 1) {}
 
  private:
-  const char *const keys_, *const values_;
+  const TileRows tile_, next_;
+  const int64_t distance_;
+  FetchStream stream_;
 };
 
 template <class Type, class KeyProducts, class ValueProducts, int64_t chain = 0>
@@ -37,9 +50,11 @@ class Vectors {
  public:
   using Key = Operands<Type, KeyProducts::kElements>;
   using Words = ValueWords<Type, ValueProducts>;
-  using Ahead = AheadByRow;
+  using Ahead = AheadInOrder;
   static constexpr bool kPairs = ValueProducts::kElements == 2;  // whether weights are in pairs
   static constexpr int64_t kStepGranule = 1;
+  // The heads of a unit are read together, in the order of memory.
+  static constexpr bool kHeadsTogether = true;
 
   // What the processor must be told while products are made: nothing.
   struct Scope {
@@ -47,42 +62,55 @@ class Vectors {
   };
 
   static int64_t Repeat(int64_t padded_rows) { return ByKeys::Repeat(padded_rows); }
-  // The words of a key must be a multiple of it.
-  static int64_t WordGranule(int64_t padded_rows) { return Repeat(padded_rows); }
+  // Whether keys are read where they lie.
+  static bool ReadsInPlace(int64_t padded_rows, int64_t head_size) {
+    return ByKeys::ReadsInPlace(padded_rows, head_size);
+  }
 
-  static Ahead FetchAhead(const Rows& keys, const Rows& values, const Rows&, const TileWork&) {
-    return {keys, values};
+  static Ahead FetchAhead(const TileRows& tile, const TileRows& next, const Rows&,
+                          const TileWork& work) {
+    return {tile, next, kFetchDistance + ValuesAtOnce(work.padded_rows) * tile.values.bytes};
   }
 
   static constexpr int64_t kAtOnce = kGranule;  // positions
 
-  // Products of kGranule keys with queries: scores [position][padded rows]. `next` are read next.
-  static void Score(const HeadRows& keys, const HeadRows& next, const Queries& queries,
-                    float* scores, Ahead&) {
-    const char *rows[kGranule], *ahead[kGranule];
-    for (int64_t i = 0; i < kGranule; ++i) {
-      rows[i] = keys.first + i * keys.stride;
-      ahead[i] = next.first + i * next.stride;
-    }
-    ByKeys::Multiply(rows, ahead, queries, scores);
+  // Products of kGranule keys of each head with queries: scores [position][padded rows].
+  template <bool in_place>
+  static void Score(const HeadRows& keys, const Queries& queries, float* scores, Ahead& ahead) {
+    const char* rows[kGranule];
+    for (int64_t i = 0; i < kGranule; ++i) rows[i] = keys.first + i * keys.stride;
+    ByKeys::template Multiply<in_place>(rows, queries, scores, ahead.stream());
   }
 
-  // Adds up to kGranule values, weighted, to sums [row][columns]. Weights are [step][padded rows].
-  // `next` are read next.
-  static void Weigh(const HeadRows& values, const HeadRows& next, int64_t size,
-                    const uint32_t* weights, int64_t padded_rows, int64_t rows, float* sums,
-                    uint32_t*, Ahead&) {
-    const char *positions[kGranule], *ahead[kGranule];
-    for (int64_t i = 0; i < kGranule; ++i) {
-      positions[i] = i < values.count ? values.first + i * values.stride : kZeroRow;
-      ahead[i] = next.first + i * next.stride;
-    }
-    ByValues::Add(positions, ahead, size, weights, padded_rows, rows, sums);
+  // Values of a head that are weighed before those of the next head: as many as pay for loading and
+  // storing its sums, and no more, so that heads are read nearly in the order of memory.
+  static int64_t ValuesAtOnce(int64_t padded_rows) { return Most(8, Least(2 * padded_rows, 32)); }
+
+  // Adds the weighted values of some heads. Weights are [step][padded rows]. `head(h)` is a
+  // HeadValues.
+  template <class Head>
+  static void Weigh(Head head, int64_t heads, int64_t size, int64_t padded_rows, int64_t rows,
+                    uint32_t*, Ahead& ahead) {
+    const ByValues weigh(padded_rows, rows, size, ahead.stream());
+    const int64_t at_once = ValuesAtOnce(padded_rows), count = head(0).rows.count;
+    ByValues::WithRows(padded_rows, [&](auto rows_at_once) {
+      for (int64_t p = 0; p < count; p += at_once) {
+        for (int64_t h = 0; h < heads; ++h) {
+          const HeadValues values = head(h);
+          const ValueRows some = {{values.rows.first + p * values.rows.stride, values.rows.stride,
+                                   Least(at_once, count - p)}};
+          weigh.template Add<rows_at_once()>(
+              some, some.count, values.weights + p / Words::kRows * padded_rows, values.sums);
+        }
+      }
+    });
   }
 
  private:
+  static constexpr int64_t kFetchDistance = 2 << 10;  // bytes, beside what is worked on
+
   using ByKeys = Scores<Type, KeyProducts, chain>;
-  using ByValues = JAX_NSA_ISA::Weigh<Type, ValueProducts>;
+  using ByValues = JAX_NSA_ISA::Weigh<Type, ValueProducts, FetchStream>;
 };
 
 }  // namespace

@@ -361,6 +361,18 @@ void CheckMemory() {
   const Memory memory = Allocate(2048), other = Allocate(2048);
   EXPECT(memory.get() == first) << "fresh memory in spite of some kept";
   EXPECT(other.get() != first) << "one block given twice";
+  // What is handed out does not count, at once or in turn: as much is kept as before.
+  constexpr int64_t kSize = 1 << 20, kCount = 2 * kKeptBytes / kSize;
+  {
+    std::vector<Memory> all(kCount);
+    for (Memory& each : all) each = Allocate(kSize);
+  }
+  const char* last = nullptr;
+  for (int64_t i = 0; i < kCount; ++i) {
+    const Memory again = Allocate(kSize);
+    EXPECT(i == 0 || again.get() == last) << "fresh memory the " << i << "th time";
+    last = again.get();
+  }
 }
 
 void Test(DataType dtype) {
