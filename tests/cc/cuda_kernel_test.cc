@@ -37,10 +37,10 @@ constexpr int64_t kAlignment = 16;  // bytes, of what XLA allocates at least
 
 unsigned first_seed = 0;  // of problems and launches
 
-// How many launches were of each kind: how the plan splits items, where records lie. A share of
-// whole items cuts none; of the others there are so many kinds.
+// How many launches were of each kind: how the plan splits items, where records lie, how tiles
+// come. A share of whole items cuts none; of the others there are so many kinds.
 std::map<std::string, int> covered;
-constexpr size_t kKinds = 13;
+constexpr size_t kKinds = 15;
 
 class Call {
  public:
@@ -123,6 +123,8 @@ class Call {
                        : "records in the workspace, all of whole items"];
     const bool whole_items = emulated_cuda::counts.whole_items_lines > counts.whole_items_lines;
     const bool cut_items = emulated_cuda::counts.cut_items_lines > counts.cut_items_lines;
+    const bool boxed = emulated_cuda::counts.boxes > counts.boxes;
+    ++covered[boxed ? "tiles in boxes" : "tiles by the lanes of warps"];
     if (whole_items) ++covered["lines discarded, of whole items"];
     if (cut_items) ++covered["lines discarded, of cut items"];
     if (!whole_items && !cut_items) ++covered["no lines discarded"];

@@ -474,6 +474,8 @@ int main(int argc, char** argv) {
   }
   const auto& counts = emulated_cuda::counts;
   std::cout << counts.launches << " launches of " << counts.blocks << " thread blocks, "
-            << counts.flags << " parts of attentions\n";
+            << counts.flags << " parts of attentions, " << counts.boxes << " boxes, "
+            << counts.copies << " copies of 16 bytes\n";
+  EXPECT(only != "all" || (counts.boxes > 0 && counts.copies > 0)) << "one way to bring tiles only";
   return jax_nsa::testing::ExitStatus();
 }
