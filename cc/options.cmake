@@ -21,7 +21,7 @@ endif()
 add_library(jax_nsa_options INTERFACE)
 if(JAX_NSA_SANITIZE)
   # The kernels' own -O3 takes minutes with all checks in them.
-  target_compile_options(jax_nsa_options INTERFACE -O1)
+  target_compile_options(jax_nsa_options INTERFACE -O1 -Wno-uninitialized)
 endif()
 # GCC finds its own AVX-512 headers at fault: -Wno-maybe-uninitialized.
 target_compile_options(

@@ -266,7 +266,7 @@ void EditArray(Bytes* bytes, Frame* frame) {
     case 6:
       array.name = bytes->Below(2) ? bytes->Of(list).name : std::string("surprise");
       return;
-    case 7:
+    default:
       for (size_t i = bytes->Below(6); i > 0; --i) {
         array.contents.push_back(kContents[bytes->Below(std::size(kContents))]);
       }
@@ -314,7 +314,7 @@ void EditAttribute(Bytes* bytes, Frame* frame) {
     case 6:
       frame->in_place.clear();
       return;
-    case 7: {
+    default: {
       static const std::string kNames[] = {"operands", "results", "problem", "maps", "is_part"};
       const std::string& name = kNames[bytes->Below(5)];
       switch (bytes->Below(4)) {
