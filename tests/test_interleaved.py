@@ -49,6 +49,16 @@ class TestSelectCpu(Interleaved, SelectAttentionContract):
     fails_on_faults = True
 
 
+@pytest.mark.cuda
+class TestCompressCuda(Interleaved, CompressAttentionContract):
+    implementation = "cuda"
+
+
+@pytest.mark.cuda
+class TestSelectCuda(Interleaved, SelectAttentionContract):
+    implementation = "cuda"
+
+
 # Four sequences and heads that two devices can share; keys as large as values.
 COMPRESS = Geometry(
     lengths=(40, 7, 20, 33), value_size=16, k=3, return_lse=True, hostile=False, spare_slots=0
