@@ -58,8 +58,8 @@ static_assert(kMaxRows % kMaxGroup == 0);
 // the device is known.
 constexpr int kMaxCtas = 160;
 // Splitting a sequence more finely than this, or into more parts of equal size, costs more in the
-// merge than it saves.
-constexpr int kMinShare = 8, kMaxParts = 16;
+// merge than it saves; but more parts of so many tiles each are worth it.
+constexpr int kMinShare = 8, kMaxParts = 16, kLongShare = 64;
 // Blocks whose importances, and chosen blocks whose order, shared memory holds; more of them go
 // through the workspace.
 constexpr int kSharedBlocks = 2048;
@@ -132,6 +132,18 @@ JAX_NSA_HOST_DEVICE constexpr int BatchTileFloats(int group, int slots) {
 // more that stand for as much time.
 JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 12 + 7; }
 
+// Shares, `most` at most, that an item of so many tiles is cut into where all are equally long.
+JAX_NSA_HOST_DEVICE constexpr int EqualShares(int tiles, int most) {
+  const int few = tiles / kMinShare < kMaxParts ? tiles / kMinShare : kMaxParts;
+  const int shares = few > tiles / kLongShare ? few : tiles / kLongShare;
+  return shares < 1 ? 1 : shares < most ? shares : most;
+}
+// Tiles that such a share has at most, of an item of `tiles` at most.
+constexpr int64_t MostInEqualShare(int64_t tiles, int64_t most) {
+  const int64_t between = most > kMaxParts ? kLongShare + kLongShare / kMaxParts : 2 * kMinShare;
+  return std::min(tiles, std::max(CeilDiv(tiles, most), between));
+}
+
 // Items that the call can have at most, and entries of the list.
 constexpr int64_t MaxItems(const Problem& problem) {
   const int64_t per_chunk = kMaxRows / problem.group();
@@ -171,16 +183,13 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   } else {
     const int64_t per_item = plan.ctas / items;
     if (10 * items * per_item >= enough * plan.ctas) {
-      plan.shares_per_item = static_cast<int32_t>(std::min<int64_t>(per_item, kMaxParts));
+      const int64_t most = std::max<int64_t>(kMaxParts, tiles / kLongShare);
+      plan.shares_per_item = static_cast<int32_t>(std::min(per_item, most));
     }
   }
   const int64_t in_equal_share = std::min(tiles, share);
-  // An item that is several shares is shares_per_item of them, or fewer if these would be less than
-  // kMinShare each: then each is less than twice that.
   const int64_t in_item_share =
-      plan.shares_per_item == 0
-          ? 0
-          : std::min(tiles, std::max(CeilDiv(tiles, plan.shares_per_item), int64_t{2 * kMinShare}));
+      plan.shares_per_item == 0 ? 0 : MostInEqualShare(tiles, plan.shares_per_item);
   plan.region_tiles = static_cast<int32_t>(std::max(in_equal_share, in_item_share));
   const bool some_whole =
       plan.shares_per_item == 1 || (plan.shares_per_item == 0 && tiles <= share);

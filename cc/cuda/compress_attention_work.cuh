@@ -152,7 +152,7 @@ __device__ inline void FindShare(const Params& params, Share& share) {
     entries = plan.items_per_share * longest;
   } else if (uniform && plan.shares_per_item > 0) {
     const int tiles = share.first.tiles;
-    const int shares = max(1, min(plan.shares_per_item, tiles / kMinShare));
+    const int shares = EqualShares(tiles, plan.shares_per_item);
     entries = Quotient(tiles + shares - 1, shares);
     item_entries = shares * entries;
     // Every item now has item_entries entries: sums over items grow in proportion.

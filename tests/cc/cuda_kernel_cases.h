@@ -108,6 +108,7 @@ inline std::vector<Case> Cases() {
   cases.push_back(faulty);
   // Items of several parts, records beyond shared memory, blocks beyond it.
   cases.push_back({"long", kBf16, 1, 1, 4, 2, 64, 64, 128, 20, usual, 16, kEqual, 0});
+  cases.push_back({"more parts", kBf16, 1, 1, 1, 1, 16, 8, 128, 280, usual, 16, kEqual, 0});
   cases.push_back({"long, three", kBf16, 3, 1, 2, 1, 32, 32, 128, 12, usual, 16, kEqual, 0});
   cases.push_back({"long, unequal", kBf16, 3, 1, 2, 2, 32, 32, 128, 12, usual, 16, kRagged, 30});
   cases.push_back({"long, tokens", kF16, 2, 3, 8, 1, 32, 32, 128, 8, dense, 40, kRagged, 500});
