@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "cuda/ptx.cuh"
+#include "cuda/results.cuh"
 #include "cuda/tiles.cuh"
 
 namespace jax_nsa::cuda {
@@ -82,6 +83,10 @@ template <typename Stage>
 struct AttendedRows {
   using T = typename Stage::Element;
   static constexpr int kColumns = Stage::kValueSize / 8;
+  // Taken from a difference, so that the greatest exponential is a power of two, and sums of equal
+  // ones exact.
+  static constexpr float kHeadroom =
+      Headroom(std::is_same_v<T, __half> ? DataType::kFloat16 : DataType::kFloat32);
 
   float sums[kColumns][4];  // exponentials times values
   float maxima[2];          // of the scaled scores, in powers of two
@@ -128,7 +133,7 @@ struct AttendedRows {
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        p[n][c] = Exp2(p[n][c] - peak[c / 2]);
+        p[n][c] = Exp2(p[n][c] - peak[c / 2] - kHeadroom);
         totals[c / 2] += p[n][c];
       }
     }

@@ -48,7 +48,8 @@ __device__ inline void StoreNorm(const Params& params, const Part& part, int row
   norms.maxima[row] = total == 0.0f ? 0.0f : maximum;
   norms.inverses[row] = InverseOf(total);
   if (params.arrays.lse) {
-    params.arrays.lse[ResultRow(params, part, row)] = LogSumExp(maximum, total);
+    params.arrays.lse[ResultRow(params, part, row)] =
+        LogSumExp(maximum, total, Headroom(params.problem.dtype));
   }
 }
 

@@ -12,14 +12,21 @@
 
 namespace jax_nsa::cuda {
 
+// Exponentials are at most 2^-Headroom, so that as many times the greatest values are still finite
+// when they are added up, before the division. With float16 no sum is too great, and its
+// exponentials would vanish.
+JAX_NSA_HOST_DEVICE constexpr float Headroom(DataType dtype) {
+  return dtype == DataType::kFloat16 ? 0.0f : 22.0f;
+}
+
 // exp2(a - b); 0 where b is -inf, as where nothing was seen, so that -inf - -inf makes no NaN.
 __device__ inline float Shrink(float a, float b) { return b == -INFINITY ? 0.0f : Exp2(a - b); }
 
 // Of a row's total of exponentials, which is 0 where it sees nothing.
 __device__ inline float InverseOf(float total) { return total == 0.0f ? 0.0f : Inverse(total); }
-__device__ inline float LogSumExp(float maximum, float total) {
+__device__ inline float LogSumExp(float maximum, float total, float headroom) {
   constexpr float kLn2 = 0.6931471805599453f;
-  return total == 0.0f ? -INFINITY : (maximum + log2f(total)) * kLn2;
+  return total == 0.0f ? -INFINITY : (maximum + (log2f(total) + headroom)) * kLn2;
 }
 
 // Writes up to four columns of a row.

@@ -150,7 +150,8 @@ __device__ inline void FindFactors(const Params& params, const Item& item, int k
       if (part >= parts || row >= rows) continue;
       factors[part][row] = shrink * InverseOf(total);
       if (float* lse = Lse(params, kind); part == 0 && lse != nullptr) {
-        lse[ResultRow(params, item, row)] = LogSumExp(maximum, total);
+        lse[ResultRow(params, item, row)] =
+            LogSumExp(maximum, total, Headroom(params.problem.dtype));
       }
     }
   }
@@ -324,7 +325,7 @@ __device__ inline void Finish(const Params& params, const Item& item, const Team
       params.part_maxima(own)[row] = maximum;
       params.part_totals(own)[row] = total;
     } else if (float* lse = Lse(params, item.kind); lse != nullptr) {
-      lse[ResultRow(params, item, row)] = LogSumExp(maximum, total);
+      lse[ResultRow(params, item, row)] = LogSumExp(maximum, total, Headroom(params.problem.dtype));
     }
   }
   if (direct) return;
