@@ -266,16 +266,18 @@ void TestPagesOfRows() {
     for (int32_t page : {kMin, -1, 5, kMax}) {
       for (int32_t id : {-1, 0, 1}) {
         for (int64_t window : {0, 4, 5, 20}) {
-          Case c;
-          int64_t column = -1;
-          c.table[2 + at] = page;
-          c.ids[(4 * 2 + 1) * 2 + 1] = id;
-          c.problem.window_size = window;
-          // Positions 16 to 19 lie in the second page; the window's last are these.
-          const bool read = id == at || (window > 0 && (at == 1 || window > 4));
-          EXPECT(c.Check(&column) == (read ? RowFault::kPage : RowFault::kNone))
-              << "page " << at << " block " << id << " window " << window;
-          EXPECT(!read || column == at) << column;
+          for (int64_t rank : {0, 1}) {
+            Case c;
+            int64_t column = -1;
+            c.table[2 + at] = page;
+            c.ids[(4 * 2 + 1) * 2 + rank] = id;
+            c.problem.window_size = window;
+            // Positions 16 to 19 lie in the second page; the window's last are these.
+            const bool read = id == at || (window > 0 && (at == 1 || window > 4));
+            EXPECT(c.Check(&column) == (read ? RowFault::kPage : RowFault::kNone))
+                << "page " << at << " block " << id << " window " << window;
+            EXPECT(!read || column == at) << column;
+          }
         }
       }
     }
