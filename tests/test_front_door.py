@@ -38,7 +38,7 @@ REFUSED = [
         for name, array in (("query", QUERY), ("key", KEY), ("value", VALUE))
         for changes, message in [
             ({name: array.tolist()}, f"{name} must be a JAX or NumPy array, got list"),
-            ({name: None}, f"{name} must be a JAX or NumPy array, got NoneType"),
+            ({name: None}, f"{name} must be a JAX or NumPy array.*, got NoneType"),
             ({name: np.ma.masked_array(array)}, f"{name} must be .* got MaskedArray"),
             ({name: array.astype(np.float64)}, f"{name} must have dtype .*, got float64"),
             ({name: array.astype(np.int32)}, f"{name} must have dtype .*, got int32"),

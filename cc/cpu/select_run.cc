@@ -25,7 +25,10 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
   const int64_t row_bytes = (problem.head_size + problem.value_size) * ElementSize(problem.dtype);
   const RowCounts counts = CountRows();
   bytes_ = counts.all * row_bytes;
-  plan_.headroom = Headroom(counts.most);
+  // Of shapes alone: a device that has some of the sequences gives the bits that one with all
+  // gives.
+  plan_.headroom = Headroom(std::max(problem.select_count * problem.select_block_size,
+                                     std::min(problem.window_size, problem.capacity())));
   units_per_item_ = 1;
   if (items_ > 0 && bytes_ >= kSerialBytes) {
     units_per_item_ = std::clamp<int64_t>(counts.most / kMinUnitRows, 1, CeilDiv(kUnits, items_));

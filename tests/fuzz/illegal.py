@@ -64,7 +64,15 @@ def spoil_static(arguments: Arguments, random: Random) -> str:
         wrong = pick(random, 1, None, "yes", 0.0)
     else:
         wrong = pick(
-            random, 0, -1, 2.5, "16", None, True, 2**40, 17 if name != "window_size" else 0
+            random,
+            0,
+            -1,
+            2.5,
+            "16",
+            None,
+            True,
+            2**40,
+            17 if name not in ("window_size", "select_block_count") else 0,
         )
         if name in ("select_block_count", "window_size") and wrong is None:
             wrong = 0

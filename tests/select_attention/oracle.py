@@ -89,7 +89,12 @@ def select_attention(
                         p = w / w.sum()
                         attentions[which][row][n] = p @ v
                         lses[which][row][n] = s.max() + np.log(w.sum())
-                        sizes[which][row][n] = np.sqrt((p**2 @ v**2).sum())
+                        # What a position listed twice is off by, it is off by twice.
+                        _, first, listed = np.unique(
+                            positions, return_index=True, return_inverse=True
+                        )
+                        share = np.bincount(listed, p)
+                        sizes[which][row][n] = np.sqrt((share**2 @ v[first] ** 2).sum())
                         bound = abs(scale_value) * (abs(k) @ abs(query[row][n])).max()
                         score_size[row][n] = max(score_size[row][n], bound)
         first_row += tokens
