@@ -65,8 +65,8 @@ def test_split_pages_are_merged_by_few_reductions(implementation):
     compressed = HEADS * (VALUE_SIZE + 3) + KEY_VALUE_HEADS * blocks
     selected = 2 * HEADS * (VALUE_SIZE + 3)
     most = {
-        "compressed": (4, compressed), "selected": (5, selected),
-        "step": (9, compressed + selected),
+        "compressed": (3, compressed), "selected": (2, selected),
+        "step": (5, compressed + selected),
     }  # fmt: skip
     for program in together:
         sequences, heads, _ = program["split"]

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa import _compat, tokens
+from jax_nsa import _compat, parts, tokens
 from jax_nsa.compress_attention import reference
 from jax_nsa.compress_attention.problem import Problem
 
@@ -95,24 +95,19 @@ def merge_parts(
     here = attend(block_table.shape[1], local, return_block_scores=True)
     lse, scores = here["lse"], here["block_scores"]
 
-    # What is known of each head's row here, the worse on any device deciding for all. Compared as
-    # integers, since not every platform's maximum and exponential keep a NaN.
+    # What is known of each head's row here, the worse on any device deciding for all.
     group = query.shape[-2] // problem.key_value_heads
     # Any row that holds a token has block 0.
     chosen = jnp.repeat(here["topk_indices"][..., 0] == 0, group, axis=-1)
     state = jnp.where(chosen, _PRESENT, _ABSENT)
     state = jnp.where(jnp.isnan(lse), jnp.where(chosen, _NAN, _FAULTY), state)
-    state = lax.pmax(state, axis_name)
-
-    peak = lax.pmax(lax.stop_gradient(lse), axis_name)  # any other would give the same result
-    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
+    state, peak = parts.worst_and_peak(state, lse, axis_name)
     total = lax.psum(jnp.exp(lse - peak), axis_name)
     empty = total == 0.0
     known = peak + jnp.log(jnp.where(empty, 1.0, total))  # rows that see nothing keep zeros
     whole = jnp.where(empty, -jnp.inf, known)
     whole = jnp.where(state >= _NAN, jnp.nan, whole)
     factor = jnp.where(state >= _NAN, jnp.nan, jnp.exp(lse - known))
-    attention = lax.psum(here["attention"] * factor[..., None], axis_name)
 
     before = jnp.zeros_like(known)
     if not problem.aligned:
@@ -130,14 +125,16 @@ def merge_parts(
     whole_importance = lax.dynamic_update_slice_in_dim(
         whole_importance, importance, start // stride, axis=-1
     )
-    whole_importance = lax.psum(whole_importance, axis_name)[..., 1:]
+    attention, whole_importance = lax.psum(
+        (here["attention"] * factor[..., None], whole_importance), axis_name
+    )
 
     state = state[..., ::group]
     present = (state == _PRESENT) | (state == _NAN)
     num_blocks = jnp.where(present, _blocks_of_rows(operands, problem)[..., None], 0)
     results = {
         "attention": attention.astype(query.dtype),
-        "topk_indices": reference.select(whole_importance, num_blocks, problem),
+        "topk_indices": reference.select(whole_importance[..., 1:], num_blocks, problem),
     }
     return {**results, "lse": whole} if problem.return_lse else results
 

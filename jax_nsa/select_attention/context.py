@@ -13,13 +13,14 @@ Devices exchange `O(N*Dv)` numbers for each query row; keys and values stay wher
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Hashable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa import _compat, tokens
+from jax_nsa import _compat, parts, tokens
 from jax_nsa.select_attention.problem import Problem
 
 
@@ -88,18 +89,18 @@ def _merge(
     attention: jax.Array, lse: jax.Array, bad: jax.Array, axis_name: Hashable
 ) -> tuple[jax.Array, jax.Array]:
     """Merges the devices' parts; rows that are bad on any of them become NaN."""
-    # Compared as integers, since not every platform's maximum keeps a NaN.
-    spoilt = lax.pmax((bad | jnp.isnan(lse)).astype(jnp.int32), axis_name) > 0
-    peak = lax.pmax(lax.stop_gradient(jnp.where(spoilt, 0.0, lse)), axis_name)
-    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
-    total = lax.psum(jnp.where(spoilt, 0.0, jnp.exp(lse - peak)), axis_name)
-    empty = total == 0.0
-    known = peak + jnp.log(jnp.where(empty, 1.0, total))  # rows that see nothing keep zeros
-    factor = jnp.where(spoilt, 0.0, jnp.exp(lse - known))
-    # A factor of 0 does not clear a NaN.
-    weighed = jnp.where(factor[..., None] == 0.0, 0.0, attention * factor[..., None])
-    whole = lax.psum(weighed, axis_name)
-    whole_lse = jnp.where(empty, -jnp.inf, known)
+    state, peak = parts.worst_and_peak((bad | jnp.isnan(lse)).astype(jnp.int32), lse, axis_name)
+    spoilt = state > 0
+    # A share of the mean, so that the sum of attentions is finite where the mean is.
+    share = jnp.where(spoilt, 0.0, jnp.exp(lse - peak) / lax.axis_size(axis_name))
+    # A share of 0 does not clear a NaN.
+    weighed = jnp.where(share[..., None] == 0.0, 0.0, attention * share[..., None])
+    total, summed = lax.psum((share, weighed), axis_name)
+    empty = total == 0.0  # rows that see nothing keep zeros
+    total = jnp.where(empty, 1.0, total)
+    whole = summed / total[..., None]
+    whole_lse = peak + jnp.log(total) + math.log(lax.axis_size(axis_name))
+    whole_lse = jnp.where(empty, -jnp.inf, whole_lse)
     return (
         jnp.where(spoilt[..., None], jnp.nan, whole),
         jnp.where(spoilt, jnp.nan, whole_lse),
