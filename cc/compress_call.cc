@@ -178,9 +178,8 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   ffi_call.That(rets.size() == static_cast<size_t>(problem.pairs), "gives a cache for each input");
   ffi_call.That(ffi_call.Find("lengths").has_value(), "needs lengths");
   ffi_call.That(ffi_call.Find("slot_mapping").has_value(), "needs slot_mapping");
-  ffi_call.That(problem.page_size % kPageGranule == 0 && problem.page_size <= kMaxPage,
-                "page size must be a multiple of ", kPageGranule, " up to ", kMaxPage, ", got ",
-                problem.page_size);
+  ffi_call.That(IsPageSize(problem.page_size), "page size must be a multiple of ", kPageGranule,
+                " up to ", kMaxPage, ", got ", problem.page_size);
   if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());
 
   const ffi::Span<const int64_t> table = ffi_call.Get("block_table").dimensions();

@@ -18,6 +18,10 @@ constexpr int64_t kMaxPage = 256;     // rows
 constexpr int64_t kMaxGroup = 128;    // query heads for each of key's; groups divide it
 constexpr int64_t kMaxHeadSize = 192, kMaxValueSize = 128;
 
+constexpr bool IsPageSize(int64_t rows) {
+  return rows > 0 && rows % kPageGranule == 0 && rows <= kMaxPage;
+}
+
 // How far apart things lie in a pool, in elements.
 struct Pitch {
   int64_t head;  // from one kv head of a row to the next

@@ -54,9 +54,8 @@ void ReadPaged(FfiCall* call, PagedProblem* problem, PagedArrays* arrays,
              kMaxGroup, ", got ", problem->group());
   at_most("query's head size", problem->head_size, kMaxHeadSize);
   at_most("value's head size", problem->value_size, kMaxValueSize);
-  call->That(problem->page_size % kPageGranule == 0, "page size must be a multiple of ",
-             kPageGranule, ", got ", problem->page_size);
-  at_most("page size", problem->page_size, kMaxPage);
+  call->That(IsPageSize(problem->page_size), "page size must be a multiple of ", kPageGranule,
+             " up to ", kMaxPage, ", got ", problem->page_size);
   call->Type("key", query.element_type());
   call->Type("value", query.element_type());
   call->Shape("key", {problem->num_pages, problem->page_size, problem->key_pitch().row});

@@ -1,4 +1,4 @@
-"""Blocks as open codes choose them, where choices.py does not reach: split sequences, refusals."""
+"""importance="aligned" of split sequences, and what it refuses; choices.py has the rest."""
 
 from dataclasses import replace
 

@@ -243,7 +243,8 @@ def test_kernel_of_aarch64(tmp_path):
     subprocess.run(
         [compiler, "-std=c++17", "-O2", "-static", f"-I{REPOSITORY / 'cc'}",
          *(str(REPOSITORY / f) for f in
-           ("tests/cc/cpu_kernel_test.cc", "cc/cpu/isa.cc", "cc/cpu/compress_attention_run.cc")),
+           ("tests/cc/compress_attention_cpu_kernel_test.cc", "cc/cpu/isa.cc",
+            "cc/cpu/compress_attention_run.cc")),
          str(tmp_path / "kernel.o"), "-o", str(tmp_path / "test"), "-pthread"],
         check=True, timeout=600,
     )  # fmt: skip

@@ -232,7 +232,7 @@ LIES = {
     "key_dtype": ({"key": np.zeros((5, 16, 16), np.float16)}, "key has an unexpected element"),
     "page_of_8_rows": (
         {"key": f32(5, 8, 16), "value": f32(5, 8, 12)},
-        "page size must be a multiple of 16, got 8",
+        "page size must be a multiple of 16 up to 256, got 8",
     ),
     "large_heads": (
         {"query": f32(2, 3, 4, 193), "key": f32(5, 16, 2 * 193)},
@@ -305,7 +305,7 @@ LIES = {
     "value_dtype": ({"value": np.zeros((5, 16, 12), np.float16)}, "value has an unexpected"),
     "page_of_272_rows": (
         {"key": f32(5, 272, 16), "value": f32(5, 272, 12)},
-        "page size must be at most 256, got 272",
+        "page size must be a multiple of 16 up to 256, got 272",
     ),
     "token_counts_shape": ({"token_counts": i32(3)}, "token_counts must have shape [2], got [3]"),
     "early_counts_dtype": ({"early_counts": f32(2)}, "early_counts has an unexpected element"),

@@ -20,7 +20,7 @@
 
 namespace jax_nsa::cpu {
 
-// As in cpu_kernel_test.cc.
+// As in compress_attention_cpu_kernel_test.cc.
 #if defined(JAX_NSA_EMULATED_AMX)
 namespace emulated_amx {
 extern const Kernel kKernel;

@@ -1,7 +1,7 @@
-// The calls that cuda_kernel_test.cc makes, described in a few numbers each.
+// The calls that compress_attention_cuda_kernel_test.cc makes, described in a few numbers each.
 
-#ifndef JAX_NSA_TESTS_CUDA_KERNEL_CASES_H_
-#define JAX_NSA_TESTS_CUDA_KERNEL_CASES_H_
+#ifndef JAX_NSA_TESTS_COMPRESS_ATTENTION_CUDA_CASES_H_
+#define JAX_NSA_TESTS_COMPRESS_ATTENTION_CUDA_CASES_H_
 
 #include <cstdint>
 #include <string>
@@ -276,4 +276,4 @@ inline std::vector<Case> Cases() {
 
 }  // namespace jax_nsa::cuda::compressed
 
-#endif  // JAX_NSA_TESTS_CUDA_KERNEL_CASES_H_
+#endif  // JAX_NSA_TESTS_COMPRESS_ATTENTION_CUDA_CASES_H_

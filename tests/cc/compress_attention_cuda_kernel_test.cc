@@ -18,10 +18,10 @@
 #include <utility>
 #include <vector>
 
+#include "compress_attention_cuda_cases.h"
 #include "compress_attention_reference.h"
 #include "cuda/compress_attention_launch.h"
 #include "cuda/compress_attention_plan.h"
-#include "cuda_kernel_cases.h"
 #include "elements.h"
 #include "emulated_cuda/machine.h"
 #include "expect.h"
