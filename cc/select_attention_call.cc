@@ -49,9 +49,9 @@ ffi::Error BlockError(const Call& call, int64_t sequence, int64_t row, int64_t t
   by_rows.sequences = problem.rows;
   const std::string place =
       packed ? Place("topk_indices", by_rows, packed, call.names, row, {head, column})
-      : problem.tokens == 1
-          ? Place("topk_indices", problem, packed, call.names, sequence, {head, column})
-          : Place("topk_indices", problem, packed, call.names, sequence, {token, head, column});
+      : call.tokens_apart
+          ? Place("topk_indices", problem, packed, call.names, sequence, {token, head, column})
+          : Place("topk_indices", problem, packed, call.names, sequence, {head, column});
   const int64_t size = problem.select_block_size;
   const int64_t blocks = (call.arrays.lengths[sequence] + size - 1) / size;
   return ffi::Error(ffi::ErrorCode::kInvalidArgument,
@@ -93,6 +93,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   problem.select_block_size = ffi_call.Integer("select_block_size");
   problem.window_size = ffi_call.Integer("window_size");
   problem.partial = ffi_call.Integer("partial") != 0;
+  call.tokens_apart = ffi_call.Integer("tokens_apart") != 0;
   problem.attention_dtype = problem.partial ? DataType::kFloat32 : problem.dtype;
   if (ffi_call.Find("topk_indices")) ReadIndices(&ffi_call, leading, &problem, &arrays);
   ReadResults(&ffi_call, "attention", "lse", leading, &problem, &arrays.attention, &arrays.lse);

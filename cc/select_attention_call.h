@@ -15,6 +15,7 @@ struct Call {
   Problem problem;
   Arrays arrays;
   CallersNames names;
+  bool tokens_apart;  // whether the user's topk_indices have an axis of tokens
   bool faults_fail;
   // Memory that a kernel asked for as a result of its own.
   void* workspace;

@@ -373,10 +373,6 @@ def test_kernel_takes_the_same_call_unchanged():
     np.testing.assert_array_equal(scores, 0)
 
 
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-p", "no:cacheprovider"]))
-
-
 def test_import_is_light():
     """What `import jax_nsa` loads beyond jax is its own; all of Pallas costs twice as much."""
     loaded = "import jax, sys; before = set(sys.modules); import jax_nsa; "
@@ -386,3 +382,7 @@ def test_import_is_light():
     ).stdout.split()  # fmt: skip
     assert "jax_nsa.step" in told
     assert not [name for name in told if "pallas" in name]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-p", "no:cacheprovider"]))

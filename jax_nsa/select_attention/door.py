@@ -166,6 +166,7 @@ def nsa_select_attention_infer(
         window_size=0 if window_size is None else checks.count("window_size", window_size),
         return_lse=checks.flag("return_lse", return_lse),
         interleaved=pools.is_interleaved(kv_layout, value),
+        tokens_apart=layout != "TND",
     )
     chosen = (topk_indices, checks.count("select_block_count", select_block_count))
     results = _attend(

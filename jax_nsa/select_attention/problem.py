@@ -24,6 +24,7 @@ class Problem:
         partial: whether the pools hold only a part of each sequence, positions `[0, P * page)` in
             numbers of their own: what lies outside is on other devices.
         interleaved: whether one pool holds keys and values.
+        tokens_apart: whether the user's `topk_indices` have an axis of tokens, for messages.
     """
 
     scale: float
@@ -33,6 +34,7 @@ class Problem:
     return_lse: bool = False
     partial: bool = False
     interleaved: bool = False
+    tokens_apart: bool = False
 
     def with_heads(self, key_value_heads: int) -> Problem:
         """The problem of a part of the heads."""
@@ -47,6 +49,7 @@ class Problem:
             "window_size": self.window_size,
             "partial": int(self.partial),
             "interleaved": int(self.interleaved),
+            "tokens_apart": int(self.tokens_apart),
         }
 
 

@@ -164,6 +164,7 @@ Call SelectAttention(std::mt19937& random) {
        {"select_block_size", 32},
        {"window_size", 0},
        {"partial", 0},
+       {"tokens_apart", 0},
        {"interleaved", 0}},
       {Floats("query", {sequences, 1, kHeads, 192}, random),
        Floats("key", {kPages, kPage, 192}, random), Floats("value", {kPages, kPage, 128}, random),

@@ -195,6 +195,7 @@ Frame SelectAttentionFrame(bool interleaved) {
   frame.attributes["problem"] = Scalars{{"scale", 0.5f},
                                         {"key_value_heads", int64_t{2}},
                                         {"partial", int64_t{0}},
+                                        {"tokens_apart", int64_t{0}},
                                         {"interleaved", int64_t{interleaved}},
                                         {"select_block_size", int64_t{16}},
                                         {"window_size", int64_t{7}}};

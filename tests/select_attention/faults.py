@@ -42,6 +42,15 @@ class Faults(Calls):
             else:
                 assert np.any(spoilt)
 
+    @pytest.mark.parametrize("layout", ["BSND", "BSH"])
+    def test_a_block_of_the_only_token(self, layout):
+        if not self.fails_on_faults:
+            pytest.skip("a bad value does not fail a call here")
+        arguments = build(self.usual(USUAL, layout=layout, tokens=1))
+        arguments["topk_indices"] = arguments["topk_indices"].copy()
+        arguments["topk_indices"][1, 0, 1, 2] = -2
+        self.assert_fails(arguments, "topk_indices[1, 0, 1, 2] must be in [-1, 1]")
+
     def test_lengths_past_the_block_table(self):
         """They are faults also where each entry of the table is a page."""
         arguments = build(self.usual(USUAL, spare_slots=0, hostile=False))
