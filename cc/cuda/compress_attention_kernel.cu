@@ -18,7 +18,6 @@
 #include "cuda/flags.cuh"
 
 namespace jax_nsa::cuda::compressed {
-namespace {
 
 // Shared memory, before the ring's stages.
 struct alignas(kSwizzle) Shared {
@@ -153,8 +152,6 @@ constexpr int kBusyBytes = 64 << 10;
 // If records are no more bytes than this, the L2 cache writes them to memory in as little time as
 // it takes to discard them.
 constexpr int64_t kFewRecordBytes = 2 << 20;
-
-}  // namespace
 
 const char* Refuses(const Problem& problem) {
   if (problem.capacity() > kMost || MaxEntries(problem) > kMost ||

@@ -12,7 +12,6 @@
 #include "cuda/ptx.cuh"
 
 namespace jax_nsa::cuda::compress {
-namespace {
 
 using jax_nsa::compress::FindBadPage;
 using jax_nsa::compress::FindWindow;
@@ -137,8 +136,6 @@ cudaError_t LaunchTyped(Params params, cudaStream_t stream) {
                           dim3(static_cast<unsigned>((params.warps + kWarps - 1) / kWarps)),
                           dim3(kThreads), arguments, 0, stream);
 }
-
-}  // namespace
 
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, cudaStream_t stream) {
   Params params = {};

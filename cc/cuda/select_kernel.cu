@@ -17,7 +17,6 @@
 #include "cuda/select_ring.cuh"
 
 namespace jax_nsa::cuda::select {
-namespace {
 
 // Thread blocks of a multiprocessor, as registers allow: 128 each thread, or 255.
 template <typename T>
@@ -78,8 +77,6 @@ int64_t PagesOfBlock(int64_t block, int64_t page) {
   if (block == 0 || page % block == 0) return 1;
   return block % page == 0 ? block / page : (block - kTile) / page + 2;
 }
-
-}  // namespace
 
 const char* Refuses(const Problem& problem) {
   constexpr int64_t kMost = int64_t{1} << 30;
