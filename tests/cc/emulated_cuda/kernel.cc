@@ -5,12 +5,10 @@
 #include "machine.h"
 
 namespace jax_nsa::cuda::compressed {
-namespace {
 
 // The shared memory that the kernel declares: the most that a device has.
 alignas(1024) char memory[232448];
 
-}  // namespace
 }  // namespace jax_nsa::cuda::compressed
 
 #include "cuda/compress_attention_kernel.cu"

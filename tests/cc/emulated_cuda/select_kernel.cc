@@ -5,12 +5,10 @@
 #include "machine.h"
 
 namespace jax_nsa::cuda::select {
-namespace {
 
 // The shared memory that the kernel declares: the most that a device has.
 alignas(1024) char memory[232448];
 
-}  // namespace
 }  // namespace jax_nsa::cuda::select
 
 #include "cuda/select_kernel.cu"
