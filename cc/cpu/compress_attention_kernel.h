@@ -17,7 +17,7 @@
 #include "compress_attention.h"
 #include "cpu/alignment.h"
 
-namespace jax_nsa::cpu {
+namespace jax_nsa::cpu::compressed {
 
 using compress_attention::Arrays;
 using compress_attention::Problem;
@@ -95,6 +95,6 @@ struct Kernel {
                 float* total);
 };
 
-}  // namespace jax_nsa::cpu
+}  // namespace jax_nsa::cpu::compressed
 
 #endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_KERNEL_H_

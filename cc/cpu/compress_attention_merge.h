@@ -94,7 +94,7 @@ inline void AddBlocks(const Plan& plan, const Unit& unit, int64_t head, int64_t 
       AddScores<run()>(plan, unit, head, scores, factors, first, last, importance);
     });
   };
-  alignas(kAlignment) float factors[kMaxRows];
+  alignas(kAlignment) float factors[compressed::kMaxRows];
   for (int64_t s = 0; s < splits; ++s) {
     const Partial& partial = partials[s * unit.heads];
     const Partial* const next = s + 1 < splits ? &partials[(s + 1) * unit.heads] : nullptr;
@@ -126,7 +126,7 @@ inline void AddBlocks(const Plan& plan, const Unit& unit, int64_t head, int64_t 
     for (int64_t j = next->first_block; j < partial.last_block; ++j) {
       const float* const here = partial.scores + (j - partial.first_block) * padded_rows;
       const float* const there = next->scores + (j - next->first_block) * padded_rows;
-      alignas(kAlignment) float both[kMaxRows];
+      alignas(kAlignment) float both[compressed::kMaxRows];
       ForRows(padded_rows, [&](int64_t r, auto repeated) {
         const Float all = repeated(peak + r);
         Store(both + r,
@@ -144,7 +144,7 @@ template <class Words, class Out>
 void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
            int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
            float* total) {
-  const Problem& problem = plan.problem;
+  const compressed::Problem& problem = plan.problem;
   const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
   const int64_t value_stride = PaddedWords(problem.value_size);
   const int64_t vectors_end = Most(padded_rows, kLanes);
@@ -152,7 +152,7 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
   // Weigh each split against the overall peak; its total becomes its share of the attention.
   const float scale = plan.exponent_scale;
   for (int64_t r = 0; r < vectors_end; r += kLanes) {
-    Float all = Set(kNoPeak), sum = {};
+    Float all = Set(compressed::kNoPeak), sum = {};
     for (int64_t s = 0; s < splits; ++s) {
       all = Max(Load<Float>(partials[s * unit.heads].peak + r), all);
     }
