@@ -96,13 +96,12 @@ inline void AddBlocks(const Plan& plan, const Unit& unit, int64_t head, int64_t 
   };
   alignas(kAlignment) float factors[compressed::kMaxRows];
   for (int64_t s = 0; s < splits; ++s) {
-    const Partial& partial = partials[s * unit.heads];
-    const Partial* const next = s + 1 < splits ? &partials[(s + 1) * unit.heads] : nullptr;
+    const Partial& partial = partials[s];
+    const Partial* const next = s + 1 < splits ? &partials[s + 1] : nullptr;
     const Unit part = PartOf(plan, unit, s, pages_per_split);
     // Blocks that the split before or after has a part of are not this one's alone.
     const int64_t own_first =
-        s > 0 ? Most(partial.first_block, partials[(s - 1) * unit.heads].last_block)
-              : partial.first_block;
+        s > 0 ? Most(partial.first_block, partials[s - 1].last_block) : partial.first_block;
     const int64_t own_last =
         next ? Most(own_first, Least(partial.last_block, next->first_block)) : partial.last_block;
     const float* last_peaks = nullptr;
@@ -154,14 +153,14 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
   for (int64_t r = 0; r < vectors_end; r += kLanes) {
     Float all = Set(compressed::kNoPeak), sum = {};
     for (int64_t s = 0; s < splits; ++s) {
-      all = Max(Load<Float>(partials[s * unit.heads].peak + r), all);
+      all = Max(Load<Float>(partials[s].peak + r), all);
     }
     for (int64_t s = 0; s < splits; ++s) {
-      const Partial& partial = partials[s * unit.heads];
+      const Partial& partial = partials[s];
       sum += Load<Float>(partial.total + r) * Exp2((Load<Float>(partial.peak + r) - all) * scale);
     }
     for (int64_t s = 0; s < splits; ++s) {
-      const Partial& partial = partials[s * unit.heads];
+      const Partial& partial = partials[s];
       Store(partial.total + r, Exp2((Load<Float>(partial.peak + r) - all) * scale) * Inverse(sum));
     }
     Store(peak + r, all);
@@ -177,7 +176,7 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
     for (int64_t c = 0; c < value_stride; c += 2 * kLanes) {
       Float a = {}, b = {};
       for (int64_t s = 0; s < splits; ++s) {
-        const Partial& partial = partials[s * unit.heads];
+        const Partial& partial = partials[s];
         const float* const source = partial.attention + r * value_stride + c;
         a += Load<Float>(source) * partial.total[r];
         b += Load<Float>(source + kLanes) * partial.total[r];

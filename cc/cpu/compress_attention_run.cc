@@ -96,7 +96,9 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel,
     }
   }
   for (const Job& job : jobs_) {
-    workspace_size_ = std::max(workspace_size_, LayOut(job).size);
+    const Layout layout = LayOut(job);
+    workspace_size_ =
+        std::max(workspace_size_, job.unit.heads * (job.splits * layout.partial() + layout.sums()));
     scratch_size_ =
         std::max(scratch_size_, kernel.scratch_size(plan_, job.unit.heads, job.unit.padded_rows));
   }
@@ -192,46 +194,42 @@ Unit Run::Split(const Job& job, int64_t split) const {
 }
 
 Run::Layout Run::LayOut(const Job& job) const {
-  Layout layout;
-  char* const memory = job.workspace.get();
-  int64_t size = 0;
-  const auto take = [&](int64_t floats) {
-    const int64_t offset = size;
-    size += RoundUp(floats * static_cast<int64_t>(sizeof(float)), kAlignment);
-    return reinterpret_cast<float*>(memory + offset);
+  const auto floats = [](int64_t count) {
+    return RoundUp(count * static_cast<int64_t>(sizeof(float)), kAlignment);
   };
-  const Unit& whole = job.unit;
-  const int64_t padded_rows = whole.padded_rows;
-  const int64_t lanes = kernel_.lanes, state = std::max(padded_rows, lanes);
-  const int64_t value_size = RoundUp(plan_.problem.value_size, 2 * lanes);
-  const int64_t tiles = job.pages_per_split * plan_.tiles_per_page;
-  const int64_t stride = plan_.strides_per_select_block;
-  layout.partials.reserve(job.splits * whole.heads);
-  for (int64_t split = 0; split < job.splits; ++split) {
-    const Unit unit = Split(job, split);
-    const int64_t first = std::max<int64_t>(0, CeilDiv(unit.begin + plan_.closing, stride) - 1);
-    const int64_t last = std::max(
-        first,
-        std::min(whole.num_blocks, (unit.end - 2 + plan_.num_taps + plan_.closing) / stride));
-    for (int64_t head = 0; head < whole.heads; ++head) {
-      Partial partial;
-      partial.attention = take(padded_rows * value_size);
-      partial.peak = take(state);
-      partial.total = take(state);
-      // Kernels read whole vectors of these.
-      partial.tile_peaks = take(tiles * padded_rows + lanes);
-      partial.scores = take((last - first) * padded_rows + lanes);
-      partial.first_block = first;
-      partial.last_block = last;
-      layout.partials.push_back(partial);
-    }
-  }
-  layout.importance = take(whole.heads * whole.tokens * whole.num_blocks);
-  layout.peaks = take(whole.heads * state);
-  layout.totals = take(whole.heads * state);
-  layout.state = state;
-  layout.size = size;
+  const Unit& unit = job.unit;
+  const int64_t rows = unit.padded_rows, lanes = kernel_.lanes;
+  const int64_t positions = job.pages_per_split * plan_.problem.page_size;
+  // Beside the blocks that begin and close in a split there are those that only do the one.
+  const int64_t blocks = (positions + plan_.num_taps) / plan_.strides_per_select_block + 2;
+  Layout layout;
+  layout.attention = floats(rows * RoundUp(plan_.problem.value_size, 2 * lanes));
+  layout.state = floats(std::max(rows, lanes));
+  // Kernels read whole vectors of these.
+  layout.tile_peaks = floats(job.pages_per_split * plan_.tiles_per_page * rows + lanes);
+  layout.scores = floats(std::min(blocks, unit.num_blocks) * rows + lanes);
+  layout.importance = floats(unit.tokens * unit.num_blocks);
   return layout;
+}
+
+Partial Run::PartialOf(const Job& job, const Layout& layout, int64_t split, int64_t h) const {
+  const Unit unit = Split(job, split);
+  const int64_t stride = plan_.strides_per_select_block;
+  Partial partial;
+  partial.first_block = std::max<int64_t>(0, CeilDiv(unit.begin + plan_.closing, stride) - 1);
+  partial.last_block =
+      std::max(partial.first_block,
+               std::min(unit.num_blocks, (unit.end - 2 + plan_.num_taps + plan_.closing) / stride));
+  char* next = job.workspace.get() + (split * unit.heads + h) * layout.partial();
+  const auto take = [&](int64_t bytes) {
+    return reinterpret_cast<float*>(std::exchange(next, next + bytes));
+  };
+  partial.attention = take(layout.attention);
+  partial.peak = take(layout.state);
+  partial.total = take(layout.state);
+  partial.tile_peaks = take(layout.tile_peaks);
+  partial.scores = take(layout.scores);
+  return partial;
 }
 
 // Takes the next split, if there is one.
@@ -317,8 +315,11 @@ void Run::Attend(const Task& task, char* scratch, Task* next) {
     return taker.next->job != nullptr ? &taker.next->unit : nullptr;
   };
   const Layout layout = LayOut(*task.job);
-  kernel_.attend(plan_, task.unit, {take, &taker},
-                 layout.partials.data() + task.split * task.unit.heads, scratch);
+  std::vector<Partial> partials(task.unit.heads);
+  for (int64_t h = 0; h < task.unit.heads; ++h) {
+    partials[h] = PartialOf(*task.job, layout, task.split, h);
+  }
+  kernel_.attend(plan_, task.unit, {take, &taker}, partials.data(), scratch);
 }
 
 // Merges the partials of the job's kv head h.
@@ -327,9 +328,13 @@ void Run::Merge(const Job& job, int64_t h) {
   const Arrays& arrays = plan_.arrays;
   const Unit& unit = job.unit;
   const Layout layout = LayOut(job);
-  float* const importance = layout.importance + h * unit.tokens * unit.num_blocks;
-  float* const peak = layout.peaks + h * layout.state;
-  float* const total = layout.totals + h * layout.state;
+  char* const sums =
+      job.workspace.get() + unit.heads * job.splits * layout.partial() + h * layout.sums();
+  float* const importance = reinterpret_cast<float*>(sums);
+  float* const peak = reinterpret_cast<float*>(sums + layout.importance);
+  float* const total = reinterpret_cast<float*>(sums + layout.importance + layout.state);
+  std::vector<Partial> partials(job.splits);
+  for (int64_t s = 0; s < job.splits; ++s) partials[s] = PartialOf(job, layout, s, h);
   const int64_t head = unit.first_head + h;
   std::vector<RankedBlock> heap;
   heap.reserve(std::min(problem.select_count, unit.num_blocks));
@@ -344,8 +349,8 @@ void Run::Merge(const Job& job, int64_t h) {
       std::fill_n(arrays.block_scores + query_row(r) * plan_.max_blocks, plan_.max_blocks, 0.0f);
     }
   }
-  kernel_.merge(plan_, unit, head, job.splits, job.pages_per_split, layout.partials.data() + h,
-                importance, peak, total);
+  kernel_.merge(plan_, unit, head, job.splits, job.pages_per_split, partials.data(), importance,
+                peak, total);
   if (arrays.lse) {
     for (int64_t r = 0; r < rows; ++r) {
       // Of a sum of powers of two, as kernels take scores. -inf where nothing was summed.

@@ -54,14 +54,13 @@ class Run {
     Unit unit;
   };
 
-  // Where the partials and the sums of a job lie in its workspace.
+  // What a job's workspace holds, in bytes: partials [splits, heads] of these arrays, then the
+  // importance, peak and total of each head.
   struct Layout {
-    std::vector<Partial> partials;  // [splits, heads]
-    float* importance;              // [heads, tokens, blocks]
-    float* peaks;                   // [heads, padded rows]
-    float* totals;                  // [heads, padded rows]
-    int64_t state;                  // [padded rows] in memory
-    int64_t size;                   // bytes
+    int64_t attention, state, tile_peaks, scores;  // of a partial; its peak and total are states
+    int64_t importance;
+    int64_t partial() const { return attention + 2 * state + tile_peaks + scores; }
+    int64_t sums() const { return importance + 2 * state; }
   };
 
   void AddJobs(int64_t sequence, const SequenceRows& rows);
@@ -71,6 +70,7 @@ class Run {
   void SelectWithoutPositions(int64_t sequence, const SequenceRows& rows);
   Unit Split(const Job& job, int64_t split) const;
   Layout LayOut(const Job& job) const;
+  Partial PartialOf(const Job& job, const Layout& layout, int64_t split, int64_t h) const;
   Task Take();
   bool PrepareMemory(Job* job, Memory* scratch);
   void Attend(const Task& task, char* scratch, Task* next);
