@@ -134,9 +134,8 @@ void FfiCall::Type(std::string_view array, ffi::DataType type) {
 
 void FfiCall::NotEmpty(std::string_view array) {
   const ffi::Span<const int64_t> shape = Get(array).dimensions();
-  for (int64_t size : shape) {
-    That(size > 0, array, " must not be empty, got shape ", ShapeString(shape));
-  }
+  if (std::find(shape.begin(), shape.end(), 0) == shape.end()) return;
+  Fail(array, " must not be empty, got shape ", ShapeString(shape));
 }
 
 const int32_t* FfiCall::Integers(std::string_view operand, std::initializer_list<int64_t> shape) {

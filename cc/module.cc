@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -146,9 +147,7 @@ PYBIND11_MODULE(_native, module) {
       "cpu_kernels",
       [] {
         py::list names;
-        for (const jax_nsa::cpu::Kernel* kernel : jax_nsa::cpu::SupportedKernels()) {
-          names.append(kernel->name);
-        }
+        for (const std::string_view isa : jax_nsa::cpu::SupportedIsas()) names.append(isa);
         return names;
       },
       "Names of the CPU kernels that this machine can run, best first.");

@@ -17,7 +17,7 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-static_assert(kGranule == kPositionGranule);
+static_assert(kGranule == compressed::kPositionGranule);
 
 // The memory of one unit.
 struct Scratch {
@@ -58,7 +58,7 @@ class Attention {
         unit_(unit),
         partials_(partials),
         scratch_(plan, unit.heads, unit.padded_rows, memory) {
-    const Problem& problem = plan.problem;
+    const compressed::Problem& problem = plan.problem;
     in_place_ = Multiplier::ReadsInPlace(padded_rows_, head_size_);
     key_words_ = in_place_ ? head_size_ / Key::kElements : Key::RowWords(head_size_);
     key_stride_ = problem.key_pitch().row * kElement;
@@ -209,7 +209,7 @@ class Attention {
 
   // All heads of a unit, of the positions of a tile.
   TileRows RowsOf(const Unit& unit, const Tile& tile) const {
-    const Problem& problem = plan_.problem;
+    const compressed::Problem& problem = plan_.problem;
     const int64_t key_bytes = unit.heads * problem.key_pitch().head * kElement;
     const int64_t value_bytes = unit.heads * problem.value_pitch().head * kElement;
     return {{KeyRow(unit, tile, 0), key_stride_, key_bytes, tile.count},

@@ -5,12 +5,12 @@
 #include <vector>
 
 #include "compress_attention_call.h"
+#include "cpu/compress_attention_isa.h"
 #include "cpu/compress_attention_run.h"
-#include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "xla/ffi/api/ffi.h"
 
-namespace jax_nsa::cpu {
+namespace jax_nsa::cpu::compressed {
 namespace {
 
 using compress_attention::Call;
@@ -62,8 +62,8 @@ ffi::Future Handle(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remaining
 }
 
 }  // namespace
-}  // namespace jax_nsa::cpu
+}  // namespace jax_nsa::cpu::compressed
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    jax_nsa_compress_attention_cpu, jax_nsa::cpu::Handle,
+    jax_nsa_compress_attention_cpu, jax_nsa::cpu::compressed::Handle,
     xla::ffi::Ffi::Bind().Ctx<xla::ffi::ThreadPool>().RemainingArgs().RemainingRets().Attrs());

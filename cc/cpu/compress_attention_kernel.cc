@@ -75,10 +75,10 @@ void MergeAny(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
 
 }  // namespace
 
-extern const Kernel kKernel;
+extern const compressed::Kernel kCompressedKernel;
 #define JAX_NSA_STRING(name) #name
 #define JAX_NSA_EXPANDED_STRING(name) JAX_NSA_STRING(name)
-const Kernel kKernel = {JAX_NSA_EXPANDED_STRING(JAX_NSA_ISA), kLanes, ScratchSize, AttendAny,
-                        MergeAny};
+const compressed::Kernel kCompressedKernel = {JAX_NSA_EXPANDED_STRING(JAX_NSA_ISA), kLanes,
+                                              ScratchSize, AttendAny, MergeAny};
 
 }  // namespace jax_nsa::cpu::JAX_NSA_ISA

@@ -17,7 +17,7 @@
 #include "compress_attention.h"
 #include "cpu/alignment.h"
 
-namespace jax_nsa::cpu {
+namespace jax_nsa::cpu::compressed {
 
 using compress_attention::Arrays;
 using compress_attention::Problem;
@@ -87,14 +87,14 @@ struct Kernel {
   // Fills partials[0 .. unit.heads).
   void (*attend)(const Plan& plan, const Unit& unit, const Upcoming& upcoming,
                  const Partial* partials, void* scratch);
-  // Merges the partials of kv head `head` (partials[s * unit.heads] is that of split s) into the
-  // attention output, block_scores and importance[tokens][num_blocks], and leaves the overall
-  // `peak` and `total` of each row. `importance` and block_scores are zero before.
+  // Merges the partials of kv head `head`, one of each split, into the attention output,
+  // block_scores and importance[tokens][num_blocks], and leaves the overall `peak` and `total` of
+  // each row. `importance` and block_scores are zero before.
   void (*merge)(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
                 int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
                 float* total);
 };
 
-}  // namespace jax_nsa::cpu
+}  // namespace jax_nsa::cpu::compressed
 
 #endif  // JAX_NSA_CPU_COMPRESS_ATTENTION_KERNEL_H_

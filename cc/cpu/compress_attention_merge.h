@@ -94,15 +94,14 @@ inline void AddBlocks(const Plan& plan, const Unit& unit, int64_t head, int64_t 
       AddScores<run()>(plan, unit, head, scores, factors, first, last, importance);
     });
   };
-  alignas(kAlignment) float factors[kMaxRows];
+  alignas(kAlignment) float factors[compressed::kMaxRows];
   for (int64_t s = 0; s < splits; ++s) {
-    const Partial& partial = partials[s * unit.heads];
-    const Partial* const next = s + 1 < splits ? &partials[(s + 1) * unit.heads] : nullptr;
+    const Partial& partial = partials[s];
+    const Partial* const next = s + 1 < splits ? &partials[s + 1] : nullptr;
     const Unit part = PartOf(plan, unit, s, pages_per_split);
     // Blocks that the split before or after has a part of are not this one's alone.
     const int64_t own_first =
-        s > 0 ? Most(partial.first_block, partials[(s - 1) * unit.heads].last_block)
-              : partial.first_block;
+        s > 0 ? Most(partial.first_block, partials[s - 1].last_block) : partial.first_block;
     const int64_t own_last =
         next ? Most(own_first, Least(partial.last_block, next->first_block)) : partial.last_block;
     const float* last_peaks = nullptr;
@@ -126,7 +125,7 @@ inline void AddBlocks(const Plan& plan, const Unit& unit, int64_t head, int64_t 
     for (int64_t j = next->first_block; j < partial.last_block; ++j) {
       const float* const here = partial.scores + (j - partial.first_block) * padded_rows;
       const float* const there = next->scores + (j - next->first_block) * padded_rows;
-      alignas(kAlignment) float both[kMaxRows];
+      alignas(kAlignment) float both[compressed::kMaxRows];
       ForRows(padded_rows, [&](int64_t r, auto repeated) {
         const Float all = repeated(peak + r);
         Store(both + r,
@@ -144,7 +143,7 @@ template <class Words, class Out>
 void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
            int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
            float* total) {
-  const Problem& problem = plan.problem;
+  const compressed::Problem& problem = plan.problem;
   const int64_t padded_rows = unit.padded_rows, rows = unit.tokens * plan.group;
   const int64_t value_stride = PaddedWords(problem.value_size);
   const int64_t vectors_end = Most(padded_rows, kLanes);
@@ -152,16 +151,16 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
   // Weigh each split against the overall peak; its total becomes its share of the attention.
   const float scale = plan.exponent_scale;
   for (int64_t r = 0; r < vectors_end; r += kLanes) {
-    Float all = Set(kNoPeak), sum = {};
+    Float all = Set(compressed::kNoPeak), sum = {};
     for (int64_t s = 0; s < splits; ++s) {
-      all = Max(Load<Float>(partials[s * unit.heads].peak + r), all);
+      all = Max(Load<Float>(partials[s].peak + r), all);
     }
     for (int64_t s = 0; s < splits; ++s) {
-      const Partial& partial = partials[s * unit.heads];
+      const Partial& partial = partials[s];
       sum += Load<Float>(partial.total + r) * Exp2((Load<Float>(partial.peak + r) - all) * scale);
     }
     for (int64_t s = 0; s < splits; ++s) {
-      const Partial& partial = partials[s * unit.heads];
+      const Partial& partial = partials[s];
       Store(partial.total + r, Exp2((Load<Float>(partial.peak + r) - all) * scale) * Inverse(sum));
     }
     Store(peak + r, all);
@@ -177,7 +176,7 @@ void Merge(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
     for (int64_t c = 0; c < value_stride; c += 2 * kLanes) {
       Float a = {}, b = {};
       for (int64_t s = 0; s < splits; ++s) {
-        const Partial& partial = partials[s * unit.heads];
+        const Partial& partial = partials[s];
         const float* const source = partial.attention + r * value_stride + c;
         a += Load<Float>(source) * partial.total[r];
         b += Load<Float>(source + kLanes) * partial.total[r];

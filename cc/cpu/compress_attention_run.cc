@@ -9,7 +9,7 @@
 #include "cpu/sizes.h"
 #include "cpu/top_blocks.h"
 
-namespace jax_nsa::cpu {
+namespace jax_nsa::cpu::compressed {
 namespace {
 
 // Sizes that were measured to serve; docs/journal/cpu.md tells how.
@@ -83,26 +83,28 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel,
 
   int64_t panels = 0;
   for (const SequenceRows& r : rows) panels += CeilDiv(r.count, tokens_per_panel);
-  groups_.reserve(panels * CeilDiv(problem.key_value_heads, heads_per_unit_));
-  to_merge_.reserve(groups_.capacity());
-  free_workspaces_.reserve(groups_.capacity());
+  jobs_.reserve(panels * CeilDiv(problem.key_value_heads, heads_per_unit_));
+  to_merge_.reserve(jobs_.capacity());
+  free_workspaces_.reserve(jobs_.capacity());
   // Rows that no sequence claims, then those of each.
   if (problem.sequences > 0) FillRows(0, rows[0].first, kAbsent);
   for (int64_t b = 0; b < problem.sequences; ++b) {
     if (!faulty.empty() && faulty[b]) {
       FillRows(rows[b].first, rows[b].first + rows[b].owned, kFaulty);
     } else {
-      AddGroups(b, rows[b]);
+      AddJobs(b, rows[b]);
     }
   }
-  for (const Group& group : groups_) {
-    workspace_size_ = std::max(workspace_size_, LayOut(group).size);
-    scratch_size_ = std::max(scratch_size_,
-                             kernel.scratch_size(plan_, group.unit.heads, group.unit.padded_rows));
+  for (const Job& job : jobs_) {
+    const Layout layout = LayOut(job);
+    workspace_size_ =
+        std::max(workspace_size_, job.unit.heads * (job.splits * layout.partial() + layout.sums()));
+    scratch_size_ =
+        std::max(scratch_size_, kernel.scratch_size(plan_, job.unit.heads, job.unit.padded_rows));
   }
 }
 
-void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
+void Run::AddJobs(int64_t sequence, const SequenceRows& rows) {
   const Problem& problem = plan_.problem;
   const int64_t length = plan_.arrays.lengths[sequence];
   const int64_t tokens = length > 0 ? rows.count : 0;
@@ -111,8 +113,8 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
   const int64_t tokens_per_panel = std::max<int64_t>(1, kMaxRows / plan_.group);
   for (int64_t token = 0; token < tokens; token += tokens_per_panel) {
     for (int64_t head = 0; head < problem.key_value_heads; head += heads_per_unit_) {
-      Group group = {};
-      Unit& unit = group.unit;
+      Job job = {};
+      Unit& unit = job.unit;
       unit.sequence = sequence;
       unit.length = length;
       unit.first_row = rows.first + token;
@@ -129,13 +131,13 @@ void Run::AddGroups(int64_t sequence, const SequenceRows& rows) {
       unit.begin = 0;
       unit.end = length;
       const int64_t pages = CeilDiv(length, problem.page_size);
-      group.pages_per_split = CeilDiv(pages, CeilDiv(pages, pages_per_split_));
-      group.splits = CeilDiv(pages, group.pages_per_split);
-      group.unfinished = group.splits;
-      group.unmerged = unit.heads;
-      num_units_ += group.splits;
-      unfinished_ += group.splits + unit.heads;
-      groups_.push_back(std::move(group));
+      job.pages_per_split = CeilDiv(pages, CeilDiv(pages, pages_per_split_));
+      job.splits = CeilDiv(pages, job.pages_per_split);
+      job.unfinished = job.splits;
+      job.unmerged = unit.heads;
+      num_units_ += job.splits;
+      unfinished_ += job.splits + unit.heads;
+      jobs_.push_back(std::move(job));
     }
   }
 }
@@ -183,99 +185,95 @@ void Run::FillRows(int64_t first, int64_t end, Why why) {
   }
 }
 
-Unit Run::Split(const Group& group, int64_t split) const {
-  Unit unit = group.unit;
-  const int64_t positions = group.pages_per_split * plan_.problem.page_size;
+Unit Run::Split(const Job& job, int64_t split) const {
+  Unit unit = job.unit;
+  const int64_t positions = job.pages_per_split * plan_.problem.page_size;
   unit.begin = split * positions;
   unit.end = std::min(unit.length, unit.begin + positions);
   return unit;
 }
 
-Run::Layout Run::LayOut(const Group& group) const {
-  Layout layout;
-  char* const memory = group.workspace.get();
-  int64_t size = 0;
-  const auto take = [&](int64_t floats) {
-    const int64_t offset = size;
-    size += RoundUp(floats * static_cast<int64_t>(sizeof(float)), kAlignment);
-    return reinterpret_cast<float*>(memory + offset);
+Run::Layout Run::LayOut(const Job& job) const {
+  const auto floats = [](int64_t count) {
+    return RoundUp(count * static_cast<int64_t>(sizeof(float)), kAlignment);
   };
-  const Unit& whole = group.unit;
-  const int64_t padded_rows = whole.padded_rows;
-  const int64_t lanes = kernel_.lanes, state = std::max(padded_rows, lanes);
-  const int64_t value_size = RoundUp(plan_.problem.value_size, 2 * lanes);
-  const int64_t tiles = group.pages_per_split * plan_.tiles_per_page;
-  const int64_t stride = plan_.strides_per_select_block;
-  layout.partials.reserve(group.splits * whole.heads);
-  for (int64_t split = 0; split < group.splits; ++split) {
-    const Unit unit = Split(group, split);
-    const int64_t first = std::max<int64_t>(0, CeilDiv(unit.begin + plan_.closing, stride) - 1);
-    const int64_t last = std::max(
-        first,
-        std::min(whole.num_blocks, (unit.end - 2 + plan_.num_taps + plan_.closing) / stride));
-    for (int64_t head = 0; head < whole.heads; ++head) {
-      Partial partial;
-      partial.attention = take(padded_rows * value_size);
-      partial.peak = take(state);
-      partial.total = take(state);
-      // Kernels read whole vectors of these.
-      partial.tile_peaks = take(tiles * padded_rows + lanes);
-      partial.scores = take((last - first) * padded_rows + lanes);
-      partial.first_block = first;
-      partial.last_block = last;
-      layout.partials.push_back(partial);
-    }
-  }
-  layout.importance = take(whole.heads * whole.tokens * whole.num_blocks);
-  layout.peaks = take(whole.heads * state);
-  layout.totals = take(whole.heads * state);
-  layout.state = state;
-  layout.size = size;
+  const Unit& unit = job.unit;
+  const int64_t rows = unit.padded_rows, lanes = kernel_.lanes;
+  const int64_t positions = job.pages_per_split * plan_.problem.page_size;
+  // Beside the blocks that begin and close in a split there are those that only do the one.
+  const int64_t blocks = (positions + plan_.num_taps) / plan_.strides_per_select_block + 2;
+  Layout layout;
+  layout.attention = floats(rows * RoundUp(plan_.problem.value_size, 2 * lanes));
+  layout.state = floats(std::max(rows, lanes));
+  // Kernels read whole vectors of these.
+  layout.tile_peaks = floats(job.pages_per_split * plan_.tiles_per_page * rows + lanes);
+  layout.scores = floats(std::min(blocks, unit.num_blocks) * rows + lanes);
+  layout.importance = floats(unit.tokens * unit.num_blocks);
   return layout;
+}
+
+Partial Run::PartialOf(const Job& job, const Layout& layout, int64_t split, int64_t h) const {
+  const Unit unit = Split(job, split);
+  const int64_t stride = plan_.strides_per_select_block;
+  Partial partial;
+  partial.first_block = std::max<int64_t>(0, CeilDiv(unit.begin + plan_.closing, stride) - 1);
+  partial.last_block =
+      std::max(partial.first_block,
+               std::min(unit.num_blocks, (unit.end - 2 + plan_.num_taps + plan_.closing) / stride));
+  char* next = job.workspace.get() + (split * unit.heads + h) * layout.partial();
+  const auto take = [&](int64_t bytes) {
+    return reinterpret_cast<float*>(std::exchange(next, next + bytes));
+  };
+  partial.attention = take(layout.attention);
+  partial.peak = take(layout.state);
+  partial.total = take(layout.state);
+  partial.tile_peaks = take(layout.tile_peaks);
+  partial.scores = take(layout.scores);
+  return partial;
 }
 
 // Takes the next split, if there is one.
 Run::Task Run::Take() {
   Task task;
-  if (next_group_ == groups_.size()) return task;
-  task.group = &groups_[next_group_];
+  if (next_job_ == jobs_.size()) return task;
+  task.job = &jobs_[next_job_];
   task.split = next_split_++;
-  task.unit = Split(*task.group, task.split);
-  if (next_split_ == task.group->splits) {
-    ++next_group_;
+  task.unit = Split(*task.job, task.split);
+  if (next_split_ == task.job->splits) {
+    ++next_job_;
     next_split_ = 0;
   }
   return task;
 }
 
-// The memory for a split of the group; false if there is none left.
-bool Run::PrepareMemory(Group* group, Memory* scratch) {
-  if (!group->workspace) {
+// The memory for a split of the job; false if there is none left.
+bool Run::PrepareMemory(Job* job, Memory* scratch) {
+  if (!job->workspace) {
     if (free_workspaces_.empty()) free_workspaces_.push_back(Allocate(workspace_size_));
-    group->workspace = std::move(free_workspaces_.back());
+    job->workspace = std::move(free_workspaces_.back());
     free_workspaces_.pop_back();
   }
   if (!*scratch) *scratch = Allocate(scratch_size_);
-  out_of_memory_ |= !group->workspace || !*scratch;
+  out_of_memory_ |= !job->workspace || !*scratch;
   return !out_of_memory_;
 }
 
 bool Run::Work(const CallHelp& call_help) {
   Memory scratch;
   std::unique_lock<std::mutex> lock(mutex_);
-  for (Task task = Take(); task.group != nullptr || !to_merge_.empty();) {
+  for (Task task = Take(); task.job != nullptr || !to_merge_.empty();) {
     if (!to_merge_.empty()) {
-      Group* const group = to_merge_.back();
-      const int64_t head = group->merging++;
-      if (group->merging == group->unit.heads) to_merge_.pop_back();
+      Job* const job = to_merge_.back();
+      const int64_t head = job->merging++;
+      if (job->merging == job->unit.heads) to_merge_.pop_back();
       lock.unlock();
-      const bool merged = HasMemory([&] { Merge(*group, head); });
+      const bool merged = HasMemory([&] { Merge(*job, head); });
       lock.lock();
       out_of_memory_ |= !merged;
-      if (--group->unmerged == 0) free_workspaces_.push_back(std::move(group->workspace));
+      if (--job->unmerged == 0) free_workspaces_.push_back(std::move(job->workspace));
     } else {
-      Group* const group = task.group;
-      if (PrepareMemory(group, &scratch)) {
+      Job* const job = task.job;
+      if (PrepareMemory(job, &scratch)) {
         Task next;
         lock.unlock();
         const bool attended = HasMemory([&] { Attend(task, scratch.get(), &next); });
@@ -285,16 +283,15 @@ bool Run::Work(const CallHelp& call_help) {
       } else {
         task = Take();
       }
-      if (--group->unfinished == 0) {
+      if (--job->unfinished == 0) {
         if (out_of_memory_) {
-          unfinished_ -= group->unit.heads;
+          unfinished_ -= job->unit.heads;
         } else {
-          to_merge_.push_back(group);
+          to_merge_.push_back(job);
           // Those who found nothing left to take are gone.
-          if (next_group_ == groups_.size() && group->unit.heads > 1 &&
-              workspace_size_ >= kSerialBytes) {
+          if (next_job_ == jobs_.size() && job->unit.heads > 1 && workspace_size_ >= kSerialBytes) {
             lock.unlock();
-            call_help(group->unit.heads - 1);
+            call_help(job->unit.heads - 1);
             lock.lock();
           }
         }
@@ -315,22 +312,29 @@ void Run::Attend(const Task& task, char* scratch, Task* next) {
     const Taker& taker = *static_cast<Taker*>(pointer);
     const std::lock_guard<std::mutex> lock(taker.run->mutex_);
     *taker.next = taker.run->Take();
-    return taker.next->group != nullptr ? &taker.next->unit : nullptr;
+    return taker.next->job != nullptr ? &taker.next->unit : nullptr;
   };
-  const Layout layout = LayOut(*task.group);
-  kernel_.attend(plan_, task.unit, {take, &taker},
-                 layout.partials.data() + task.split * task.unit.heads, scratch);
+  const Layout layout = LayOut(*task.job);
+  std::vector<Partial> partials(task.unit.heads);
+  for (int64_t h = 0; h < task.unit.heads; ++h) {
+    partials[h] = PartialOf(*task.job, layout, task.split, h);
+  }
+  kernel_.attend(plan_, task.unit, {take, &taker}, partials.data(), scratch);
 }
 
-// Merges the partials of the group's kv head h.
-void Run::Merge(const Group& group, int64_t h) {
+// Merges the partials of the job's kv head h.
+void Run::Merge(const Job& job, int64_t h) {
   const Problem& problem = plan_.problem;
   const Arrays& arrays = plan_.arrays;
-  const Unit& unit = group.unit;
-  const Layout layout = LayOut(group);
-  float* const importance = layout.importance + h * unit.tokens * unit.num_blocks;
-  float* const peak = layout.peaks + h * layout.state;
-  float* const total = layout.totals + h * layout.state;
+  const Unit& unit = job.unit;
+  const Layout layout = LayOut(job);
+  char* const sums =
+      job.workspace.get() + unit.heads * job.splits * layout.partial() + h * layout.sums();
+  float* const importance = reinterpret_cast<float*>(sums);
+  float* const peak = reinterpret_cast<float*>(sums + layout.importance);
+  float* const total = reinterpret_cast<float*>(sums + layout.importance + layout.state);
+  std::vector<Partial> partials(job.splits);
+  for (int64_t s = 0; s < job.splits; ++s) partials[s] = PartialOf(job, layout, s, h);
   const int64_t head = unit.first_head + h;
   std::vector<RankedBlock> heap;
   heap.reserve(std::min(problem.select_count, unit.num_blocks));
@@ -345,8 +349,8 @@ void Run::Merge(const Group& group, int64_t h) {
       std::fill_n(arrays.block_scores + query_row(r) * plan_.max_blocks, plan_.max_blocks, 0.0f);
     }
   }
-  kernel_.merge(plan_, unit, head, group.splits, group.pages_per_split, layout.partials.data() + h,
-                importance, peak, total);
+  kernel_.merge(plan_, unit, head, job.splits, job.pages_per_split, partials.data(), importance,
+                peak, total);
   if (arrays.lse) {
     for (int64_t r = 0; r < rows; ++r) {
       // Of a sum of powers of two, as kernels take scores. -inf where nothing was summed.
@@ -365,4 +369,4 @@ void Run::Merge(const Group& group, int64_t h) {
   }
 }
 
-}  // namespace jax_nsa::cpu
+}  // namespace jax_nsa::cpu::compressed

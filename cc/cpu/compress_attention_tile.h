@@ -11,6 +11,11 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
+using compressed::Partial;
+using compressed::Plan;
+using compressed::Unit;
+using compressed::Upcoming;
+
 // Positions of a page that are attended to at once.
 struct Tile {
   int64_t index;  // among the tiles of the unit

@@ -46,7 +46,7 @@ class Weights {
   // Begins a unit.
   void Begin(int64_t h, const Partial& partial) const {
     Fill(partial.attention, padded_rows_ * columns_, 0);
-    Fill(partial.peak, vectors_end_, kNoPeak);
+    Fill(partial.peak, vectors_end_, compressed::kNoPeak);
     Fill(partial.total, vectors_end_, 0);
     Fill(History(h), history_size_, 0);
   }

@@ -9,7 +9,7 @@
 
 namespace jax_nsa::cpu::compress {
 
-// The kernel for the instruction set of cpu::FindKernel(name), or null.
+// The kernel for the instruction set of FindVectorIsa(name), or null.
 Kernel FindKernel(std::string_view name);
 
 }  // namespace jax_nsa::cpu::compress

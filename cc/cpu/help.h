@@ -9,7 +9,7 @@
 namespace jax_nsa::cpu {
 
 // Work that reads less is not given to other threads: waking them costs more.
-constexpr int64_t kSerialBytes = 256 << 10;
+constexpr int64_t kSerialBytes = 1 << 20;
 
 // Asks so many threads to come, or come back, and work.
 using CallHelp = std::function<void(int64_t threads)>;

@@ -9,27 +9,6 @@
 #endif
 
 namespace jax_nsa::cpu {
-
-// Each is compress_attention_kernel.cc, compiled for one instruction set.
-#if defined(__x86_64__)
-namespace sse2 {
-extern const Kernel kKernel;
-}
-namespace avx2 {
-extern const Kernel kKernel;
-}
-namespace avx512 {
-extern const Kernel kKernel;
-}
-namespace amx {
-extern const Kernel kKernel;
-}
-#elif defined(__aarch64__)
-namespace neon {
-extern const Kernel kKernel;
-}
-#endif
-
 namespace {
 
 #if defined(__x86_64__)
@@ -59,37 +38,37 @@ bool HasAmx() {
 }
 #endif
 
-std::vector<const Kernel*> Detect() {
-  std::vector<const Kernel*> kernels;
+std::vector<std::string_view> Detect() {
 #if defined(__x86_64__)
-  if (HasAmx()) kernels.push_back(&amx::kKernel);
-  if (HasAvx512()) kernels.push_back(&avx512::kKernel);
-  if (HasAvx2()) kernels.push_back(&avx2::kKernel);
-  kernels.push_back(&sse2::kKernel);
+  std::vector<std::string_view> isas;
+  if (HasAmx()) isas.push_back("amx");
+  if (HasAvx512()) isas.push_back("avx512");
+  if (HasAvx2()) isas.push_back("avx2");
+  isas.push_back("sse2");
+  return isas;
 #elif defined(__aarch64__)
-  kernels.push_back(&neon::kKernel);
+  return {"neon"};
+#else
+  return {};
 #endif
-  return kernels;
 }
 
 }  // namespace
 
-const std::vector<const Kernel*>& SupportedKernels() {
-  static const std::vector<const Kernel*> kernels = Detect();
-  return kernels;
+const std::vector<std::string_view>& SupportedIsas() {
+  static const std::vector<std::string_view> isas = Detect();
+  return isas;
 }
 
-const Kernel* FindKernel(std::string_view name) {
-  for (const Kernel* kernel : SupportedKernels()) {
-    if (name.empty() || name == kernel->name) return kernel;
+std::string_view FindIsa(std::string_view name) {
+  for (const std::string_view isa : SupportedIsas()) {
+    if (name.empty() || name == isa) return isa;
   }
-  return nullptr;
+  return {};
 }
 
 std::string_view FindVectorIsa(std::string_view name) {
-  const Kernel* const found = FindKernel(name);
-  if (found == nullptr) return {};
-  const std::string_view isa = found->name;
+  const std::string_view isa = FindIsa(name);
   return isa == "amx" ? "avx512" : isa;
 }
 

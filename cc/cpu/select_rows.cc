@@ -6,9 +6,9 @@
 namespace jax_nsa::cpu::select {
 namespace {
 
-// Blocks of the window that may be found to be chosen too. Those beyond are read for each
+// Blocks of the window that may be noted to be chosen too. Those beyond are read for each
 // attention.
-constexpr int64_t kMostShared = 1024;
+constexpr int64_t kMostNoted = 1024;
 
 // Appends the runs of spans to the sections of a unit, in order.
 class Runs {
@@ -41,31 +41,31 @@ class WindowBlocks {
         count_(window.size() == 0 ? 0 : (window.end - 1) / block_size + 1 - first_) {}
 
   // Notes that a block is chosen; false where it was before, or cannot be noted.
-  bool Share(int64_t id) {
+  bool Note(int64_t id) {
     const int64_t n = id - first_;
-    if (n < 0 || n >= std::min(count_, kMostShared) || shared_[n]) return false;
-    shared_[n] = true;
+    if (n < 0 || n >= std::min(count_, kMostNoted) || chosen_[n]) return false;
+    chosen_[n] = true;
     return true;
   }
 
   // Adds the stretches of blocks that are chosen, or of those that are not.
-  void AddTo(Runs* runs, Section section, bool shared) const {
+  void AddTo(Runs* runs, Section section, bool chosen) const {
     for (int64_t n = 0; n < count_;) {
       const int64_t begin = n;
-      while (n < count_ && IsShared(n) == shared) ++n;
+      while (n < count_ && IsChosen(n) == chosen) ++n;
       runs->Add(section, {std::max(window_.begin, (first_ + begin) * block_size_),
                           std::min(window_.end, (first_ + n) * block_size_)});
-      while (n < count_ && IsShared(n) != shared) ++n;
+      while (n < count_ && IsChosen(n) != chosen) ++n;
     }
   }
 
  private:
-  bool IsShared(int64_t n) const { return n < kMostShared && shared_[n]; }
+  bool IsChosen(int64_t n) const { return n < kMostNoted && chosen_[n]; }
 
   const int64_t block_size_;
   const Span window_;
   const int64_t first_, count_;
-  std::bitset<kMostShared> shared_;
+  std::bitset<kMostNoted> chosen_;
 };
 
 }  // namespace
@@ -93,7 +93,7 @@ void FindRuns(const Problem& problem, const Arrays& arrays, const Item& item, Ro
   for (int64_t i = 0; i < problem.select_count; ++i) {
     if (ids[i] < 0) continue;
     Span span = problem.Block(ids[i], item.limit);
-    if (span.size() > 0 && blocks.Share(ids[i])) span.end = std::min(span.end, window.begin);
+    if (span.size() > 0 && blocks.Note(ids[i])) span.end = std::min(span.end, window.begin);
     sections.Add(kChosen, span);
   }
   blocks.AddTo(&sections, kShared, true);

@@ -39,7 +39,7 @@ Run::Run(const Problem& problem, const Arrays& arrays, const Kernel& kernel) : k
   const int64_t state = std::max(plan_.group, kernel.lanes);
   const int64_t columns = RoundUp(problem.value_size, 2 * kernel.lanes);
   partial_size_ = Aligned(4 * plan_.group * columns) + 3 * Aligned(4 * state);
-  if (units_per_item_ > 1) Share();
+  if (units_per_item_ > 1) AllocatePartials();
 }
 
 Run::RowCounts Run::CountRows() const {
@@ -58,21 +58,21 @@ Run::RowCounts Run::CountRows() const {
 }
 
 // Memory for the partials of all items.
-void Run::Share() {
+void Run::AllocatePartials() {
   const int64_t count = items_ * partials_per_item();
   const int64_t counters = Aligned(items_ * static_cast<int64_t>(sizeof *unfinished_));
-  shared_ = Allocate(counters + Aligned(count) + count * partial_size_);
-  if (!shared_) {
+  partials_memory_ = Allocate(counters + Aligned(count) + count * partial_size_);
+  if (!partials_memory_) {
     out_of_memory_ = true;
     return;
   }
-  unfinished_ = reinterpret_cast<std::atomic<int32_t>*>(shared_.get());
+  unfinished_ = reinterpret_cast<std::atomic<int32_t>*>(partials_memory_.get());
   for (int64_t i = 0; i < items_; ++i) {
     new (unfinished_ + i) std::atomic<int32_t>(static_cast<int32_t>(units_per_item_));
   }
-  sections_ = reinterpret_cast<int8_t*>(shared_.get() + counters);
+  sections_ = reinterpret_cast<int8_t*>(partials_memory_.get() + counters);
   std::memset(sections_, -1, count);
-  partials_ = shared_.get() + counters + Aligned(count);
+  partials_ = partials_memory_.get() + counters + Aligned(count);
 }
 
 Partial Run::PartialAt(char* partials, int64_t number) const {
@@ -207,10 +207,10 @@ class Run::Worker {
     if (task.source != Source::kPartials) return;
     FindRuns(run_.plan_.problem, run_.plan_.arrays, task.item, task.runs, &task.unit);
     if (run_.units_per_item_ == 1) return;
-    // Each its share, in whole tiles.
-    const int64_t share = RoundUp(CeilDiv(task.rows(), run_.units_per_item_), kTileRows);
-    const int64_t begin = part(task) * share;
-    Cut(begin, begin + share, task.runs, &task.unit);
+    // Each as many rows, in whole tiles.
+    const int64_t rows = RoundUp(CeilDiv(task.rows(), run_.units_per_item_), kTileRows);
+    const int64_t begin = part(task) * rows;
+    Cut(begin, begin + rows, task.runs, &task.unit);
   }
 
   void Attend(const Task& task) {

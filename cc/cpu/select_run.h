@@ -46,7 +46,7 @@ class Run {
 
   RowCounts CountRows() const;
   Source FindItem(int64_t index, Item* item) const;
-  void Share();
+  void AllocatePartials();
   void FillNaN(const Item& item) const;
   void Merge(const Item& item, char* partials, const int8_t* sections, int64_t count,
              char* scratch) const;
@@ -63,7 +63,7 @@ class Run {
   int64_t most_runs_, scratch_size_, partial_size_;
 
   // Where items have several units.
-  Memory shared_;
+  Memory partials_memory_;
   std::atomic<int32_t>* unfinished_ = nullptr;  // [items], units
   int8_t* sections_ = nullptr;                  // [items, partials_per_item()], -1: none
   char* partials_ = nullptr;                    // [items, partials_per_item()]

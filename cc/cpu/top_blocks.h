@@ -12,7 +12,7 @@
 
 #include "cpu/compress_attention_kernel.h"
 
-namespace jax_nsa::cpu {
+namespace jax_nsa::cpu::compressed {
 
 // A block as a number that is greater than that of another if it goes before, as selection.h
 // orders them.
@@ -52,6 +52,6 @@ inline void SelectBlocks(const float* importance, int64_t count, const Problem& 
   for (int64_t n = 0; n < k; ++n) indices[n] = n < count ? static_cast<int32_t>(~heap[n]) : -1;
 }
 
-}  // namespace jax_nsa::cpu
+}  // namespace jax_nsa::cpu::compressed
 
 #endif  // JAX_NSA_CPU_TOP_BLOCKS_H_

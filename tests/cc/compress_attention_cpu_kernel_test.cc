@@ -13,34 +13,17 @@
 #include <thread>
 #include <vector>
 
+#include "compress_attention_cpu_kernels.h"
 #include "compress_attention_reference.h"
 #include "cpu/compress_attention_run.h"
-#include "cpu/isa.h"
 #include "elements.h"
 #include "expect.h"
 
-namespace jax_nsa::cpu {
-
-// compress_attention_kernel.cc with the tiles of emulated_amx_instructions.h, where the machine has
-// AVX-512 BF16 for the rest.
-#if defined(JAX_NSA_EMULATED_AMX)
-namespace emulated_amx {
-extern const Kernel kKernel;
-}
-#endif
-
+namespace jax_nsa::cpu::compressed {
 namespace {
 
 using testing::Buffer;
 using testing::Elements;
-
-std::vector<const Kernel*> Kernels() {
-  std::vector<const Kernel*> kernels = SupportedKernels();
-#if defined(JAX_NSA_EMULATED_AMX)
-  if (FindKernel("avx512") != nullptr) kernels.push_back(&emulated_amx::kKernel);
-#endif
-  return kernels;
-}
 
 using Integers = std::vector<int32_t>;
 
@@ -393,11 +376,11 @@ void Test(DataType dtype) {
 }
 
 }  // namespace
-}  // namespace jax_nsa::cpu
+}  // namespace jax_nsa::cpu::compressed
 
 int main() {
   using jax_nsa::DataType;
-  namespace cpu = jax_nsa::cpu;
+  namespace cpu = jax_nsa::cpu::compressed;
   cpu::CheckMemory();
   for (const cpu::Kernel* kernel : cpu::Kernels()) {
     std::cout << "kernel " << kernel->name << std::endl;

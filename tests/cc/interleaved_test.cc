@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "compress_attention_cpu_kernels.h"
 #include "cpu/compress_attention_run.h"
-#include "cpu/isa.h"
 #include "cpu/select_isa.h"
 #include "cpu/select_run.h"
 #include "elements.h"
@@ -19,14 +19,6 @@
 #include "select_problems.h"
 
 namespace jax_nsa::cpu {
-
-// As in compress_attention_cpu_kernel_test.cc.
-#if defined(JAX_NSA_EMULATED_AMX)
-namespace emulated_amx {
-extern const Kernel kKernel;
-}
-#endif
-
 namespace {
 
 using testing::Buffer;
@@ -67,7 +59,7 @@ class Pools {
 
 // Results of a call, each exactly as large as it must be.
 std::string Attend(compress_attention::Problem problem, compress_attention::Arrays arrays,
-                   const Pools& pools, const Kernel& kernel, bool interleaved) {
+                   const Pools& pools, const compressed::Kernel& kernel, bool interleaved) {
   problem.interleaved = interleaved;
   pools.Use(interleaved, &arrays);
   const Buffer attention(problem.rows * problem.heads * problem.value_size *
@@ -77,7 +69,7 @@ std::string Attend(compress_attention::Problem problem, compress_attention::Arra
   arrays.attention = attention.data();
   arrays.topk_indices = indices.as<int32_t>();
   arrays.lse = lse.as<float>();
-  Run(problem, arrays, kernel, {}).Work();
+  compressed::Run(problem, arrays, kernel, {}).Work();
   return attention.bytes() + indices.bytes() + lse.bytes();
 }
 
@@ -121,18 +113,14 @@ void Test(DataType dtype, Drawer& draw) {
   arrays.lengths = c.lengths.data();
   arrays.token_counts = c.counts.data();
   arrays.first_rows = c.packed ? c.firsts.data() : nullptr;
-  compress_attention::Arrays compressed = {};
-  static_cast<PagedArrays&>(compressed) = arrays;
+  compress_attention::Arrays compressed_arrays = {};
+  static_cast<PagedArrays&>(compressed_arrays) = arrays;
   arrays.topk_indices = c.problem.select_count ? c.ids.data() : nullptr;
   const compress_attention::Problem problem = Compressed(c, draw);
 
-  std::vector<const Kernel*> kernels = SupportedKernels();
-#if defined(JAX_NSA_EMULATED_AMX)
-  if (FindKernel("avx512") != nullptr) kernels.push_back(&emulated_amx::kKernel);
-#endif
-  for (const Kernel* kernel : kernels) {
-    EXPECT(Attend(problem, compressed, pools, *kernel, true) ==
-           Attend(problem, compressed, pools, *kernel, false))
+  for (const compressed::Kernel* kernel : compressed::Kernels()) {
+    EXPECT(Attend(problem, compressed_arrays, pools, *kernel, true) ==
+           Attend(problem, compressed_arrays, pools, *kernel, false))
         << kernel->name << ": other bits of the compressed branch, heads of " << problem.head_size
         << " and " << problem.value_size;
     const select::Kernel* const select = select::FindKernel(kernel->name);

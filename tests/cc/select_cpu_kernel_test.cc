@@ -13,6 +13,7 @@
 #include <limits>
 #include <set>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -212,8 +213,8 @@ void Test(const std::set<const Kernel*>& kernels) {
 
 int main() {
   std::set<const jax_nsa::cpu::select::Kernel*> kernels;
-  for (const jax_nsa::cpu::Kernel* kernel : jax_nsa::cpu::SupportedKernels()) {
-    kernels.insert(jax_nsa::cpu::select::FindKernel(kernel->name));
+  for (const std::string_view isa : jax_nsa::cpu::SupportedIsas()) {
+    kernels.insert(jax_nsa::cpu::select::FindKernel(isa));
   }
   for (const jax_nsa::cpu::select::Kernel* kernel : kernels) {
     std::cout << "kernel " << kernel->name << std::endl;
