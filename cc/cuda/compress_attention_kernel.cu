@@ -28,7 +28,7 @@ struct alignas(kSwizzle) Shared {
   ConsumerState state;
   Barriers barriers;
   Share share;
-  Part last;  // the part that is an item's last, if the share has one
+  Part cut[2];  // parts of cut items that are left for the share's end, by the number of the region
 };
 
 template <typename T, int kHeadSize, int kValueSize>
@@ -37,16 +37,21 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
   const int warp = threadIdx.x / 32;
   RingPosition start;
   Part part;
-  bool has_last = false;
+  int left = 0;  // a bit for each part in shared.cut
 #pragma unroll 1
   while (true) {
     const bool more = work.Next(&part);
-    if (!more && !has_last) return;
+    if (!more && left == 0) return;
     if (more && !part.sequence.loads()) {
       FillTokens(params, part, 0, part.sequence.owned, part.sequence.is_faulty());
       continue;
     }
-    if (!more) part = shared.last;
+    if (!more) {
+      // First the part whose item others finish: they wait for it.
+      const int region = left / 2;
+      left -= 1 << region;
+      part = shared.cut[region];
+    }
     // When the share is through, the ring's memory is free for records, too.
     const Records records(params, part, more ? ring.behind(params.stages) : ring.behind(0),
                           more ? params.shared_floats : params.ring_floats);
@@ -74,24 +79,24 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
         position.Advance(turns, params.stages);
       }
       start.Advance(part.end - part.begin, params.stages);
-      if (part.is_last()) {
-        has_last = true;
-        if (ThreadIndex() == 0) shared.last = part;
+      if (part.is_last() || part.IsJoint(params)) {
+        const int region = part.own_region() & 1;
+        left |= 1 << region;
+        if (ThreadIndex() == 0) shared.cut[region] = part;
       }
       MergeWarps(params, part, rows, faulty, shared.state, shared.merge);
       if (part.is_cut()) {
-        if (!part.is_last() && ThreadIndex() == 0) RaiseFlag(params, part);
+        if (!part.is_last() && ThreadIndex() == 0) RaiseFlag(part, params.flags());
         continue;
       }
     } else {
-      AwaitFlags(params, part);
+      AwaitParts(params, part);
       MergeNorms(params, part, shared.state, [&] { records.Fetch(records.FirstBatch()); });
-      BarrierArrive(&ring.barriers->norms);
+      if (part.is_last()) BarrierArrive(&ring.barriers->norms);
       SyncConsumers();
-      LowerFlags(params, part);
+      if (!part.IsJoint(params)) LowerFlags(part, part.parts - 1, params.flags());
     }
     FinishItem(params, part, records, shared.state, shared.selection, &ring.barriers->records);
-    if (!more) return;
   }
 }
 
@@ -111,8 +116,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ShrinkRegisters<72>();
     if (Load<T, kHeadSize, kValueSize>(params, ring, work)) {
       BarrierWait(&ring.barriers->norms, 0);
-      const Records records(params, shared.last, nullptr, 0);
-      FinishAttention<T>(params, shared.last, records, shared.state, &ring.barriers->records);
+      const Part& last = shared.cut[0];
+      const Records records(params, last, nullptr, 0);
+      FinishAttention<T>(params, last, records, shared.state, &ring.barriers->records);
     }
   } else {
     GrowRegisters<216>();

@@ -47,7 +47,7 @@ __device__ inline void StoreNorm(const Params& params, const Part& part, int row
                                  float total, RowNorms& norms) {
   norms.maxima[row] = total == 0.0f ? 0.0f : maximum;
   norms.inverses[row] = InverseOf(total);
-  if (params.arrays.lse) {
+  if (params.arrays.lse && part.finishes()) {
     params.arrays.lse[ResultRow(params, part, row)] =
         LogSumExp(maximum, total, Headroom(params.problem.dtype));
   }
@@ -323,11 +323,12 @@ __device__ inline void FinishItem(const Params& params, const Part& part, const 
   const int end = part.first_token + part.tokens;
   if (state.faulty) {
     WaitForCopies<0>();
-    if (part.is_cut()) BarrierArrive(records_read);
-    FillTokens(params, part, part.first_token, max(end, padding), true);
+    if (part.IsJoint(params)) ShareImportances(params, part);
+    if (part.is_last()) BarrierArrive(records_read);
+    if (part.finishes()) FillTokens(params, part, part.first_token, max(end, padding), true);
   } else {
     Select(params, part, records, state.norms, scratch, records_read);
-    FillTokens(params, part, end, padding, false);
+    if (part.finishes()) FillTokens(params, part, end, padding, false);
   }
   if (!part.is_cut()) records.Discard(ThreadIndex(), kComputeThreads);
   SyncConsumers();  // the scratch, and the records' memory, are free again

@@ -57,6 +57,8 @@ struct Params {
 
   // One for each region: whether its part is there.
   __device__ uint64_t* flags() const { return reinterpret_cast<uint64_t*>(workspace); }
+  // Another for each: whether its blocks' importances are there, where the item is joint.
+  __device__ uint64_t* importance_flags() const { return flags() + 2 * plan.ctas; }
   // A region's attention [rows, value_columns], not yet divided: the sum of its tiles' exponentials
   // times values, relative to its maxima.
   __device__ float* part_attention(int region) const {
@@ -72,9 +74,13 @@ struct Params {
   __device__ float* tiles(int region) const {
     return reinterpret_cast<float*>(workspace + plan.tiles_offset) + region * plan.region_floats;
   }
-  __device__ char* selection() const {
-    return workspace + plan.selection_offset +
-           blockIdx.x * (8 * plan.sorted + 4 * plan.importances);
+  // Room for what a thread block's selection has no shared memory for: orders, and importances.
+  __device__ uint64_t* orders(int cta) const {
+    return reinterpret_cast<uint64_t*>(workspace + plan.selection_offset +
+                                       cta * (8 * plan.sorted + 4 * plan.importances));
+  }
+  __device__ float* importances(int cta) const {
+    return reinterpret_cast<float*>(orders(cta) + plan.sorted);
   }
 };
 

@@ -61,8 +61,9 @@ constexpr int kMaxCtas = 160;
 // merge than it saves; but more parts of so many tiles each are worth it.
 constexpr int kMinShare = 8, kMaxParts = 16, kLongShare = 64;
 // Blocks whose importances, and chosen blocks whose order, shared memory holds; more of them go
-// through the workspace.
-constexpr int kSharedBlocks = 2048;
+// through the workspace. An item of more blocks that is cut is joint: each part adds up its own.
+// (A little more than 2048, as sequences of 2^17 tokens have one block more than pages hold.)
+constexpr int kSharedBlocks = 2048 + 256;
 constexpr int kSharedChosen = 1024;
 
 constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,7 +90,7 @@ struct Plan {
   int32_t region_tiles;      // of a part, at most
   int32_t whole_tiles;       // of the longest item that is not cut, or 0 if all may be
 
-  // The workspace has a flag for each region, then each region's merged sums, each region's
+  // The workspace has two flags for each region, then each region's merged sums, each region's
   // records, and for each thread block its lists for the selection.
   int64_t part_floats;    // of a region's merged sums: attention [rows, value_size], maxima, sums
   int64_t region_floats;  // of a region's records
@@ -206,7 +207,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   if (most > kSharedChosen) {
     for (plan.sorted = kSharedChosen; plan.sorted < most;) plan.sorted *= 2;
   }
-  plan.parts_offset = AlignUp(2 * 8 * plan.ctas);
+  plan.parts_offset = AlignUp(2 * 2 * 8 * plan.ctas);
   plan.tiles_offset = plan.parts_offset + AlignUp(2 * 4 * plan.ctas * plan.part_floats);
   plan.selection_offset = plan.tiles_offset + AlignUp(2 * 4 * plan.ctas * plan.region_floats);
   plan.bytes =

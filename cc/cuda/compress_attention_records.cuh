@@ -34,23 +34,20 @@ class Records {
         shared_(shared),
         rows_(RecordRows(part.rows(params))),
         tile_floats_(RecordFloats(rows_, params.plan.slots)),
-        shared_tiles_(part.is_cut() ? 0 : Quotient(shared_floats, tile_floats_ + kRecordGap)) {}
+        shared_tiles_(part.is_cut() ? 0 : Quotient(shared_floats, tile_floats_ + kRecordGap)),
+        begin_(part.IsJoint(params) ? part.begin : 0),
+        end_(part.IsJoint(params) ? part.end : part.sequence.tiles) {}
 
   // Of a tile of this thread block's part.
   __device__ float* Own(int tile) const { return In(part_.own_region(), tile - part_.begin); }
 
-  // Of any tile, once all parts are there.
-  __device__ const float* Of(int tile) const {
-    if (!part_.is_cut()) return Own(tile);
-    const int part = part_.PartOf(tile);
-    return In(part_.Region(part), tile - part_.PartBegin(part));
-  }
-
-  // The batches of an item, token by token. One that is not cut is a batch for each token.
-  __device__ Batch FirstBatch() const { return BatchFrom(0, 0, 0); }
+  // The batches of an item, or of the part if the item is joint, token by token. An item that is
+  // not cut is a batch for each token.
+  __device__ Batch FirstBatch() const { return BatchFrom(0, 0, begin_); }
   __device__ Batch After(const Batch& batch) const {
-    const bool more = batch.end < part_.sequence.tiles;
-    return BatchFrom(batch.number + 1, more ? batch.token : batch.token + 1, more ? batch.end : 0);
+    const bool more = batch.end < end_;
+    return BatchFrom(batch.number + 1, more ? batch.token : batch.token + 1,
+                     more ? batch.end : begin_);
   }
 
   // Begins to fetch a cut item's batch: the rows of its token. Two batches fit at a time. By all
@@ -115,9 +112,9 @@ class Records {
 
  private:
   __device__ Batch BatchFrom(int number, int token, int first) const {
-    if (!part_.is_cut()) return {number, token, 0, part_.sequence.tiles, 0};
+    if (!part_.is_cut()) return {number, token, begin_, end_, begin_};
     const int fetched = first > 0 && params_.taps > 1 ? first - 1 : first;
-    const int end = min(fetched + params_.batch_tiles, part_.sequence.tiles);
+    const int end = min(fetched + params_.batch_tiles, end_);
     return {number, token, first, end, fetched};
   }
   // Where a tile of a batch lies.
@@ -138,6 +135,7 @@ class Records {
   const int rows_;
   const int tile_floats_;
   const int shared_tiles_;
+  const int begin_, end_;  // tiles of which there are batches
 };
 
 }  // namespace jax_nsa::cuda::compressed

@@ -11,6 +11,7 @@
 #include "cuda/compress_attention_records.cuh"
 #include "cuda/compress_attention_topk.cuh"
 #include "cuda/compress_attention_work.cuh"
+#include "cuda/flags.cuh"
 #include "cuda/ptx.cuh"
 #include "selection.h"
 
@@ -38,10 +39,10 @@ __device__ inline float4 Fused(float4 a, float4 b, float4 c) {
 }
 __device__ inline float Sum(float4 x) { return (x.x + x.y) + (x.z + x.w); }
 
-// Adds to importances[j] the scores of block j, summed over the heads of the batch's token, for the
-// blocks whose last position is in tiles [first, end) of the batch or past the sequence. They are 0
-// before. Takes 4 * kSteps heads at a time; where the group is smaller than 4, the other rows
-// beside it count nothing.
+// Makes importances[j] the scores of block j, summed over the heads of the batch's token, for the
+// blocks whose last position is in tiles [first, end) of the batch or past the sequence. Takes
+// 4 * kSteps heads at a time; where the group is smaller than 4, the other rows beside it count
+// nothing.
 template <int kSteps>
 __device__ inline void SumImportances(const Params& params, const Part& part,
                                       const Records& records, const Batch& batch, int num_blocks,
@@ -62,6 +63,10 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
     };
     return float4{counts(0) ? x.x : 0.0f, counts(1) ? x.y : 0.0f, counts(2) ? x.z : 0.0f,
                   counts(3) ? x.w : 0.0f};
+  };
+  // Each is written by one thread alone, for one turn of heads after the other.
+  const auto add = [&](int block, int head, float4 terms) {
+    importances[block] = (head > 0 ? importances[block] : 0.0f) + Sum(terms);
   };
 #pragma unroll 1
   for (int head = 0; head < group; head += 4 * kSteps) {
@@ -96,7 +101,11 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
         for (int step = 0; step < kSteps; ++step) {
           terms = Fused(masked(load(sums, step)), factors[step], terms);
         }
-        importances[block] += Sum(terms);
+        add(block, head, terms);
+      }
+      // By the aligned rule a sequence may have a block more, to which no position adds.
+      if (is_last && (thread & (sharers - 1)) == 0) {
+        for (int block = max(begin, end); block < num_blocks; ++block) importances[block] = 0.0f;
       }
     }
     // Blocks that have positions in the tile before, too: two of each tile at most. Both tiles'
@@ -119,72 +128,75 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
                                   load(sums_before, step) * shrink(before, step));
         terms = Fused(masked(sums), masked(load(inverses, step)), terms);
       }
-      importances[block] += Sum(terms);
+      add(block, head, terms);
     }
   }
-  SyncConsumers();
 }
 
-// Writes each head's own scores of every block. Slow, and not often wanted.
+// Writes each head's own scores of the batch's token, of the blocks whose last position is in tiles
+// [first, end) of the batch; where these are the item's last, of all blocks that follow, too.
 __device__ inline void StoreBlockScores(const Params& params, const Part& part,
-                                        const Records& records, int token, const RowNorms& norms) {
-  const int group = params.group();
-  const int record_rows = RecordRows(part.rows(params));
-  const int64_t row = part.sequence.first_row + part.first_token + token;
+                                        const Records& records, const Batch& batch,
+                                        const RowNorms& norms) {
+  const int group = params.group(), first_row = batch.token * group;
+  const int slot_floats = records.slot_floats();
+  const int64_t row = part.sequence.first_row + part.first_token + batch.token;
   float* scores =
       params.arrays.block_scores + (row * params.heads + part.head * group) * params.max_blocks;
+  const int begin = batch.first > 0 ? params.FirstBlock(batch.first * kTile) : 0;
+  const int end =
+      batch.end < part.sequence.tiles ? params.FirstBlock(batch.end * kTile) : params.max_blocks;
 #pragma unroll 1
-  for (int j = ThreadIndex(); j < params.max_blocks; j += kComputeThreads) {
+  for (int j = begin + ThreadIndex(); j < end; j += kComputeThreads) {
+    // The positions are those of one tile, or of two, or of none.
     const int first = max(0, params.FirstPosition(j));
     const int last = min(part.sequence.length - 1, params.LastPosition(j));
-#pragma unroll 1
+    const int tiles = first > last ? 0 : last / kTile - first / kTile + 1;
+    const float* records_of[2];
+    int sums_at[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int tile = i < tiles ? first / kTile + i : batch.first;
+      records_of[i] = records.Read(batch, tile) + (first_row & 3);
+      sums_at[i] = i < tiles ? (1 + j - params.FirstBlock(tile * kTile)) * slot_floats : 0;
+    }
+#pragma unroll 4
     for (int g = 0; g < group; ++g) {
+      const float maximum = norms.maxima[first_row + g];
       float score = 0.0f;
-#pragma unroll 1
-      for (int tile = first / kTile; first <= last && tile <= last / kTile; ++tile) {
-        const float* record = records.Of(tile) + token * group + g;
-        const int slot = j - params.FirstBlock(tile * kTile);
-        score +=
-            record[(1 + slot) * record_rows] * Exp2(record[0] - norms.maxima[token * group + g]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float* record = records_of[i] + g;
+        if (i < tiles) score += record[sums_at[i]] * Exp2(record[0] - maximum);
       }
-      scores[int64_t{g} * params.max_blocks + j] = score * norms.inverses[token * group + g];
+      scores[int64_t{g} * params.max_blocks + j] = score * norms.inverses[first_row + g];
     }
   }
 }
 
-// Selects the blocks of each token of an item that is through. If it is cut, its first batch of
-// records is on its way; all arrive at `records_read` once the last one is read.
-__device__ inline void Select(const Params& params, const Part& part, const Records& records,
-                              const RowNorms& norms, SelectionScratch& scratch,
-                              uint64_t* records_read) {
-  const int count = static_cast<int>(params.problem.select_count);
-  uint64_t* spill = reinterpret_cast<uint64_t*>(params.selection());
-  float* importances = params.plan.importances > 0
-                           ? reinterpret_cast<float*>(spill + params.plan.sorted)
-                           : scratch.importances;
-  Batch batch = records.FirstBatch();
+// Turns the records of one token into importances, if any block has to be ranked, and block scores,
+// if they are wanted. Returns the next token's first batch. If the item is cut, `batch` is on its
+// way, and so is what is returned.
+__device__ inline Batch AddUp(const Params& params, const Part& part, const Records& records,
+                              Batch batch, int num_blocks, bool ranks, const RowNorms& norms,
+                              float* importances) {
+  const int token = batch.token;
 #pragma unroll 1
-  for (int token = 0; token < part.tokens; ++token) {
-    const int num_blocks = part.sequence.NumBlocks(params, part.first_token + token);
-#pragma unroll 1
-    for (int i = 4 * ThreadIndex(); i < num_blocks; i += 4 * kComputeThreads) {
-      *reinterpret_cast<float4*>(importances + i) = {0.0f, 0.0f, 0.0f, 0.0f};
-    }
-#pragma unroll 1
-    for (; batch.token == token; batch = records.After(batch)) {
-      if (part.is_cut()) {
-        // The next batch comes while this one is added up.
-        if (const Batch next = records.After(batch); next.token < part.tokens) {
-          records.Fetch(next);
-          WaitForCopies<1>();
-        } else {
-          WaitForCopies<0>();
-        }
+  for (; batch.token == token; batch = records.After(batch)) {
+    if (part.is_cut()) {
+      // The next batch comes while this one is added up.
+      if (const Batch next = records.After(batch); next.token < part.tokens) {
+        records.Fetch(next);
+        WaitForCopies<1>();
+      } else {
+        WaitForCopies<0>();
       }
-      SyncConsumers();
-      const auto sum = [&](auto steps) {
-        SumImportances<steps()>(params, part, records, batch, num_blocks, norms, importances);
-      };
+    }
+    SyncConsumers();
+    const auto sum = [&](auto steps) {
+      SumImportances<steps()>(params, part, records, batch, num_blocks, norms, importances);
+    };
+    if (ranks) {
       switch (params.group_log2) {
         case 0:
         case 1:
@@ -199,13 +211,38 @@ __device__ inline void Select(const Params& params, const Part& part, const Reco
           break;
       }
     }
-    if (params.arrays.block_scores) {
-      StoreBlockScores(params, part, records, token, norms);
+    if (params.arrays.block_scores) StoreBlockScores(params, part, records, batch, norms);
+    SyncConsumers();
+  }
+  return batch;
+}
+
+// Selects the blocks of each token of an item that is through. If it is cut, its first batch of
+// records is on its way; all arrive at `records_read` once the last one is read. Of a joint item,
+// each thread block has its own part's importances to add up, and who finishes it selects.
+__device__ inline void Select(const Params& params, const Part& part, const Records& records,
+                              const RowNorms& norms, SelectionScratch& scratch,
+                              uint64_t* records_read) {
+  const int count = static_cast<int>(params.problem.select_count);
+  const bool is_joint = part.IsJoint(params);
+  Batch batch = records.FirstBatch();
+#pragma unroll 1
+  for (int token = 0; token < part.tokens; ++token) {
+    const int num_blocks = part.sequence.NumBlocks(params, part.first_token + token);
+    float* importances = num_blocks <= kSharedBlocks ? scratch.importances
+                         : is_joint                  ? params.importances(part.last_cta())
+                                                     : params.importances(blockIdx.x);
+    const int begin = params.init_blocks, end = max(begin, num_blocks - params.local_blocks);
+    const Candidates candidates = {importances, begin, end};
+    const bool ranks = candidates.NeededOf(num_blocks, count) > 0;
+    batch = AddUp(params, part, records, batch, num_blocks, ranks, norms, importances);
+    if (is_joint) {
+      ShareImportances(params, part);
+      if (!part.finishes()) return;
     }
     if (part.is_cut() && token + 1 == part.tokens) BarrierArrive(records_read);
     const int64_t row = part.sequence.first_row + part.first_token + token;
-    const int begin = params.init_blocks, end = max(begin, num_blocks - params.local_blocks);
-    SelectBlocks({importances, begin, end}, num_blocks, count, spill, scratch.topk,
+    SelectBlocks(candidates, num_blocks, count, params.orders(blockIdx.x), scratch.topk,
                  params.arrays.topk_indices + (row * params.key_value_heads + part.head) * count);
     SyncConsumers();
   }

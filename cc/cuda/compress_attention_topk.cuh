@@ -58,6 +58,10 @@ struct Candidates {
   int begin, end;
 
   __device__ int size() const { return end - begin; }
+  // How many are chosen where `count` of num_blocks blocks are. What is no candidate comes first.
+  __device__ int NeededOf(int num_blocks, int count) const {
+    return min(num_blocks, count) - (num_blocks - size());
+  }
 };
 
 // A thread's share of the candidates is this one and every kComputeThreads-th after it.
@@ -358,7 +362,7 @@ __device__ inline void SelectBlocks(const Candidates& candidates, int num_blocks
 #pragma unroll 1
     for (int i = num_blocks + thread; i < count; i += kComputeThreads) indices[i] = -1;
   }
-  const int needed = min(num_blocks, count) - forced;
+  const int needed = candidates.NeededOf(num_blocks, count);
   if (needed <= 0) return;
   indices += forced;
 

@@ -90,6 +90,15 @@ struct Part {
   // holds at most one such last part, and begins with it.
   __device__ bool is_cut() const { return parts > 1; }
   __device__ bool is_last() const { return begin > 0 && end == sequence.tiles; }
+  // Whether the thread block writes the item's results.
+  __device__ bool finishes() const { return end == sequence.tiles; }
+  __device__ int last_cta() const { return first_cta + parts - 1; }
+  // Whether each part adds up the importances of its own blocks, once all parts' norms are there.
+  // It takes two waits for each other where one thread block alone would need one, so it is for
+  // items so long that adding up takes longer.
+  __device__ bool IsJoint(const Params& params) const {
+    return is_cut() && tokens == 1 && sequence.NumBlocks(params, first_token) > kSharedBlocks;
+  }
   // Tiles [PartBegin(part), PartBegin(part + 1)) of the item are in the part.
   __device__ int PartBegin(int part) const {
     return part == 0 ? 0 : min(first_tiles + (part - 1) * share, sequence.tiles);

@@ -24,27 +24,48 @@ constexpr uint64_t kArrived = 0x6a61785f6e736121ull;
 
 // By the thread that raises them.
 __device__ inline void LowerOwnFlags(const Params& params) {
-  uint64_t* flags = params.flags() + 2 * blockIdx.x;
-  flags[0] = 0;
-  flags[1] = 0;
+  for (uint64_t* flags : {params.flags(), params.importance_flags()}) {
+    flags[2 * blockIdx.x] = 0;
+    flags[2 * blockIdx.x + 1] = 0;
+  }
 }
-// By one thread, after all have stored the part.
-__device__ inline void RaiseFlag(const Params& params, const Part& part) {
-  StoreRelease(params.flags() + part.own_region(), kArrived);
+// By one thread, after all have stored what the flag tells of.
+__device__ inline void RaiseFlag(const Part& part, uint64_t* flags) {
+  StoreRelease(flags + part.own_region(), kArrived);
 }
-// By each warp that reads the parts.
-__device__ inline void AwaitFlags(const Params& params, const Part& part) {
+// By each warp that reads what the first `parts` parts have stored.
+__device__ inline void AwaitFlags(const Part& part, int parts, const uint64_t* flags) {
 #pragma unroll 1
-  for (int p = ThreadIndex() % 32; p < part.parts - 1; p += 32) {
-    AwaitAcquire(params.flags() + part.Region(p), kArrived);
+  for (int p = ThreadIndex() % 32; p < parts; p += 32) {
+    AwaitAcquire(flags + part.Region(p), kArrived);
   }
   __syncwarp();
 }
-__device__ inline void LowerFlags(const Params& params, const Part& part) {
+// By all consumers, when all of them have seen the flags of the first `parts` parts.
+__device__ inline void LowerFlags(const Part& part, int parts, uint64_t* flags) {
 #pragma unroll 1
-  for (int p = ThreadIndex(); p < part.parts - 1; p += kComputeThreads) {
-    params.flags()[part.Region(p)] = 0;
+  for (int p = ThreadIndex(); p < parts; p += kComputeThreads) flags[part.Region(p)] = 0;
+}
+
+// Waits until the parts of a cut item are there. Of a joint item each thread block waits for all of
+// them; the last part's flag is raised only now, when the share is through, as until then the
+// thread block may have other use for its room for importances.
+__device__ inline void AwaitParts(const Params& params, const Part& part) {
+  const bool is_joint = part.IsJoint(params);
+  if (is_joint && part.is_last() && ThreadIndex() == 0) RaiseFlag(part, params.flags());
+  AwaitFlags(part, is_joint ? part.parts : part.parts - 1, params.flags());
+}
+// Tells that the importances of a joint item's part are there. Who finishes the item waits for
+// those of all parts; nobody looks at its flags after that.
+__device__ inline void ShareImportances(const Params& params, const Part& part) {
+  if (!part.finishes()) {
+    if (ThreadIndex() == 0) RaiseFlag(part, params.importance_flags());
+    return;
   }
+  AwaitFlags(part, part.parts - 1, params.importance_flags());
+  SyncConsumers();
+  LowerFlags(part, part.parts, params.flags());
+  LowerFlags(part, part.parts - 1, params.importance_flags());
 }
 
 }  // namespace jax_nsa::cuda::compressed

@@ -144,6 +144,33 @@ inline std::vector<Case> Cases() {
   many = {"1500 chosen", kBf16, 2, 1, 1, 1, 16, 16, 128, 18, dense, 1500, kRagged, 1200};
   many.devices = 5;
   cases.push_back(many);
+  // More blocks than shared memory has room for: each part of a cut item adds up its own, unless
+  // there are several tokens.
+  Case joint = {"joint", kBf16, 1, 1, 16, 2, 32, 32, 128, 20, dense, 16, kEqual, 0};
+  joint.wants_scores = true;
+  joint.devices = 3;
+  cases.push_back(joint);
+  joint = {"joint, no scores", kBf16, 2, 1, 32, 1, 16, 16, 128, 40, {32, 16, 32}, 16, kEqual, 0};
+  joint.devices = 3;
+  cases.push_back(joint);
+  joint = {"joint, unequal", kBf16, 4, 1, 2, 1, 16, 16, 128, 24, dense, 40, kRagged, 1800};
+  joint.wants_scores = true;
+  joint.devices = 3;
+  cases.push_back(joint);
+  joint.name += ", aligned";
+  joint.window.aligned = joint.causal = true;
+  cases.push_back(joint);
+  joint.name += ", bad pages";
+  joint.bad_pages = 2;
+  cases.push_back(joint);
+  joint = {"joint, ties", kBf16, 1, 1, 4, 1, 16, 16, 128, 84, {64, 16, 64}, 300, kEqual, 0};
+  joint.spread = 0.0f;
+  joint.devices = 3;
+  cases.push_back(joint);
+  joint = {"2560 blocks, tokens", kBf16, 2, 3, 4, 1, 16, 16, 128, 20, dense, 9, kRagged, 2000};
+  joint.wants_scores = true;
+  joint.devices = 5;
+  cases.push_back(joint);
   many = {"400 sequences", kBf16, 400, 1, 2, 1, 16, 16, 16, 3, usual, 6, kRagged, 0};
   many.devices = 7;
   cases.push_back(many);

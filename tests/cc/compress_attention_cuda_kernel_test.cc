@@ -40,7 +40,7 @@ unsigned first_seed = 0;  // of problems and launches
 // How many launches were of each kind: how the plan splits items, where records lie, how tiles
 // come. A share of whole items cuts none; of the others there are so many kinds.
 std::map<std::string, int> covered;
-constexpr size_t kKinds = 15;
+constexpr size_t kKinds = 17;
 
 class Call {
  public:
@@ -128,6 +128,10 @@ class Call {
     if (whole_items) ++covered["lines discarded, of whole items"];
     if (cut_items) ++covered["lines discarded, of cut items"];
     if (!whole_items && !cut_items) ++covered["no lines discarded"];
+    if (cut && plan.importances > 0) {
+      ++covered[problem_.rows == problem_.sequences ? "more blocks than fit, of joint items"
+                                                    : "more blocks than fit, of several tokens"];
+    }
     flags_.assign(workspace.as<char>(), plan.parts_offset);
     std::string bits;
     for (const Buffer* buffer : Results()) bits += buffer->bytes();

@@ -375,7 +375,7 @@ void FillWithGarbage(void* memory, size_t bytes) {
   }
 }
 
-void Launch(int grid, int threads, char* shared, int shared_bytes,
+void Launch(int grid, int threads, char* shared, int shared_bytes, bool cooperative,
             const std::function<void()>& kernel) {
   random_state = seed * 0x9e3779b97f4a7c15u ^ 0xd1b54a32d192ed03u;
   for (int i = 0; i < 16; ++i) Random();
@@ -391,7 +391,8 @@ void Launch(int grid, int threads, char* shared, int shared_bytes,
   num_blocks = grid;
   ++counts.launches;
 
-  const int places = 1 + static_cast<int>(Random(kMaxResident));
+  const int few = 1 + static_cast<int>(Random(kMaxResident));
+  const int places = cooperative ? grid : few;
   in_place = nullptr;
   resident.clear();
   for (int i = 0; i < places && next_block < num_blocks; ++i) {

@@ -6,8 +6,8 @@
 // thread blocks and copies on their way come in a different order with each. Memory that a kernel
 // finds uninitialised holds garbage, mostly NaN, which differs with the seed, too.
 //
-// Thread blocks start in the order of their indices, a few at a time, which is less than the
-// cooperative launch that the kernel asks for: one that waits for a later one waits for ever.
+// Thread blocks of a cooperative launch are there all at a time. Others start in the order of their
+// indices, a few at a time: one that waits for a later one waits for ever.
 //
 // What this cannot show: the order in which other threads see writes to memory, which is the
 // program's here, and any question of time.
@@ -46,9 +46,10 @@ extern Counts counts;
 // Fills memory with what `seed` has for uninitialised memory.
 void FillWithGarbage(void* memory, size_t bytes);
 
-// Runs `kernel`, which is one thread's, on a grid. Thread blocks have their dynamic shared memory
-// at `shared`, one after the other. Ends the program if the kernel is at fault.
-void Launch(int blocks, int threads, char* shared, int shared_bytes,
+// Runs `kernel`, which is one thread's, on a grid, whose thread blocks are there all at a time if
+// it is cooperative. Thread blocks have their dynamic shared memory at `shared`, one after the
+// other. Ends the program if the kernel is at fault.
+void Launch(int blocks, int threads, char* shared, int shared_bytes, bool cooperative,
             const std::function<void()>& kernel);
 
 // Ends the program unless the condition holds.

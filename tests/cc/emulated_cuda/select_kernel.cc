@@ -19,6 +19,6 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
   const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
   const Params& params = *static_cast<const Params*>(arguments[0]);
   emulated_cuda::Launch(grid.x, block.x, jax_nsa::cuda::select::memory,
-                        static_cast<int>(shared_bytes), [&] { function(params); });
+                        static_cast<int>(shared_bytes), false, [&] { function(params); });
   return cudaSuccess;
 }
