@@ -31,7 +31,7 @@ struct alignas(kSwizzle) Shared {
   Part cut[2];  // parts of cut items that are left for the share's end, by the number of the region
 };
 
-template <typename T, int kHeadSize, int kValueSize>
+template <typename T, int kHeadSize, int kValueSize, bool kJoint>
 __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring,
                         WorkList work, Shared& shared) {
   const int warp = threadIdx.x / 32;
@@ -53,7 +53,9 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       part = shared.cut[region];
     }
     // When the share is through, the ring's memory is free for records, too.
-    const Records records(params, part, more ? ring.behind(params.stages) : ring.behind(0),
+    const bool is_joint = kJoint && part.IsJoint();
+    const Records records(params, part, is_joint,
+                          more ? ring.behind(params.stages) : ring.behind(0),
                           more ? params.shared_floats : params.ring_floats);
     if (more) {
       // The warps that share rows take turns with the tiles.
@@ -79,7 +81,7 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
         position.Advance(turns, params.stages);
       }
       start.Advance(part.end - part.begin, params.stages);
-      if (part.is_last() || part.IsJoint(params)) {
+      if (part.is_last() || is_joint) {
         const int region = part.own_region() & 1;
         left |= 1 << region;
         if (ThreadIndex() == 0) shared.cut[region] = part;
@@ -90,17 +92,18 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
         continue;
       }
     } else {
-      AwaitParts(params, part);
+      AwaitParts(params, part, is_joint);
       MergeNorms(params, part, shared.state, [&] { records.Fetch(records.FirstBatch()); });
       if (part.is_last()) BarrierArrive(&ring.barriers->norms);
       SyncConsumers();
-      if (!part.IsJoint(params)) LowerFlags(part, part.parts - 1, params.flags());
+      if (!is_joint) LowerFlags(part, part.parts - 1, params.flags());
     }
-    FinishItem(params, part, records, shared.state, shared.selection, &ring.barriers->records);
+    FinishItem<T, kJoint>(params, part, records, shared.state, shared.selection,
+                          &ring.barriers->records);
   }
 }
 
-template <typename T, int kHeadSize, int kValueSize>
+template <typename T, int kHeadSize, int kValueSize, bool kJoint>
 __global__ void __launch_bounds__(kThreads, 1)
     CompressAttention(const __grid_constant__ Params params) {
   alignas(kSwizzle) extern __shared__ char memory[];
@@ -117,8 +120,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (Load<T, kHeadSize, kValueSize>(params, ring, work)) {
       BarrierWait(&ring.barriers->norms, 0);
       const Part& last = shared.cut[0];
-      const Records records(params, last, nullptr, 0);
-      FinishAttention<T>(params, last, records, shared.state, &ring.barriers->records);
+      FinishAttention<T>(params, last, kJoint && last.IsJoint(), shared.state,
+                         &ring.barriers->records);
     }
   } else {
     GrowRegisters<216>();
@@ -126,27 +129,32 @@ __global__ void __launch_bounds__(kThreads, 1)
       shared.state.weights[threadIdx.x] = WeightPair(params, threadIdx.x);
     }
     SyncConsumers();
-    Compute<T, kHeadSize, kValueSize>(params, ring, work, shared);
+    Compute<T, kHeadSize, kValueSize, kJoint>(params, ring, work, shared);
   }
 }
 
 struct Kernel : KernelOf {
   int stage_bytes;
 };
-template <typename T, int kHeadSize, int kValueSize>
-Kernel MakeKernel(DataType dtype) {
-  return {{dtype, kHeadSize, kValueSize,
-           reinterpret_cast<const void*>(&CompressAttention<T, kHeadSize, kValueSize>)},
-          Stage<T, kTile, kHeadSize, kValueSize>::kBytes};
+// Those for plans with joint items are kernels of their own: what they do more would make the
+// others slower.
+template <bool kJoint>
+struct KernelFor : Kernel {};
+template <typename T, int kHeadSize, int kValueSize, bool kJoint>
+KernelFor<kJoint> MakeKernel(DataType dtype) {
+  return {{{dtype, kHeadSize, kValueSize,
+            reinterpret_cast<const void*>(&CompressAttention<T, kHeadSize, kValueSize, kJoint>)},
+           Stage<T, kTile, kHeadSize, kValueSize>::kBytes}};
 }
-const Kernel kKernels[] = {
-    MakeKernel<__nv_bfloat16, 64, 64>(DataType::kBFloat16),
-    MakeKernel<__nv_bfloat16, 128, 128>(DataType::kBFloat16),
-    MakeKernel<__nv_bfloat16, 192, 128>(DataType::kBFloat16),
-    MakeKernel<__half, 64, 64>(DataType::kFloat16),
-    MakeKernel<__half, 128, 128>(DataType::kFloat16),
-    MakeKernel<__half, 192, 128>(DataType::kFloat16),
-    MakeKernel<float, 192, 128>(DataType::kFloat32),
+template <bool kJoint>
+const KernelFor<kJoint> kKernels[] = {
+    MakeKernel<__nv_bfloat16, 64, 64, kJoint>(DataType::kBFloat16),
+    MakeKernel<__nv_bfloat16, 128, 128, kJoint>(DataType::kBFloat16),
+    MakeKernel<__nv_bfloat16, 192, 128, kJoint>(DataType::kBFloat16),
+    MakeKernel<__half, 64, 64, kJoint>(DataType::kFloat16),
+    MakeKernel<__half, 128, 128, kJoint>(DataType::kFloat16),
+    MakeKernel<__half, 192, 128, kJoint>(DataType::kFloat16),
+    MakeKernel<float, 192, 128, kJoint>(DataType::kFloat32),
 };
 
 // So many positions, rows or blocks can be counted in 32 bits, and twice as many still fit.
@@ -171,7 +179,7 @@ const char* Refuses(const Problem& problem) {
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
                    int64_t workspace_bytes, cudaStream_t stream) {
   const Device* device = nullptr;
-  if (cudaError_t error = FindDevice(kKernels, &device); error != cudaSuccess) return error;
+  if (cudaError_t error = FindDevice(kKernels<false>, &device); error != cudaSuccess) return error;
 
   Params params = {};
   params.problem = problem;
@@ -179,6 +187,9 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.plan =
       MakePlan(problem, device->multiprocessors < kMaxCtas ? device->multiprocessors : kMaxCtas);
   if (params.plan.bytes > workspace_bytes) return cudaErrorInvalidValue;
+  if (params.plan.joint) {
+    if (cudaError_t error = FindDevice(kKernels<true>, &device); error != cudaSuccess) return error;
+  }
   params.workspace = static_cast<char*>(workspace);
   params.scale_log2 = problem.scale * 1.4426950408889634f;
   params.heads = static_cast<int32_t>(problem.heads);
@@ -206,7 +217,9 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   while (blocks.NumBlocks(length + 1) == blocks.NumBlocks(1)) ++length;
   params.num_blocks_rest =
       static_cast<int32_t>(blocks.NumBlocks(length + 1) * params.block_positions - (length + 1));
-  const Kernel& kernel = ChooseKernel(kKernels, problem);
+  const Kernel& kernel = params.plan.joint
+                             ? static_cast<const Kernel&>(ChooseKernel(kKernels<true>, problem))
+                             : ChooseKernel(kKernels<false>, problem);
   params.pools = MakePools(problem, arrays, kTile, device->has_engine);
   params.aligned_query = IsAligned(arrays.query, problem.head_size, problem.dtype);
   params.by_record_rows = Divider::By(1 + params.plan.slots);

@@ -14,7 +14,7 @@ namespace jax_nsa::cuda::compressed {
 using compress_attention::Arrays;
 using compress_attention::Problem;
 
-// Why the kernel cannot serve a problem that is within problem.h's limits, or null if it can.
+// Why the kernel cannot serve a legal problem, or null if it can.
 const char* Refuses(const Problem& problem);
 
 // Queues the computation on `stream` of the current device: one kernel, nothing else. `workspace`

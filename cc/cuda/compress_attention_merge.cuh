@@ -266,18 +266,19 @@ __device__ inline void MergeNorms(const Params& params, const Part& part, Consum
   }
 }
 
-// Merges the parts' attention and writes it out, by the loading warps. A warp loads four parts of
-// two rows at a time, so that it does not wait for each alone.
-template <typename T>
-__device__ void MergeAttention(const Params& params, const Part& part, const RowNorms& norms) {
-  static_assert(kMaxValueSize <= 4 * 32);  // a lane for four columns
-  constexpr int kRows = 2, kParts = 4;
-  const int thread = ThreadIndex() - kComputeThreads, lane = thread % 32;
+// Merges the parts' attention and writes it out: rows `row`, `row` + step and so on, kRows
+// neighbours at a time, by one warp. It loads kParts parts of them at a time, so that it does not
+// wait for each alone.
+template <typename T, int kRows, int kParts>
+__device__ void MergeAttention(const Params& params, const Part& part, const RowNorms& norms,
+                               int row, int step) {
+  static_assert(kMaxValueSize <= 4 * 32 && kRows * kParts <= 32);  // a lane for four columns
+  const int lane = threadIdx.x % 32;
   const int column = min(4 * lane, params.value_columns - 4), rows = part.rows(params);
 #pragma unroll 1
-  for (int row = thread / 32 * kRows; row < rows; row += kLoaders * kRows) {
-    // Each of the first eight lanes works out for one row and part where its sums lie and what they
-    // are multiplied by; the other lanes get both from it by shuffles.
+  for (; row < rows; row += step) {
+    // Each of the first lanes works out for one row and part where its sums lie and what they are
+    // multiplied by; the other lanes get both from it by shuffles.
     const int own_row = min(row + lane / kParts % kRows, rows - 1), own_part = lane % kParts;
     const float maximum = norms.maxima[own_row], inverse = norms.inverses[own_row];
     float4 sums[kRows] = {};
@@ -315,7 +316,9 @@ __device__ void MergeAttention(const Params& params, const Part& part, const Row
 }
 
 // Writes what is left of an item's results when its norms are known: the choice of blocks, and the
-// rows without a token. If it is cut, arrives at `records_read` when that is so.
+// rows without a token. If it is cut, arrives at `records_read` when that is so. Of a joint item,
+// does what is the part's.
+template <typename T, bool kJoint>
 __device__ inline void FinishItem(const Params& params, const Part& part, const Records& records,
                                   ConsumerState& state, SelectionScratch& scratch,
                                   uint64_t* records_read) {
@@ -323,26 +326,38 @@ __device__ inline void FinishItem(const Params& params, const Part& part, const 
   const int end = part.first_token + part.tokens;
   if (state.faulty) {
     WaitForCopies<0>();
-    if (part.IsJoint(params)) ShareImportances(params, part);
+    if (kJoint && part.IsJoint()) ShareImportances(params, part);
     if (part.is_last()) BarrierArrive(records_read);
     if (part.finishes()) FillTokens(params, part, part.first_token, max(end, padding), true);
   } else {
-    Select(params, part, records, state.norms, scratch, records_read);
-    if (part.finishes()) FillTokens(params, part, end, padding, false);
+    Select<kJoint>(params, part, records, state.norms, scratch, records_read);
+    if (part.finishes()) {
+      FillTokens(params, part, end, padding, false);
+    } else if constexpr (kJoint) {
+      // Rows in turn, to the parts but the last, which has the blocks to choose.
+      const int others = part.parts - 1, warp = ThreadIndex() / 32;
+      MergeAttention<T, 1, 16>(params, part, state.norms, part.own_number() + warp * others,
+                               kConsumers * others);
+    }
   }
   if (!part.is_cut()) records.Discard(ThreadIndex(), kComputeThreads);
   SyncConsumers();  // the scratch, and the records' memory, are free again
 }
 
-// The loading warps' part in finishing an item that is cut.
+// The loading warps' part in finishing an item that is cut: its attention, unless the item is
+// joint.
 template <typename T>
-__device__ inline void FinishAttention(const Params& params, const Part& part,
-                                       const Records& records, const ConsumerState& state,
-                                       uint64_t* records_read) {
-  if (!state.faulty) MergeAttention<T>(params, part, state.norms);
+__device__ inline void FinishAttention(const Params& params, const Part& part, bool is_joint,
+                                       const ConsumerState& state, uint64_t* records_read) {
+  const int thread = ThreadIndex() - kComputeThreads;
+  if (!state.faulty && !is_joint) {
+    constexpr int kRows = 2;
+    MergeAttention<T, kRows, 4>(params, part, state.norms, thread / 32 * kRows, kLoaders * kRows);
+  }
   if (params.discards) {
     BarrierWait(records_read, 0);
-    records.Discard(ThreadIndex() - kComputeThreads, kThreads - kComputeThreads);
+    const Records records(params, part, is_joint, nullptr, 0);
+    records.Discard(thread, kThreads - kComputeThreads);
   }
 }
 

@@ -17,6 +17,9 @@
 //            for an item that began in an earlier share, 1 for any other
 //   record   what a tile leaves behind for the scores of blocks: each row's greatest score so far
 //            and, relative to it, the weighted sums of its exponentials in each slot (block sums)
+//   joint    of a cut item: each part's thread block merges a part of its results. Otherwise the
+//   one
+//            that has the last part merges all of them
 //   slot     a block that the tile's positions add to, counted from the first of them
 //
 // An example: items of 24 and 12 tiles, and three thread blocks. The items have 33 and 20 entries,
@@ -59,10 +62,12 @@ static_assert(kMaxRows % kMaxGroup == 0);
 constexpr int kMaxCtas = 160;
 // Splitting a sequence more finely than this, or into more parts of equal size, costs more in the
 // merge than it saves; but more parts of so many tiles each are worth it.
-constexpr int kMinShare = 8, kMaxParts = 16, kLongShare = 64;
+constexpr int kMinShare = 8, kMaxParts = 16, kMaxJointParts = 32, kLongShare = 64;
+// The thread blocks of a joint item wait for each other once more, and then share the work of its
+// end. With so many blocks to rank that is worth it.
+constexpr int kJointBlocks = 1024;
 // Blocks whose importances, and chosen blocks whose order, shared memory holds; more of them go
-// through the workspace. An item of more blocks that is cut is joint: each part adds up its own.
-// (A little more than 2048, as sequences of 2^17 tokens have one block more than pages hold.)
+// through the workspace.
 constexpr int kSharedBlocks = 2048 + 256;
 constexpr int kSharedChosen = 1024;
 
@@ -83,6 +88,8 @@ struct Plan {
   int32_t items;             // that the call can have at most
   int32_t items_per_share;   // whole items in a share, where all are equally long; or 0
   int32_t shares_per_item;   // whole shares in an item, at most, where all are equally long; or 0
+  int32_t equal_parts;       // parts of an item whose shares are shorter than kLongShare, at most
+  bool joint;                // whether cut items of one token are joint
   int32_t tokens_per_chunk;  // at most
   int32_t rows;              // of a chunk, padded, at most
   int32_t record_floats;     // of a record, at most
@@ -94,7 +101,7 @@ struct Plan {
   // records, and for each thread block its lists for the selection.
   int64_t part_floats;    // of a region's merged sums: attention [rows, value_size], maxima, sums
   int64_t region_floats;  // of a region's records
-  int64_t importances;    // of a thread block's blocks, if shared memory has no room for them
+  int64_t importances;    // of a thread block's blocks, unless shared memory has room for all
   int64_t sorted;         // of a thread block's chosen blocks, likewise
   int64_t parts_offset;   // in bytes, like the next three
   int64_t tiles_offset;
@@ -133,15 +140,17 @@ JAX_NSA_HOST_DEVICE constexpr int BatchTileFloats(int group, int slots) {
 // more that stand for as much time.
 JAX_NSA_HOST_DEVICE constexpr int64_t ItemEntries(int64_t tiles) { return tiles + tiles / 12 + 7; }
 
-// Shares, `most` at most, that an item of so many tiles is cut into where all are equally long.
-JAX_NSA_HOST_DEVICE constexpr int EqualShares(int tiles, int most) {
-  const int few = tiles / kMinShare < kMaxParts ? tiles / kMinShare : kMaxParts;
+// Shares, `most` at most, that an item of so many tiles is cut into where all are equally long,
+// with a plan's equal_parts.
+JAX_NSA_HOST_DEVICE constexpr int EqualShares(int tiles, int equal_parts, int most) {
+  const int few = tiles / kMinShare < equal_parts ? tiles / kMinShare : equal_parts;
   const int shares = few > tiles / kLongShare ? few : tiles / kLongShare;
   return shares < 1 ? 1 : shares < most ? shares : most;
 }
 // Tiles that such a share has at most, of an item of `tiles` at most.
-constexpr int64_t MostInEqualShare(int64_t tiles, int64_t most) {
-  const int64_t between = most > kMaxParts ? kLongShare + kLongShare / kMaxParts : 2 * kMinShare;
+constexpr int64_t MostInEqualShare(int64_t tiles, int64_t equal_parts, int64_t most) {
+  const int64_t between =
+      most > equal_parts ? kLongShare + kLongShare / equal_parts : 2 * kMinShare;
   return std::min(tiles, std::max(CeilDiv(tiles, most), between));
 }
 
@@ -176,6 +185,9 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   // Nine tenths of the thread blocks keep memory as busy as all.
   const int64_t items = MaxItems(problem), enough = 9;  // tenths
   plan.items = static_cast<int32_t>(items);
+  plan.joint = 2 * items <= plan.ctas && problem.rows <= problem.sequences &&
+               problem.max_blocks() > kJointBlocks;
+  plan.equal_parts = plan.joint ? kMaxJointParts : kMaxParts;
   if (items > plan.ctas) {
     const int64_t per_share = CeilDiv(items, plan.ctas);
     if (10 * items >= enough * per_share * plan.ctas) {
@@ -184,13 +196,14 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   } else {
     const int64_t per_item = plan.ctas / items;
     if (10 * items * per_item >= enough * plan.ctas) {
-      const int64_t most = std::max<int64_t>(kMaxParts, tiles / kLongShare);
+      const int64_t most = std::max<int64_t>(plan.equal_parts, tiles / kLongShare);
       plan.shares_per_item = static_cast<int32_t>(std::min(per_item, most));
     }
   }
   const int64_t in_equal_share = std::min(tiles, share);
   const int64_t in_item_share =
-      plan.shares_per_item == 0 ? 0 : MostInEqualShare(tiles, plan.shares_per_item);
+      plan.shares_per_item == 0 ? 0
+                                : MostInEqualShare(tiles, plan.equal_parts, plan.shares_per_item);
   plan.region_tiles = static_cast<int32_t>(std::max(in_equal_share, in_item_share));
   const bool some_whole =
       plan.shares_per_item == 1 || (plan.shares_per_item == 0 && tiles <= share);
@@ -199,7 +212,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.part_floats = plan.rows * (CeilDiv(problem.value_size, 4) * 4 + 2);
   plan.region_floats = int64_t{plan.region_tiles} * plan.record_floats;
   plan.importances =
-      problem.max_blocks() > kSharedBlocks ? CeilDiv(problem.max_blocks(), 4) * 4 : 0;
+      plan.joint || problem.max_blocks() > kSharedBlocks ? CeilDiv(problem.max_blocks(), 4) * 4 : 0;
   // The candidates of a selection are at most as many as the power of two that sorting pads to.
   const int64_t most =
       problem.select_count < problem.max_blocks() ? problem.select_count : problem.max_blocks();

@@ -27,16 +27,18 @@ struct Batch {
 class Records {
  public:
   // `shared` has room for `shared_floats`. Where the item is cut, it is read in batches through
-  // this room; where it is not, the room holds its first tiles' records.
-  __device__ Records(const Params& params, const Part& part, float* shared, int shared_floats)
+  // this room, or the part is if the item is joint; where it is not, the room holds its first
+  // tiles' records.
+  __device__ Records(const Params& params, const Part& part, bool is_joint, float* shared,
+                     int shared_floats)
       : params_(params),
         part_(part),
         shared_(shared),
         rows_(RecordRows(part.rows(params))),
         tile_floats_(RecordFloats(rows_, params.plan.slots)),
         shared_tiles_(part.is_cut() ? 0 : Quotient(shared_floats, tile_floats_ + kRecordGap)),
-        begin_(part.IsJoint(params) ? part.begin : 0),
-        end_(part.IsJoint(params) ? part.end : part.sequence.tiles) {}
+        begin_(is_joint ? part.begin : 0),
+        end_(is_joint ? part.end : part.sequence.tiles) {}
 
   // Of a tile of this thread block's part.
   __device__ float* Own(int tile) const { return In(part_.own_region(), tile - part_.begin); }

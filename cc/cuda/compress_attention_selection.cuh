@@ -220,18 +220,19 @@ __device__ inline Batch AddUp(const Params& params, const Part& part, const Reco
 // Selects the blocks of each token of an item that is through. If it is cut, its first batch of
 // records is on its way; all arrive at `records_read` once the last one is read. Of a joint item,
 // each thread block has its own part's importances to add up, and who finishes it selects.
+template <bool kJoint>
 __device__ inline void Select(const Params& params, const Part& part, const Records& records,
                               const RowNorms& norms, SelectionScratch& scratch,
                               uint64_t* records_read) {
   const int count = static_cast<int>(params.problem.select_count);
-  const bool is_joint = part.IsJoint(params);
+  const bool is_joint = kJoint && part.IsJoint();
   Batch batch = records.FirstBatch();
 #pragma unroll 1
   for (int token = 0; token < part.tokens; ++token) {
     const int num_blocks = part.sequence.NumBlocks(params, part.first_token + token);
-    float* importances = num_blocks <= kSharedBlocks ? scratch.importances
-                         : is_joint                  ? params.importances(part.last_cta())
-                                                     : params.importances(blockIdx.x);
+    float* importances = is_joint                      ? params.importances(part.last_cta())
+                         : num_blocks <= kSharedBlocks ? scratch.importances
+                                                       : params.importances(blockIdx.x);
     const int begin = params.init_blocks, end = max(begin, num_blocks - params.local_blocks);
     const Candidates candidates = {importances, begin, end};
     const bool ranks = candidates.NeededOf(num_blocks, count) > 0;

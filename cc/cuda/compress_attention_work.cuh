@@ -92,13 +92,11 @@ struct Part {
   __device__ bool is_last() const { return begin > 0 && end == sequence.tiles; }
   // Whether the thread block writes the item's results.
   __device__ bool finishes() const { return end == sequence.tiles; }
+  __device__ int own_number() const { return static_cast<int>(blockIdx.x) - first_cta; }
   __device__ int last_cta() const { return first_cta + parts - 1; }
-  // Whether each part adds up the importances of its own blocks, once all parts' norms are there.
-  // It takes two waits for each other where one thread block alone would need one, so it is for
-  // items so long that adding up takes longer.
-  __device__ bool IsJoint(const Params& params) const {
-    return is_cut() && tokens == 1 && sequence.NumBlocks(params, first_token) > kSharedBlocks;
-  }
+
+  // Whether the item is joint, where the plan has joint items.
+  __device__ bool IsJoint() const { return is_cut() && tokens == 1; }
   // Tiles [PartBegin(part), PartBegin(part + 1)) of the item are in the part.
   __device__ int PartBegin(int part) const {
     return part == 0 ? 0 : min(first_tiles + (part - 1) * share, sequence.tiles);
@@ -161,7 +159,7 @@ __device__ inline void FindShare(const Params& params, Share& share) {
     entries = plan.items_per_share * longest;
   } else if (uniform && plan.shares_per_item > 0) {
     const int tiles = share.first.tiles;
-    const int shares = EqualShares(tiles, plan.shares_per_item);
+    const int shares = EqualShares(tiles, plan.equal_parts, plan.shares_per_item);
     entries = Quotient(tiles + shares - 1, shares);
     item_entries = shares * entries;
     // Every item now has item_entries entries: sums over items grow in proportion.

@@ -50,8 +50,7 @@ __device__ inline void LowerFlags(const Part& part, int parts, uint64_t* flags) 
 // Waits until the parts of a cut item are there. Of a joint item each thread block waits for all of
 // them; the last part's flag is raised only now, when the share is through, as until then the
 // thread block may have other use for its room for importances.
-__device__ inline void AwaitParts(const Params& params, const Part& part) {
-  const bool is_joint = part.IsJoint(params);
+__device__ inline void AwaitParts(const Params& params, const Part& part, bool is_joint) {
   if (is_joint && part.is_last() && ThreadIndex() == 0) RaiseFlag(part, params.flags());
   AwaitFlags(part, is_joint ? part.parts : part.parts - 1, params.flags());
 }

@@ -128,9 +128,8 @@ class Call {
     if (whole_items) ++covered["lines discarded, of whole items"];
     if (cut_items) ++covered["lines discarded, of cut items"];
     if (!whole_items && !cut_items) ++covered["no lines discarded"];
-    if (cut && plan.importances > 0) {
-      ++covered[problem_.rows == problem_.sequences ? "more blocks than fit, of joint items"
-                                                    : "more blocks than fit, of several tokens"];
+    if (cut && (plan.joint || plan.importances > 0)) {
+      ++covered[plan.joint ? "joint items" : "more blocks than fit shared memory, of cut items"];
     }
     flags_.assign(workspace.as<char>(), plan.parts_offset);
     std::string bits;
