@@ -328,12 +328,13 @@ __device__ inline void FinishItem(const Params& params, const Part& part, const 
     WaitForCopies<0>();
     if (kJoint && part.IsJoint()) ShareImportances(params, part);
     if (part.is_last()) BarrierArrive(records_read);
-    if (part.finishes()) FillTokens(params, part, part.first_token, max(end, padding), true);
+    if (!kJoint || part.finishes())
+      FillTokens(params, part, part.first_token, max(end, padding), true);
   } else {
     Select<kJoint>(params, part, records, state.norms, scratch, records_read);
-    if (part.finishes()) {
+    if (!kJoint || part.finishes()) {
       FillTokens(params, part, end, padding, false);
-    } else if constexpr (kJoint) {
+    } else {
       // Rows in turn, to the parts but the last, which has the blocks to choose.
       const int others = part.parts - 1, warp = ThreadIndex() / 32;
       MergeAttention<T, 1, 16>(params, part, state.norms, part.own_number() + warp * others,
