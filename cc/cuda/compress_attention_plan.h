@@ -62,9 +62,10 @@ static_assert(kMaxRows % kMaxGroup == 0);
 constexpr int kMaxCtas = 160;
 // Splitting a sequence more finely than this, or into more parts of equal size, costs more in the
 // merge than it saves; but more parts of so many tiles each are worth it.
-constexpr int kMinShare = 8, kMaxParts = 16, kMaxJointParts = 32, kLongShare = 64;
+constexpr int kMinShare = 8, kMaxParts = 16, kLongShare = 64;
 // The thread blocks of a joint item wait for each other once more, and then share the work of its
-// end. With so many blocks to rank that is worth it.
+// end, so that it may have as many parts as there are thread blocks. With so many blocks to rank
+// that is worth it.
 constexpr int kJointBlocks = 1024;
 // Blocks whose importances, and chosen blocks whose order, shared memory holds; more of them go
 // through the workspace.
@@ -187,7 +188,7 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.items = static_cast<int32_t>(items);
   plan.joint = 2 * items <= plan.ctas && problem.rows <= problem.sequences &&
                problem.max_blocks() > kJointBlocks;
-  plan.equal_parts = plan.joint ? kMaxJointParts : kMaxParts;
+  plan.equal_parts = plan.joint ? kMaxCtas : kMaxParts;
   if (items > plan.ctas) {
     const int64_t per_share = CeilDiv(items, plan.ctas);
     if (10 * items >= enough * per_share * plan.ctas) {
