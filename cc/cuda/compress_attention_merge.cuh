@@ -1,7 +1,8 @@
 // From the warps' rows to results. When a part is through, its warps' sums are merged: to results,
 // if the part is a whole item, otherwise into its region of the workspace. A cut item is finished
 // by the thread block that has its last part, once that one's share is through. It waits for the
-// other parts; then its loading warps merge the attention while its consumer warps select.
+// other parts; then its loading warps merge the attention while its consumer warps select. Of a
+// joint item all thread blocks do what they can of this.
 
 #ifndef JAX_NSA_CUDA_COMPRESS_ATTENTION_MERGE_CUH_
 #define JAX_NSA_CUDA_COMPRESS_ATTENTION_MERGE_CUH_
