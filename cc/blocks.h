@@ -20,6 +20,11 @@ namespace jax_nsa {
 constexpr int64_t kMinStride = 16, kMaxBlockSize = 128;
 constexpr int64_t kMaxTaps = 2 * (kMaxBlockSize / kMinStride) - 1;  // of any legal geometry
 
+// Whether blocks, or the strides between compress blocks, may have so many tokens.
+constexpr bool IsBlockSize(int64_t tokens) {
+  return tokens > 0 && tokens % kMinStride == 0 && tokens <= kMaxBlockSize;
+}
+
 // The compressed position i adds to score[j] with weight Weight(LastPosition(j) - i), where
 // Weight(o) counts the pairs (m < M, n < L) with m + n = o: a trapezoid over o in [0, M + L - 1).
 // As L <= M, a position adds to at most two blocks.

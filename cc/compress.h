@@ -59,10 +59,10 @@ constexpr int64_t kNoWindow = -1;
 // kPageGranule, as strides are.
 JAX_NSA_HOST_DEVICE inline SequenceFault FindWindow(const Problem& problem, const Arrays& arrays,
                                                     int64_t b, int64_t* first) {
-  const int64_t length = arrays.lengths[b];
+  const int32_t length = arrays.lengths[b];
   const int64_t count = arrays.token_counts ? arrays.token_counts[b] : 1;
   *first = kNoWindow;
-  if (length < 0 || length > problem.capacity()) return SequenceFault::kLength;
+  if (!IsLength(problem, length)) return SequenceFault::kLength;
   if (count < 0 || count > problem.compress_stride) return SequenceFault::kTokenCount;
   const int64_t before = length - problem.compress_block_size;  // the tokens before the newest l
   if (before < 0) return SequenceFault::kNone;
@@ -77,7 +77,7 @@ JAX_NSA_HOST_DEVICE inline int64_t FindBadPage(const Problem& problem, const Arr
   const int32_t* const pages = arrays.block_table + b * problem.pages_per_sequence;
   const int64_t last = first + problem.compress_block_size - 1;
   for (int64_t c = first / problem.page_size; c <= last / problem.page_size; ++c) {
-    if (pages[c] < 0 || pages[c] >= problem.num_pages) return c;
+    if (!IsPage(problem, pages[c])) return c;
   }
   return -1;
 }

@@ -73,9 +73,8 @@ void ReadSizes(FfiCall* ffi_call, Problem* problem) {
   problem->compress_stride = ffi_call->Integer("compress_stride");
   const int64_t size = problem->compress_block_size, stride = problem->compress_stride;
   ffi_call->That(problem->heads > 0, "heads must be positive, got ", problem->heads);
-  ffi_call->That(size % kPageGranule == 0 && stride % kPageGranule == 0 && stride > 0 &&
-                     stride <= size && size <= kMaxBlockSize,
-                 "compress_block_size and compress_stride must be multiples of ", kPageGranule,
+  ffi_call->That(IsBlockSize(size) && IsBlockSize(stride) && stride <= size,
+                 "compress_block_size and compress_stride must be multiples of ", kMinStride,
                  " up to ", kMaxBlockSize, ", the latter not the larger, got ", size, " and ",
                  stride);
 }

@@ -111,11 +111,14 @@ JAX_NSA_HOST_DEVICE inline Fault FindRows(const PagedProblem& problem, const Pag
 }
 
 // Whether a sequence's length is one that its row of the block table can name.
-JAX_NSA_HOST_DEVICE inline bool IsLength(const PagedProblem& problem, int32_t length) {
+template <class Problem>
+JAX_NSA_HOST_DEVICE constexpr bool IsLength(const Problem& problem, int32_t length) {
   return length >= 0 && length <= problem.capacity();
 }
 
-JAX_NSA_HOST_DEVICE inline bool IsPage(const PagedProblem& problem, int32_t id) {
+// Whether a column of the block table names a page of the pool.
+template <class Problem>
+JAX_NSA_HOST_DEVICE constexpr bool IsPage(const Problem& problem, int32_t id) {
   return id >= 0 && id < problem.num_pages;
 }
 

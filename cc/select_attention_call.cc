@@ -32,8 +32,7 @@ void ReadIndices(FfiCall* ffi_call, ffi::Span<const int64_t> leading, Problem* p
   if (!ffi_call->ok()) return;
   problem->select_count = ffi_call->Get("topk_indices").dimensions().back();
   ffi_call->Shape("topk_indices", {problem->key_value_heads, problem->select_count}, leading);
-  ffi_call->That(problem->select_block_size > 0 && problem->select_block_size % kMinStride == 0 &&
-                     problem->select_block_size <= kMaxBlockSize,
+  ffi_call->That(IsBlockSize(problem->select_block_size),
                  "select_block_size must be a multiple of ", kMinStride, " up to ", kMaxBlockSize,
                  ", got ", problem->select_block_size);
   if (!ffi_call->ok()) return;

@@ -84,7 +84,7 @@ class PagePools:
         heads = checks.count("key_value_head_num", key_value_head_num)
         sizes = [checks.count("head_size", head_size)]
         sizes += sizes if value_size is None else [checks.count("value_size", value_size)]
-        if sizes[-1] > min(VALUE_SIZE_MAX, sizes[0]):
+        if not pools.is_value_size(sizes[-1], sizes[0]):
             raise ValueError(
                 f"value_size must be at most {VALUE_SIZE_MAX} and at most head_size ({sizes[0]}), "
                 f"got {sizes[-1]}{' as head_size' if value_size is None else ''}"
@@ -144,7 +144,7 @@ class PagePools:
         interleaved = self.value is None
         of_values = self.key if interleaved else self.value
         key, value = (
-            _check_rows(name, rows, pool, len(tables.lengths), shares=1 + interleaved)
+            _check_rows(name, rows, pool, len(tables.lengths), kinds=1 + interleaved)
             for name, rows, pool in (("key", key, self.key), ("value", value, of_values))
         )
         tokens = key.shape[1]
@@ -215,12 +215,12 @@ class PagePools:
 
 
 def _check_rows(
-    name: str, rows: ArrayLike, pool: jax.Array, slots: int, *, shares: int
+    name: str, rows: ArrayLike, pool: jax.Array, slots: int, *, kinds: int
 ) -> ArrayLike:
     """Holds a step's rows to a pool, whose heads are those of so many kinds of rows."""
     rows = checks.floats(name, rows, like=(f"pools' {name}", pool))
     shape, row = tuple(rows.shape), pool.shape[2:]
-    heads = (shares * shape[2], *shape[3:]) if len(shape) == 4 else ()
+    heads = (kinds * shape[2], *shape[3:]) if len(shape) == 4 else ()
     fits = heads == row or (len(row) == 1 and math.prod(heads) == row[0])
     if len(shape) != 4 or shape[0] != slots or shape[1] == 0 or not fits:
         raise ValueError(

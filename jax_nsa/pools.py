@@ -18,6 +18,11 @@ KV_LAYOUTS = ("separate", "interleaved")
 VALUE_SIZE_MAX = 128
 
 
+def is_value_size(value_size: int, head_size: int) -> bool:
+    """Whether rows of values may be so large beside keys of `head_size`: `Dv <= min(128, D)`."""
+    return value_size <= min(VALUE_SIZE_MAX, head_size)
+
+
 def is_interleaved(kv_layout: Any, value: Any, name: str = "value") -> bool:
     """Whether one pool holds keys and values, and so stands for both.
 
@@ -75,7 +80,7 @@ def of_each(
     key = pool("key", key, heads=key_value_heads, page=page, size=head_size)
     value = pool("value", value, heads=key_value_heads, page=page, size=None)
     value_size = value.shape[2] // key_value_heads
-    if value_size > min(VALUE_SIZE_MAX, head_size):
+    if not is_value_size(value_size, head_size):
         raise ValueError(
             f"value's head size must be at most {VALUE_SIZE_MAX} and at most query's "
             f"({head_size}), got {value_size}"

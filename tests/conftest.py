@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -45,6 +46,13 @@ hypothesis.settings.register_profile("ci", max_examples=30, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
 # HYPOTHESIS_PROFILE=thorough draws many more examples.
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> Iterator[None]:
+    """Places a module's arrays on the CPU, whose kernels it calls, where JAX's default is a GPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def pytest_report_header() -> str:

@@ -49,16 +49,6 @@ class TestSelectCpu(Interleaved, SelectAttentionContract):
     fails_on_faults = True
 
 
-@pytest.mark.cuda
-class TestCompressCuda(Interleaved, CompressAttentionContract):
-    implementation = "cuda"
-
-
-@pytest.mark.cuda
-class TestSelectCuda(Interleaved, SelectAttentionContract):
-    implementation = "cuda"
-
-
 # Four sequences and heads that two devices can share; keys as large as values.
 COMPRESS = Geometry(
     lengths=(40, 7, 20, 33), value_size=16, k=3, return_lse=True, hostile=False, spare_slots=0
@@ -82,7 +72,7 @@ SOME = ("compress, aligned tokens", "select, tokens", "window")
 TRACED = ("query", "key", "block_table", "topk_indices")
 IMPLEMENTATIONS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_cpu")]
 each_call = pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)
 some_calls = pytest.mark.parametrize("arguments", [CALLS[n] for n in SOME], ids=SOME)
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -189,7 +179,7 @@ def test_meshes(pool_axes, kind, implementation, arguments):
     pages, page, rows, size = both["key"].shape
     shape = {3: (rows * size,), 4: (rows, size), 5: (rows // 2, 2, size)}[pool_axes]
     both["key"] = both["key"].reshape(pages, page, *shape)
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2, devices=jax.devices("cpu")[:4])
     call, arrays = bound(both, implementation)
     specs = specs_of(both, pool_axes)
     placed = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
@@ -206,7 +196,9 @@ def test_meshes(pool_axes, kind, implementation, arguments):
 def test_an_explicit_mesh_that_cuts_keys_from_values():
     """One head's pool has two rows: devices that share them cannot compute."""
     arguments = interleaved(build(replace(COMPRESS, key_value_heads=1)))
-    mesh = jax.make_mesh((2,), ("y",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh(
+        (2,), ("y",), axis_types=(AxisType.Explicit,), devices=jax.devices("cpu")[:2]
+    )
     call, arrays = bound(arguments, "reference")
     placed = {n: jax.device_put(x, NamedSharding(mesh, P())) for n, x in arrays.items()}
     placed["key"] = jax.device_put(arrays["key"], NamedSharding(mesh, P(None, None, "y")))
@@ -231,7 +223,8 @@ def test_context_axis(implementation, name):
     call, arrays = bound(interleaved(arguments), implementation, context_axis="context")
     arrays["block_table"] = np.concatenate(tables, axis=1).astype(np.int32)
     split = {"key": P("context"), "block_table": P(None, "context")}
-    mesh = jax.make_mesh((devices,), ("context",), axis_types=(AxisType.Auto,))
+    here = jax.devices("cpu")[:devices]
+    mesh = jax.make_mesh((devices,), ("context",), axis_types=(AxisType.Auto,), devices=here)
     specs = ({n: split.get(n, P()) for n in arrays},)
     parts = jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=P())
     for result, want in zip(jax.jit(parts)(arrays), expected, strict=True):

@@ -20,6 +20,7 @@ missing = [
     if (reason := native.unavailable("cpu", operator)) is not None
 ]
 needs_cpu_kernels = pytest.mark.skipif(bool(missing), reason=f"{missing}")
+pytestmark = pytest.mark.usefixtures("on_cpu")
 IMPLEMENTATIONS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
 
 SIZES = {
