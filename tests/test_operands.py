@@ -23,7 +23,7 @@ from compress_attention.examples import (
 )
 from compress_attention.problems import Geometry
 
-from jax_nsa import nsa_select_attention_infer
+from jax_nsa import checks, nsa_select_attention_infer, tokens
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -271,3 +271,15 @@ def test_indices_that_an_object_holds():
 def test_lists_of_indices_are_told_what_is_wrong(ids, message):
     with pytest.raises((TypeError, ValueError), match=message):
         nsa_select_attention_infer(np.ones((2, 4, 16), np.float32), topk_indices=ids, **SELECT)
+
+
+@pytest.mark.parametrize(
+    ("counts", "first_rows"),
+    [((2, 1, 1), (0, 2, 3)), ((5, 0, 1), (0, 4, 4)), ((3, 2, 1), (0, 3, 4)), ((4, 0), (0, 4))],
+)
+def test_packed_rows_begin_within_the_query(counts, first_rows):
+    """Sequences after a count that does not fit four rows own none of them."""
+    query = jnp.zeros((4, 2, 8))
+    known = checks.Integers("actual_seq_qlen", jnp.asarray(counts), rank=1)
+    found = tokens.operands(query, known, sequences=len(counts), packed=True, tokens=4)
+    np.testing.assert_array_equal(found["first_rows"], first_rows)

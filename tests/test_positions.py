@@ -32,6 +32,20 @@ def test_positions(shape, size):
     np.testing.assert_array_equal(traced(jnp.asarray(ids), jnp.array(lengths)), want)
 
 
+def test_ids_whose_positions_no_int32_holds():
+    """Times 64, each is a small position but for 32 bits."""
+    ids = np.array([[2**26, 2**27, 2**26 + 1]], np.int32)
+    positions = block_positions(jnp.asarray(ids), jnp.array([2**21]), select_block_size=64)
+    np.testing.assert_array_equal(positions, -1)
+
+
+def test_dtype_does_not_depend_on_x64():
+    with jax.enable_x64(True):
+        ids, lengths = jnp.array([[0, -1]]), jnp.array([20])
+        assert ids.dtype == jnp.int64
+        assert block_positions(ids, lengths, select_block_size=16).dtype == jnp.int32
+
+
 @pytest.mark.parametrize(
     ("arguments", "size", "error", "message"),
     [
