@@ -24,12 +24,20 @@ from jax_nsa import (
 )
 from jax_nsa import step as step_module
 
+# The last window ends with its sequence, so that a token before does not see it.
+# Many blocks compete.
+LONG = replace(USUAL.original, lengths=(480, 1024, 672), k=5)
 STEPS = {
     "one token": USUAL,
     "tokens and rows without one": TOKENS,
     "packed": PACKED,
     "a window of its own": replace(TOKENS, window_page=48),
     "shorter than a window": Step(replace(TOKENS.original, lengths=(20, 3))),
+    "two tokens of every sequence": Step(replace(LONG, layout="BSND", tokens=2)),
+    "packed, the first tokens see less": Step(replace(LONG, token_counts=(2, 1, 2))),
+    "aligned": Step(LONG, importance="aligned"),
+    "other blocks forced": Step(LONG, init_blocks=0, local_blocks=1),
+    "most blocks forced": Step(LONG, init_blocks=2, local_blocks=3),
 }
 
 
@@ -48,7 +56,8 @@ def assert_is_the_sum(attention, indices, step, arguments):
         actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
         atten_mask=True if several else None,
         **{n: arguments[n] for n in ("select_block_size", "select_block_count",
-                                     "compress_block_size", "compress_stride")},
+                                     "compress_block_size", "compress_stride", "importance",
+                                     "init_blocks", "local_blocks")},
     )  # fmt: skip
     rounding = SCORE_TOLERANCE + 2.0**-24 * first.score_size
     assert_indices(np.asarray(indices), first, ..., rounding)

@@ -30,6 +30,9 @@ class Step:
         stride: original tokens between two.
         window_page: rows in a page of the window's own cache; None: the selected branch's.
         gates: the gates' dtype.
+        importance: whose rule ranks the blocks.
+        init_blocks: how many of the first blocks are always chosen.
+        local_blocks: how many of the last ones.
     """
 
     original: Geometry = ORIGINAL
@@ -38,6 +41,9 @@ class Step:
     stride: int = 16
     window_page: int | None = None
     gates: str = "float32"
+    importance: str = "cann"
+    init_blocks: int = 1
+    local_blocks: int = 2
 
     @property
     def compressed_lengths(self) -> tuple[int, ...]:
@@ -84,6 +90,7 @@ def arguments_of(step: Step) -> dict[str, Any]:
         "compress_block_size": step.compress,
         "compress_stride": step.stride,
         "window_size": g.window,
+        **{n: getattr(step, n) for n in ("importance", "init_blocks", "local_blocks")},
     }
 
 
@@ -133,4 +140,7 @@ def steps(draw: st.DrawFn) -> Step:
         stride=stride,
         window_page=draw(st.none() | st.sampled_from([16, 48])),
         gates=draw(st.sampled_from([dtype, "float32"])),
+        importance=draw(st.sampled_from(["cann", "aligned"])),
+        init_blocks=draw(st.integers(0, 2)),
+        local_blocks=draw(st.integers(0, 3)),
     )
