@@ -236,12 +236,12 @@ class TestWindows:
 
     def test_slots(self):
         window = completed_window(
-            np.array([32, 33, 304, 320]), compress_block_size=32, compress_stride=16
+            np.array([32, 33, 304, 320, 48]), compress_block_size=32, compress_stride=16
         )
-        np.testing.assert_array_equal(window.position, [0, 0, 17, 18])
-        table = np.array([[3, 9], [1, 1], [5, 2], [7, -1]])
+        np.testing.assert_array_equal(window.position, [0, 0, 17, 18, 1])
+        table = np.array([[3, 9], [1, 1], [5, 2], [7, -1], [0, -1]])
         np.testing.assert_array_equal(
-            window_slots(window, table, page_block_size=16), [48, -1, 2 * 16 + 1, -1]
+            window_slots(window, table, page_block_size=16), [48, -1, 2 * 16 + 1, -1, 1]
         )
 
     def test_lengths_that_cannot_be(self):

@@ -75,16 +75,25 @@ def split_over_devices(arguments, devices):
         GEOMETRY,
         Geometry(lengths=(100, 37, 128, 3), token_counts=(3, 0, 4, 1), page=16, k=5, window=100,
                  return_lse=True, spare_slots=0),
+        Geometry(lengths=(100, 0, 128), token_counts=(1, 1, 2), page=16, k=5, window=100,
+                 return_lse=True, spare_slots=0),
     ],
-    ids=["padded", "packed"],
+    ids=["padded", "packed", "an empty sequence"],
 )  # fmt: skip
-def test_context_parallel(implementation, geometry):
+@pytest.mark.parametrize("faulty", [False, True])
+def test_context_parallel(implementation, geometry, faulty):
     arguments = build(geometry)
-    call, arrays = operator(arguments, implementation)
+    if faulty:
+        blocks = -(-geometry.lengths[0] // geometry.block)
+        arguments["topk_indices"][(0,) * (arguments["topk_indices"].ndim - 1)] = blocks
+    call, arrays = operator(arguments, implementation, on_fault="nan")
     expected = call(*arrays)
+    assert np.isnan(expected[0]).any() == faulty
     mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Auto,))
     parts = split_over_devices(arguments, 4)
-    part, arrays = operator(arguments | parts, implementation, context_axis="context")
+    part, arrays = operator(
+        arguments | parts, implementation, context_axis="context", on_fault="nan"
+    )
     pages, whole = P("context"), P()
     specs = {"key": pages, "value": pages, "block_table": P(None, "context")}
     names = [name for name in (*ARRAYS, "actual_seq_qlen") if name in arguments]
