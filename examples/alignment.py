@@ -9,8 +9,8 @@ probabilities of the compressed positions; by which blocks they choose, a model 
 
 from __future__ import annotations
 
+import argparse
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -137,7 +137,7 @@ def draw(results: dict[tuple[Blocks, str], tuple[np.ndarray, ...]]) -> plt.Figur
     return figure
 
 
-def main(path: str | pathlib.Path = "alignment.svg") -> dict[tuple[Blocks, str], int]:
+def main(path: str | pathlib.Path) -> dict[tuple[Blocks, str], int]:
     """Draws the picture; returns the block that each rule chose, by geometry and rule."""
     query, keys = planted()
     results = {
@@ -152,4 +152,6 @@ def main(path: str | pathlib.Path = "alignment.svg") -> dict[tuple[Blocks, str],
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("picture", nargs="?", default="alignment.svg", help="its path")
+    main(parser.parse_args().picture)

@@ -7,8 +7,8 @@ three passages were planted that the queries look for, each head for some more t
     python examples/block_importance.py [picture.png]
 """
 
+import argparse
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def draw(indices: np.ndarray, probabilities: np.ndarray, importance: np.ndarray)
     return figure
 
 
-def main(path: str | pathlib.Path = "block_importance.png") -> None:
+def main(path: str | pathlib.Path) -> None:
     indices, probabilities, importance = (np.asarray(x) for x in attend(*planted()))
     # Past the blocks that are always there, none left out is worth more than one that was chosen.
     left_out = np.delete(importance, indices)
@@ -133,4 +133,6 @@ def main(path: str | pathlib.Path = "block_importance.png") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("picture", nargs="?", default="block_importance.png", help="its path")
+    main(parser.parse_args().picture)

@@ -365,6 +365,7 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=400, help="training steps")
-    parser.add_argument("--new", type=int, default=64, help="bytes to continue each text by")
+    parser.add_argument("--new", type=int, choices=range(3, MAX_TOKENS - 320 + 1), metavar="BYTES",
+                        default=64, help=f"how many to add, 3 to {MAX_TOKENS - 320}")  # fmt: skip
     parser.add_argument("--picture", default="model_blocks.png", help="where to draw")
     main(**vars(parser.parse_args()))

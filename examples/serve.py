@@ -176,7 +176,9 @@ def main(
 ) -> Server:
     """Serves requests to the end; returns the server."""
     coming = arrivals(requests)
-    assert max(r.wanted for r in coming) <= min(pages * model.PAGE, model.MAX_TOKENS)
+    longest = max(r.wanted for r in coming)
+    if pages * model.PAGE < longest:
+        raise SystemExit(f"--pages must hold the longest text, {longest} bytes, got {pages} of 16")
     params = model.train(model.sources(), steps) if steps else model.init()
     server = Server(params, slots, pages, speculate)
     all_of_them, prompts = list(coming), [len(r.tokens) for r in coming]
@@ -215,9 +217,11 @@ def main(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--requests", type=int, default=24, help="how many come, one after another")
     parser.add_argument("--slots", type=int, default=4, help="sequences decoded at one time")
     parser.add_argument("--pages", type=int, default=36, help="pages of 16 bytes, for all of them")
-    parser.add_argument("--speculate", type=int, default=1, help="bytes of a sequence in one step")
-    parser.add_argument("--steps", type=int, default=0, help="train first, for so many steps")
+    parser.add_argument("--speculate", type=int, choices=range(1, 17), default=1, metavar="BYTES",
+                        help="of a sequence in one step, 1 to 16")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=0,
+                        help="train first, for so many steps; else texts are noise")  # fmt: skip
     main(**vars(parser.parse_args()))

@@ -20,6 +20,7 @@ import numpy as np
 ArrayLike: TypeAlias = jax.Array | np.ndarray
 IntegersLike: TypeAlias = jax.Array | np.ndarray | Sequence[int]
 
+SHOWN = 120  # characters of an array in a message
 FLOATS = ("bfloat16", "float16", "float32")
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4028234663852886e38
@@ -232,4 +233,7 @@ def _to_int32(values: jax.Array) -> jax.Array:
 
 def _shown(host: np.ndarray | None) -> str:
     """Known values for a message, shortened."""
-    return "" if host is None else f": {reprlib.repr(host.tolist())}"
+    if host is None:
+        return ""
+    text = reprlib.repr(host.tolist())
+    return f": {text}" if len(text) <= SHOWN else f": {text[:SHOWN]}..."

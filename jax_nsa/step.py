@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -130,6 +132,7 @@ def nsa_decode_step(
         if cache is not None:
             pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
     query = checks.floats("query", query)
+    checks.floats("compressed.key", compressed.key, like=("query", query))
     gates = checks.floats("gates", gates)
     _check_gates(gates, query)
     _check_tokens(actual_seq_qlen, query, layout, compress_stride)
@@ -145,7 +148,7 @@ def nsa_decode_step(
         "select_block_size": select_block_size,
         "select_block_count": select_block_count,
     }
-    attention, indices = nsa_compress_attention_infer(
+    attention, indices = _told_of("compressed")(nsa_compress_attention_infer)(
         query, compressed.key, compressed.value, **shared, **of_blocks,
         page_block_size=_page_size("compressed", compressed),
         compress_block_size=compress_block_size, compress_stride=compress_stride,
@@ -164,13 +167,13 @@ def nsa_decode_step(
     # second call of the compressed branch, beside the one whose indices are used here.
     indices = jax.lax.optimization_barrier(indices)
     chosen = functools.partial(
-        nsa_select_attention_infer, query, selected.key, selected.value, indices, **shared,
-        **of_blocks, **original("selected", selected),
+        _told_of("selected")(nsa_select_attention_infer), query, selected.key, selected.value,
+        indices, **shared, **of_blocks, **original("selected", selected),
     )  # fmt: skip
     if window is None:
         branches = (attention, *chosen(window_size=window_size))
     else:
-        of_window = nsa_window_attention_infer(
+        of_window = _told_of("window")(nsa_window_attention_infer)(
             query, window.key, window.value, window_size=window_size, **shared,
             **original("window", window),
         )  # fmt: skip
@@ -200,6 +203,26 @@ def _gated_sum(gates: jax.Array, *branches: jax.Array) -> jax.Array:
     return jnp.asarray(sum(terms), branches[0].dtype)
 
 
+@contextlib.contextmanager
+def _told_of(cache: str) -> Iterator[None]:
+    """Adds to an operator's refusal where its arguments are in the step's caches."""
+    means = {
+        "actual_cmp_seq_kvlen": "compressed.lengths", "actual_sel_seq_kvlen": "selected.lengths",
+        "actual_seq_kvlen": f"{cache}.lengths", "block_table": f"{cache}.block_table",
+        "key": f"{cache}.key", "value": f"{cache}.value",
+        "page_block_size": f"the second size of {cache}.key",
+    }  # fmt: skip
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if type(error) not in (TypeError, ValueError):
+            raise
+        told = [f"{n} is {its}" for n, its in means.items() if re.search(rf"\b{n}\b", str(error))]
+        if not told:
+            raise
+        raise type(error)(f"{error}; in nsa_decode_step {', '.join(told)}") from None
+
+
 def _check_tokens(
     counts: IntegersLike | None, query: ArrayLike, layout: str, compress_stride: int
 ) -> None:
@@ -224,9 +247,8 @@ def _check_tokens(
 
 def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
     if gates.dtype not in (query.dtype, jnp.float32):
-        raise TypeError(
-            f"gates must have query's dtype {query.dtype.name} or float32, got {gates.dtype.name}"
-        )
+        own = "" if query.dtype == jnp.float32 else f" {query.dtype.name} or"
+        raise TypeError(f"gates must have query's dtype{own} float32, got {gates.dtype.name}")
     expected = (*query.shape[:-1], 3)
     if tuple(gates.shape) != expected:
         raise ValueError(

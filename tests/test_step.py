@@ -254,11 +254,30 @@ def test_wrong_sum_is_caught(monkeypatch, wrong):
         ({"window": ()}, TypeError, "window must be a PagedKV"),
         ({"window_size": 0}, ValueError, "window_size must be"),
         ({"layout": "BSH"}, ValueError, "layout must be one of"),
+        ({"query": np.ones((2, 4, 24), np.float16)}, TypeError, "query and compressed.key must"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_refused(changes, error, message):
     with pytest.raises(error, match=message):
         nsa_decode_step(**arguments_of(USUAL) | changes)
+
+
+@pytest.mark.parametrize(
+    ("cache", "field", "value", "message"),
+    [
+        ("compressed", "lengths", [9999, 1], "actual_cmp_seq_kvlen is compressed.lengths"),
+        ("selected", "lengths", [0.5, 1.0], "actual_sel_seq_kvlen is selected.lengths"),
+        ("compressed", "block_table", None, "block_table is compressed.block_table"),
+        ("selected", "block_table", None, "block_table is selected.block_table"),
+        ("window", "block_table", None, "block_table is window.block_table"),
+        ("window", "lengths", [9999, 1], "actual_seq_kvlen is window.lengths"),
+    ],
+)
+def test_refusals_tell_which_cache(cache, field, value, message):
+    arguments = arguments_of(replace(USUAL, window_page=48))
+    arguments[cache] = replace(arguments[cache], **{field: value})
+    with pytest.raises((TypeError, ValueError), match=message):
+        nsa_decode_step(**arguments)
 
 
 def test_more_tokens_than_stay_causal_are_refused():
