@@ -68,7 +68,9 @@ def main(cpu_devices: int | None = None) -> None:
     # shardings are a part of types; the calls stay the same.
     types = (AxisType.Auto, AxisType.Auto)
     mesh = jax.make_mesh((sequences, heads), ("sequences", "heads"), axis_types=types)
-    print(f"{devices} devices: {sequences} parts of the sequences, {heads} of the heads")
+    idle = devices - sequences * heads
+    left = f", {idle} idle" if idle else ""
+    print(f"{devices} devices: {sequences} parts of the sequences, {heads} of the heads{left}")
 
     by_row = PartitionSpec("sequences", "heads")
     # Any page may be any sequence's: pools stay whole along pages, and split along heads.

@@ -38,7 +38,11 @@ def main() -> int:
         for name, b in backends.ALL.items()
     }
     served = {name: {t for t, why in of.items() if why is None} for name, of in reasons.items()}
-    chosen = backends.parse(None) or backends.defaults(platform)
+    try:
+        chosen = backends.parse(None) or backends.defaults(platform)
+    except ValueError as error:  # a name in the environment that is none
+        print(f"FAILED: {error}")
+        return 1
     best = next((name for name in chosen if served.get(name)), None)
     print("\nImplementations, best first")
     for name, of_operators in reasons.items():

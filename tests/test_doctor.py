@@ -100,6 +100,12 @@ def test_fails_when_the_implementation_asked_for_is_not_here(monkeypatch, capsys
     assert "None of absent can run here." in printed
 
 
+def test_fails_when_nothing_has_the_name_asked_for(monkeypatch, capsys):
+    monkeypatch.setenv(backends.IMPLEMENTATION_VARIABLE, "cup")
+    assert doctor.main() == 1
+    assert "JAX_NSA_IMPLEMENTATION must name some of" in capsys.readouterr().out
+
+
 def test_an_implementation_of_some_operators_is_tried_on_these(monkeypatch, capsys):
     some = Impostor("some", "", None)
     some.unavailable = lambda operator, platform: (
