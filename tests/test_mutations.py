@@ -73,8 +73,8 @@ MUTANTS = {
         "aligned_faults",
     ),
     "equals in descending order": (
-        "jnp.argsort(importance, axis=-1,",
-        "importance.shape[-1] - 1 - jnp.argsort(importance[..., ::-1], axis=-1,",
+        "order = _descending(importance, count)",
+        "order = importance.shape[-1] - 1 - _descending(importance[..., ::-1], count)",
         "equals_in_ascending_order",
     ),
     "flat weights": (
