@@ -7,17 +7,20 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import test_ascend_select
-from ascend.calls import COMPRESS, SELECT_ATTENTION
+from ascend.calls import COMPRESS, FUNCTIONS, SELECT_ATTENTION
 from ascend.compressed import USUAL, call, check
 from ascend.device_route import DeviceRoute
 from compress.problems import build as build_compress
 from compress_attention.problems import build
+from interleaved.pools import interleaved
 from select_attention.calls import USUAL as SELECT_USUAL
 from select_attention.problems import build as build_select
 
 from jax_nsa import nsa_compress_attention_infer, nsa_compress_infer, nsa_select_attention_infer
+from jax_nsa.backends import ascend
 
 pytest_plugins = ("ascend.fixtures",)
 
@@ -54,6 +57,27 @@ def test_compression_refuses(harness, standin, implementation, changes, message)
     arguments = build_compress(replace(COMPRESS, **changes))
     with pytest.raises(NotImplementedError, match=message):
         nsa_compress_infer(**arguments, implementation=implementation)
+
+
+@pytest.mark.parametrize("target", ["compress_attention", "select_attention"])
+def test_handlers_refuse_interleaved_pools(monkeypatch, standin, implementation, target):
+    """Themselves too: a program may come to them that no lowering of this process has checked."""
+    operator, arguments = {
+        "compress_attention": (nsa_compress_attention_infer, build(USUAL)),
+        "select_attention": (
+            nsa_select_attention_infer, build_select(replace(SELECT_ATTENTION, head_size=128)),
+        ),
+    }[target]  # fmt: skip
+    arrays = jax.tree.map(
+        lambda value: jnp.asarray(value) if isinstance(value, np.ndarray) else value,
+        interleaved(arguments),
+    )
+    monkeypatch.setattr(ascend, "refuses", lambda call, platform: None)
+    asked = standin.counter(f"{FUNCTIONS[target]}GetWorkspaceSize")
+    message = 'keys and values in pools of their own, got kv_layout="interleaved"'
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(operator(**arrays, implementation=implementation))
+    assert standin.counter(f"{FUNCTIONS[target]}GetWorkspaceSize") == asked
 
 
 def test_more_positions_than_the_kernel_reads(standin):

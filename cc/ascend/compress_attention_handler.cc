@@ -5,6 +5,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ascend/compress_attention_abi.h"
@@ -31,9 +32,8 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
   };
   ffi::ErrorOr<Call> call = compress_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call;
-  if (call->problem.dtype == DataType::kFloat32) {
-    return refuse("takes bfloat16 and float16, not float32");
-  }
+  ffi::Error unread = CheckPagedForCann(kName, call->problem);
+  if (unread.failure()) return ffi::Unexpected(std::move(unread));
   if (call->problem.blocks.aligned || call->problem.forced.first != 1 ||
       call->problem.forced.last != 2) {
     return refuse("chooses blocks by its own rule only");

@@ -34,6 +34,19 @@ inline ffi::Error Unserved(const std::string& name, const std::string& reason) {
                     name + " on implementation \"ascend\": CANN's kernel " + reason);
 }
 
+// Refuses what none of CANN's kernels over paged keys and values reads.
+inline ffi::Error CheckPagedForCann(const std::string& name, const PagedProblem& problem) {
+  if (problem.dtype == DataType::kFloat32) {
+    return Unserved(name, "takes bfloat16 and float16, not float32");
+  }
+  // CANN is told a head's size, not how far the next one lies: it would take values for keys.
+  if (problem.interleaved) {
+    return Unserved(name,
+                    "takes keys and values in pools of their own, got kv_layout=\"interleaved\"");
+  }
+  return ffi::Error::Success();
+}
+
 // How a call on host buffers ends. In a program of several devices a call that fails would keep its
 // device out of later collectives, in which the others wait for it. There, where faults may not
 // fail, spoil() leaves results that nobody takes for right ones, `spoilt` says in what way, and the

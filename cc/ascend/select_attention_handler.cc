@@ -5,6 +5,7 @@
 #include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ascend/handlers.h"
@@ -31,9 +32,8 @@ ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets ret
                                  ffi::Dictionary attributes) {
   ffi::ErrorOr<Call> call = select_attention::Decode(args, rets, attributes);
   if (call.has_error()) return call;
-  if (call->problem.dtype == DataType::kFloat32) {
-    return ffi::Unexpected(Unserved(kName, "takes bfloat16 and float16, not float32"));
-  }
+  ffi::Error unread = CheckPagedForCann(kName, call->problem);
+  if (unread.failure()) return ffi::Unexpected(std::move(unread));
   if (call->problem.partial || call->arrays.lse != nullptr || call->arrays.window_lse != nullptr) {
     return ffi::Unexpected(Unserved(kName, "gives no log-sum-exp"));
   }
