@@ -12,6 +12,8 @@ from ascend.device_route import DeviceRoute
 from step.problems import Step, arguments_of
 from test_step import assert_is_the_sum, step_of
 
+from jax_nsa import native
+
 pytest_plugins = ("ascend.fixtures",)
 
 USUAL = Step(replace(Step().original, dtype="bfloat16", lengths=(300, 200), k=2))
@@ -31,6 +33,11 @@ DEVICE = {
     if step.window_page is None
 }
 LAUNCHES = ("aclnnNsaCompressAttentionInfer", "aclnnNsaSelectedAttentionInfer")
+STATUS = 507899
+FAILING = (
+    "aclrtMemcpyAsync", "aclrtSynchronizeStream", "aclCreateTensor", "aclCreateIntArray",
+    *(name for launch in LAUNCHES for name in (launch, f"{launch}GetWorkspaceSize")),
+)  # fmt: skip
 
 
 def launches(standin):
@@ -55,6 +62,33 @@ def test_device_route(standin, harness, name):
     before = launches(standin)
     assert_is_the_sum(*jax.jit(run)(*arrays), DEVICE[name], arguments)
     assert launches(standin) == [before[0] + 1, before[1] + 2]
+
+
+@pytest.mark.parametrize("function", FAILING)
+def test_each_call_of_a_step_fails(standin, function):
+    """A cold step tells which call failed, leaves nothing, and the next one is right to the bit."""
+    run, arrays = step_of(arguments_of(USUAL), "ascend")
+    step = jax.jit(run)
+    expected = jax.block_until_ready(step(*arrays))
+    release = native.module().ascend_release
+    release()
+    streams = standin.live()["stream"]
+    before = standin.counter(function)
+    jax.block_until_ready(step(*arrays))
+    calls = standin.counter(function) - before
+    assert calls >= len(LAUNCHES) or function.startswith(LAUNCHES)
+    for nth in range(1, calls + 1):
+        release()
+        standin.plan_fault(function, STATUS, call=nth)
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=function):
+            jax.block_until_ready(step(*arrays))
+        assert standin.clear_faults() == 0
+        release()
+        live = standin.live()
+        assert live.pop("stream") == streams
+        assert not any(live.values()), live
+        for result, want in zip(step(*arrays), expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(result), np.asarray(want))
 
 
 @pytest.mark.parametrize(("form", "waits"), [("traced", 3), ("constant", 0)])
