@@ -9,13 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches import HEAD_SIZE, HEADS, KEY_VALUE_HEADS, SIZES, VALUE_SIZE, WINDOWS, empty, weights
+from caches import (
+    HEAD_SIZE,
+    HEADS,
+    KEY_VALUE_HEADS,
+    PROMPT,
+    SIZES,
+    VALUE_SIZE,
+    WINDOWS,
+    Lists,
+    Programs,
+    assert_holds,
+    empty,
+    weights,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jax_nsa import native, nsa_attention, nsa_compress, nsa_decode_step
 
-PROMPT = 70  # tokens that a prompt is padded to
 IMPLEMENTATIONS = [
     "reference",
     pytest.param(
@@ -28,90 +40,7 @@ IMPLEMENTATIONS = [
 ]
 
 
-class Programs:
-    """What a server compiles: once each, whatever comes and goes."""
-
-    def __init__(self, block, stride):
-        weight = weights(block)
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(tables, pools, counts, key, value):
-            tables, fits = tables.allocate(counts)
-            return tables, pools.append(tables, key, value, weight), fits
-
-        self.step = step
-        self.truncate = jax.jit(lambda tables, lengths: tables.truncate(lengths), donate_argnums=0)
-        self.free = jax.jit(lambda tables, slots: tables.free(slots), donate_argnums=0)
-
-    def compiled(self):
-        return [f._cache_size() for f in (self.step, self.truncate, self.free)]
-
-
 PROGRAMS = functools.cache(Programs)
-
-
-class Lists:
-    """The cache as a dict of lists, and what may be asked of it."""
-
-    def __init__(self, block, stride, slots, pages, pages_per_slot, page_block_size):
-        self.block, self.stride, self.page = block, stride, page_block_size
-        self.pages, self.columns = pages, pages_per_slot
-        self.rows = {slot: [] for slot in range(slots)}
-
-    def held(self, tokens):
-        return sum(1 for first in range(0, tokens, self.page))
-
-    def step(self, counts, key, value):
-        left = self.pages - sum(self.held(len(rows)) for rows in self.rows.values())
-        asked, fits = 0, []
-        for slot, rows in self.rows.items():
-            many = len(rows) + counts[slot]
-            if self.held(many) > self.columns:
-                fits.append(False)
-                continue
-            new = self.held(many) - self.held(len(rows))
-            asked += new
-            fits.append(new == 0 or asked <= left)
-        for slot in np.flatnonzero(fits):
-            self.rows[slot] += [(key[slot, j], value[slot, j]) for j in range(counts[slot])]
-        return fits
-
-    def windows(self, slot):
-        """Pairs of compressed rows, in float64."""
-        rows = self.rows[slot]
-        found = []
-        for end in range(self.block, len(rows) + 1, self.stride):
-            pair = zip(*rows[end - self.block : end], strict=True)
-            found.append([
-                sum(np.float64(row) * w[:, None] for row, w in zip(side, weight, strict=True))
-                for side, weight in zip(pair, weights(self.block), strict=True)
-            ])  # fmt: skip
-        return found
-
-
-def check(model, tables, pools):
-    tables, pools = jax.tree.map(np.asarray, (tables, pools))
-    lengths = [len(rows) for rows in model.rows.values()]
-    assert tables.lengths.tolist() == lengths
-    windows = [model.windows(slot) for slot in model.rows]
-    for pages, held in ((tables.original, lengths), (tables.compressed, map(len, windows))):
-        names = []
-        for row, count in zip(pages.block_table, map(model.held, held), strict=True):
-            names += row[:count].tolist()
-            assert np.all(row[count:] == -1)
-        assert 0 <= pages.free_count <= len(pages.free)
-        names += pages.free[: pages.free_count].tolist()
-        assert sorted(names) == list(range(len(pages.free))), "a page is lost or named twice"
-    for slot, rows in model.rows.items():
-        for i, expected in enumerate(rows):
-            page = tables.original.block_table[slot, i // model.page]
-            np.testing.assert_array_equal(pools.key[page, i % model.page], expected[0])
-            np.testing.assert_array_equal(pools.value[page, i % model.page], expected[1])
-        for i, expected in enumerate(windows[slot]):
-            page = tables.compressed.block_table[slot, i // model.page]
-            for pool, row in zip((pools.compressed_key, pools.compressed_value), expected,
-                                 strict=True):  # fmt: skip
-                np.testing.assert_allclose(pool[page, i % model.page], row, rtol=1e-4, atol=1e-4)
 
 
 @st.composite
@@ -156,7 +85,7 @@ def test_any_history_leaves_what_lists_hold(window, history, seed):
             assert tables.counts.tolist() == [
                 n if fit else 0 for n, fit in zip(numbers, expected, strict=True)
             ]
-        check(model, tables, pools)
+        assert_holds(model, tables, pools)
     # One program for prompts and one for single tokens.
     assert all(most >= n for n, most in zip(programs.compiled(), (2, 1, 1), strict=True))
 

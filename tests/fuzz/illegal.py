@@ -6,16 +6,20 @@ What the host can see is refused before anything runs; for what only the running
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from interleaved.pools import RANKS
 
 from fuzz import faulty
 from fuzz.draw import Random, pick
-from fuzz.legal import OPERATORS
+from fuzz.legal import INTERLEAVE, OPERATORS, with_one_pool
+from jax_nsa import PagedKV
 
 Arguments = dict[str, Any]
 
@@ -105,6 +109,28 @@ def spoil_value(arguments: Arguments, random: Random) -> str:
     return name
 
 
+def spoil_one_pool(arguments: Arguments, random: Random) -> str:
+    """Of keys and values in one pool: another shape, values beside it, or a layout that is none."""
+    at = pick(random, "kv_layout", "shape", "value")
+    if at == "kv_layout":
+        arguments["kv_layout"] = pick(random, "separate", "Interleaved", None, 2)
+        return "kv_layout"
+    # The step's pools are those of its caches.
+    caches = [n for n, v in arguments.items() if isinstance(v, PagedKV)]
+    name = pick(random, *caches) if caches else None
+    key = arguments[name].key if name else arguments["key"]
+    if at == "shape":
+        wrong = (key[..., :-1], np.concatenate([key, key], axis=2), key[None], key[:0])
+        change = {"key": wrong[random.integers(len(wrong))]}
+    else:
+        change = {"value": key}
+    if name:
+        arguments[name] = dataclasses.replace(arguments[name], **change)
+        return name
+    arguments |= change
+    return next(iter(change))
+
+
 HOST: tuple[Callable[[Arguments, Random], str], ...] = (
     spoil_dtype, spoil_rank, spoil_static, spoil_integers, spoil_value,
 )  # fmt: skip
@@ -124,7 +150,15 @@ def check(operator: str, implementation: str, random: Random) -> str:
     """Spoils a call and sees it refused by name; returns what it was."""
     known = OPERATORS[operator]
     geometry = known.draw(random)
-    arguments = known.build(geometry)
+    one_pool = operator in INTERLEAVE and random.random() < 0.4
+    if one_pool:
+        geometry, rank = with_one_pool(geometry), pick(random, *RANKS)
+        arguments = INTERLEAVE[operator](known.build(geometry), rank)
+        arguments = jax.tree.map(
+            lambda a: np.array(a) if isinstance(a, jax.Array) else a, arguments
+        )
+    else:
+        arguments = known.build(geometry)
     tester = known.contract()
     tester.implementation = implementation
     if operator in RUN_TIME and random.random() < 0.4:
@@ -134,6 +168,8 @@ def check(operator: str, implementation: str, random: Random) -> str:
         for spoil in HOST
         if operator in RUN_TIME or spoil not in (spoil_integers, spoil_value)
     ]
+    if one_pool:
+        able.append(spoil_one_pool)
     spoil = able[random.integers(len(able))]
     name = spoil(arguments, random)
     told = f"{spoil.__name__} {name} = {arguments[name]!r}, {geometry}"
@@ -159,6 +195,8 @@ RELATED = {
                     "actual_seq_qlen", "slot_mapping"),
     "query": ("block_table", "head_num", "key"),
     "value": ("key",),
+    "kv_layout": ("value",),
+    **dict.fromkeys(("compressed", "selected", "window"), ("key", "value")),
     "layout": ("query",),
     "select_block_count": ("topk_indices",),
     "cache": ("input",),

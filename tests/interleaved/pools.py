@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,22 +11,49 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_nsa import PagedKV
+
 LARGEST = 128  # size of a head whose values are as large as its keys
 
 
-def interleave(key: Any, value: Any, heads: int) -> jax.Array:
-    """The pool `[pages, page, 2 * heads, D]` of pools of 3 or 4 axes; short values end in noise."""
+RANKS = (3, 4, 5)  # of a pool of both
+
+
+def interleave(key: Any, value: Any, heads: int, rank: int = 4) -> jax.Array:
+    """One pool of pools of 3 or 4 axes; short values end in noise.
+
+    Args:
+        key: the pool of keys.
+        value: that of values.
+        heads: key/value heads.
+        rank: 3, `[pages, page, heads * 2 * D]`; 4, `[pages, page, 2 * heads, D]`; or 5, `[pages,
+            page, heads, 2, D]`.
+    """
     key, value = (jnp.reshape(pool, (*pool.shape[:2], heads, -1)) for pool in (key, value))
     missing = key.shape[3] - value.shape[3]
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, missing)), constant_values=7)
-    return jnp.stack([key, value], axis=3).reshape(*key.shape[:2], 2 * heads, -1)
+    row = {3: (-1,), 4: (2 * heads, key.shape[3]), 5: (heads, 2, key.shape[3])}[rank]
+    return jnp.stack([key, value], axis=3).reshape(*key.shape[:2], *row)
 
 
-def interleaved(arguments: dict[str, Any]) -> dict[str, Any]:
+def interleaved(arguments: dict[str, Any], rank: int = 4) -> dict[str, Any]:
     """The same call of an attention operator with an interleaved pool."""
     heads = arguments["key_value_head_num"]
-    pool = interleave(arguments["key"], arguments["value"], heads)
+    pool = interleave(arguments["key"], arguments["value"], heads, rank)
     return {**arguments, "key": pool, "value": None, "kv_layout": "interleaved"}
+
+
+def interleaved_step(arguments: dict[str, Any], rank: int = 4) -> dict[str, Any]:
+    """The same step with an interleaved pool in each of its caches."""
+    heads = arguments["key_value_head_num"]
+    caches = {
+        name: dataclasses.replace(
+            cache, key=interleave(cache.key, cache.value, heads, rank), value=None
+        )
+        for name, cache in arguments.items()
+        if isinstance(cache, PagedKV)
+    }
+    return {**arguments, **caches, "kv_layout": "interleaved"}
 
 
 def assert_same(results: Any, expected: Any, implementation: str = "cpu") -> None:
