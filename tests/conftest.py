@@ -42,6 +42,7 @@ _COMMON = {
         hypothesis.HealthCheck.data_too_large,
     ],
 }
+hypothesis.settings.register_profile("brief", max_examples=10, **_COMMON)
 hypothesis.settings.register_profile("ci", max_examples=30, **_COMMON)
 hypothesis.settings.register_profile("thorough", max_examples=1000, **_COMMON)
 # HYPOTHESIS_PROFILE=thorough draws many more examples.
