@@ -91,7 +91,7 @@ def test_each_call_of_a_step_fails(standin, function):
             np.testing.assert_array_equal(np.asarray(result), np.asarray(want))
 
 
-@pytest.mark.parametrize(("form", "waits"), [("traced", 3), ("constant", 0)])
+@pytest.mark.parametrize(("form", "waits"), [("traced", 1), ("constant", 0)])
 def test_waits_of_a_step_on_the_device(standin, harness, form, waits):
     """Lengths that are constants of the program cost no wait, others one for each run.
 
