@@ -177,11 +177,14 @@ def nsa_decode_step(
         if window is None:
             branches = (attention, *chosen(window_size=window_size))
         else:
-            of_window = _told_of("window")(nsa_window_attention_infer)(
-                query, window.key, window.value, window_size=window_size, **shared,
-                **original("window", window),
+            branches = (
+                attention,
+                chosen(),
+                _told_of("window")(nsa_window_attention_infer)(
+                    query, window.key, window.value, window_size=window_size, **shared,
+                    **original("window", window),
+                ),
             )  # fmt: skip
-            branches = (attention, chosen(), of_window)
         return _gated_sum(gates, *branches), indices
 
     # Parts of sequences that lie on several devices are merged between the calls.
