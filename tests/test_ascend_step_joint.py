@@ -18,7 +18,7 @@ from step.calls import step_of
 from step.problems import arguments_of
 from test_ascend_step import DEVICE
 
-from jax_nsa import PagedKV, backends, chain, export_disabled_checks
+from jax_nsa import PagedKV, export_disabled_checks
 from jax_nsa.backends import ascend
 from jax_nsa.backends.ascend import step as joint_step
 
@@ -318,8 +318,3 @@ def test_frames_that_lie(standin, harness, monkeypatch):
         with pytest.raises(Exception, match=message):
             run_joint(target, changed)
     run_joint(target, parts)
-
-
-def test_only_backends_that_join_are_asked():
-    joining = [name for name, backend in backends.ALL.items() if isinstance(backend, chain.Joins)]
-    assert joining == ["ascend"]
