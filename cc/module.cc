@@ -42,6 +42,7 @@ XLA_FFI_Error* jax_nsa_compress_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_ascend_host(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_ascend_host(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_step_ascend(XLA_FFI_CallFrame*);
 }
 
 namespace {
@@ -67,6 +68,7 @@ py::dict Registrations() {
   ascend["jax_nsa_select_attention_ascend"] = Target("ASCEND", jax_nsa_select_attention_ascend);
   ascend["jax_nsa_select_attention_ascend_host"] =
       Target("cpu", jax_nsa_select_attention_ascend_host);
+  ascend["jax_nsa_step_ascend"] = Target("ASCEND", jax_nsa_step_ascend);
   py::dict all;
   all["cpu"] = cpu;
 #ifdef JAX_NSA_CUDA

@@ -17,7 +17,7 @@ import numpy as np
 from jax_nsa.axes import Axes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jax_nsa.backends import Call
 
@@ -139,7 +139,7 @@ def custom_call(
         **attributes: those of this kernel alone.
     """
     further = dict(further_results or {})
-    results = [r.name for r in call.operator.results(call.problem)]
+    results = _result_names(call)
     aliases = {
         call.names.index(name): at
         for at, name in enumerate(results)
@@ -149,19 +149,54 @@ def custom_call(
         target_name(backend, call.operator.target),
         [*call.results(), *further.values()],
         input_output_aliases=aliases,
-    )(
-        *operands,
-        operands=" ".join(call.names),
-        results=" ".join([*results, *further]),
-        problem=_scalars(call.problem),
-        release=RELEASE,
-        faults=call.on_fault,
-        maps=np.asarray(call.maps, np.int64),
-        pool_maps=np.int64(call.pool_maps),
-        is_part=np.int64(call.is_part),
-        **attributes,
-    )
+    )(*operands, **_attributes(call, further), **attributes)
     return outcomes[: len(results)]
+
+
+def joint_call(
+    backend: str,
+    target: str,
+    parts: Mapping[str, tuple[Call, Sequence[jax.Array], Mapping[str, Any]]],
+) -> list[Sequence[jax.Array]]:
+    """Calls a kernel that serves several calls at once.
+
+    Args:
+        backend: which kernel, as targets spell it.
+        target: its target.
+        parts: by the name that the attributes of each begin with: a call, its operands, and
+            attributes of this kernel alone. Arrays lie one call after the other.
+
+    Returns:
+        The results of each.
+    """
+    calls = [call for call, _, _ in parts.values()]
+    shapes = [shape for call in calls for shape in call.results()]
+    arrays = [array for _, operands, _ in parts.values() for array in operands]
+    attributes = {
+        f"{name}_{attribute}": value
+        for name, (call, _, own) in parts.items()
+        for attribute, value in {**_attributes(call), **own}.items()
+    }
+    outcomes = iter(jax.ffi.ffi_call(target_name(backend, target), shapes)(*arrays, **attributes))
+    return [[next(outcomes) for _ in _result_names(call)] for call in calls]
+
+
+def _result_names(call: Call) -> list[str]:
+    return [result.name for result in call.operator.results(call.problem)]
+
+
+def _attributes(call: Call, further_results: Iterable[str] = ()) -> dict[str, Any]:
+    """What every kernel is told of a call."""
+    return {
+        "operands": " ".join(call.names),
+        "results": " ".join([*_result_names(call), *further_results]),
+        "problem": _scalars(call.problem),
+        "release": RELEASE,
+        "faults": call.on_fault,
+        "maps": np.asarray(call.maps, np.int64),
+        "pool_maps": np.int64(call.pool_maps),
+        "is_part": np.int64(call.is_part),
+    }
 
 
 def _scalars(problem: Any) -> dict[str, np.generic]:

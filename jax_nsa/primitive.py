@@ -67,26 +67,32 @@ def _lower(
     implementation: Sequence[str] | None, on_fault: str | None, **static: Any,
 ) -> Sequence[Any]:  # fmt: skip
     """Chooses an implementation and traces it into the program; on several devices, in parts."""
-    on_fault = on_fault or ("fail" if _compat.num_devices(ctx) == 1 else "nan")
-    call = backends.Call(operator, tuple(ctx.avals_in), on_fault=on_fault, **static)
+    call = backends.Call(
+        operator, tuple(ctx.avals_in), on_fault=default_on_fault(ctx, on_fault), **static
+    )
     axes = Axes.of(operator, call.names, call.problem, ctx.avals_in)
     if _computes_nothing(axes, ctx.avals_out):
-        return _lower_function(
+        return lower_function(
             ctx, lambda *_: _absent_rows(operator, call.problem, ctx.avals_out), operands
         )
     backend = backends.choose(platform or _compat.single_platform(ctx), implementation, call)
     if _compat.automatic_devices(ctx) <= 1:
-        return _lower_function(ctx, functools.partial(backend.compute, call), operands)
+        return lower_function(ctx, functools.partial(backend.compute, call), operands)
     split = partition.partitioned(backend, call, axes)
     # What decides the result must be in the program: JAX's cache of compiled programs knows no
     # more of a partitioned call than what the text says.
     with _compat.serializable(ctx):
-        results = _lower_function(_compat.with_mesh_of_factors(ctx), split, operands)
+        results = lower_function(_compat.with_mesh_of_factors(ctx), split, operands)
     _compat.annotate(results, backends.identity(backend, call))
     return results
 
 
-def _lower_function(
+def default_on_fault(ctx: mlir.LoweringRuleContext, on_fault: str | None) -> str:
+    """What a kernel on the host does about a bad value, where the user left it open."""
+    return on_fault or ("fail" if _compat.num_devices(ctx) == 1 else "nan")
+
+
+def lower_function(
     ctx: mlir.LoweringRuleContext, function: Callable[..., Any], operands: Sequence[Any]
 ) -> Sequence[Any]:
     """Lowers a function of plain arrays, whatever mesh the surrounding program is under."""

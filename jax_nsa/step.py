@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import checks, pools
+from jax_nsa import chain, checks, pools
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
@@ -148,14 +148,16 @@ def nsa_decode_step(
         "select_block_size": select_block_size,
         "select_block_count": select_block_count,
     }
-    attention, indices = _told_of("compressed")(nsa_compress_attention_infer)(
-        query, compressed.key, compressed.value, **shared, **of_blocks,
-        page_block_size=_page_size("compressed", compressed),
-        compress_block_size=compress_block_size, compress_stride=compress_stride,
-        atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
-        actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
-        importance=importance, init_blocks=init_blocks, local_blocks=local_blocks,
-    )  # fmt: skip
+
+    def choose() -> tuple[jax.Array, ...]:
+        return _told_of("compressed")(nsa_compress_attention_infer)(
+            query, compressed.key, compressed.value, **shared, **of_blocks,
+            page_block_size=_page_size("compressed", compressed),
+            compress_block_size=compress_block_size, compress_stride=compress_stride,
+            atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
+            actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
+            importance=importance, init_blocks=init_blocks, local_blocks=local_blocks,
+        )  # fmt: skip
 
     def original(name: str, cache: PagedKV) -> dict[str, Any]:
         return {
@@ -163,22 +165,30 @@ def nsa_decode_step(
             "actual_seq_kvlen": cache.lengths,
         }  # fmt: skip
 
-    # A scan that keeps the indices would otherwise have XLA write them where they are kept by a
-    # second call of the compressed branch, beside the one whose indices are used here.
-    indices = jax.lax.optimization_barrier(indices)
-    chosen = functools.partial(
-        _told_of("selected")(nsa_select_attention_infer), query, selected.key, selected.value,
-        indices, **shared, **of_blocks, **original("selected", selected),
-    )  # fmt: skip
-    if window is None:
-        branches = (attention, *chosen(window_size=window_size))
-    else:
-        of_window = _told_of("window")(nsa_window_attention_infer)(
-            query, window.key, window.value, window_size=window_size, **shared,
-            **original("window", window),
+    def step() -> tuple[jax.Array, jax.Array]:
+        attention, indices = choose()
+        # A scan that keeps the indices would otherwise have XLA write them where they are kept by
+        # a second call of the compressed branch, beside the one whose indices are used here.
+        indices = jax.lax.optimization_barrier(indices)
+        chosen = functools.partial(
+            _told_of("selected")(nsa_select_attention_infer), query, selected.key, selected.value,
+            indices, **shared, **of_blocks, **original("selected", selected),
         )  # fmt: skip
-        branches = (attention, chosen(), of_window)
-    return _gated_sum(gates, *branches), indices
+        if window is None:
+            branches = (attention, *chosen(window_size=window_size))
+        else:
+            branches = (
+                attention,
+                chosen(),
+                _told_of("window")(nsa_window_attention_infer)(
+                    query, window.key, window.value, window_size=window_size, **shared,
+                    **original("window", window),
+                ),
+            )  # fmt: skip
+        return _gated_sum(gates, *branches), indices
+
+    # Parts of sequences that lie on several devices are merged between the calls.
+    return step() if context_axis is not None else chain.bind(step, implementation)
 
 
 @jax.jit

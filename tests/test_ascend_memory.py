@@ -133,7 +133,7 @@ class TestMemory:
                 OPERATOR, tuple(operands.values()), tuple(operands), problem,
                 constants=(("lengths", (8,)),),
             )  # fmt: skip
-            attention, indices = harness.run(call, [*operands.values()], call.results())
+            attention, indices = harness.run(call, [*operands.values()])
             np.testing.assert_array_equal(attention, np.ones_like(attention))
             assert indices.tolist() == [[[[0, 1]]]]
 

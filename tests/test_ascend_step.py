@@ -1,8 +1,7 @@
-"""The whole decode step on CANN's operators, composed of them, on the stand-in for CANN."""
+"""The whole decode step on CANN's operators, on the stand-in for CANN: both routes."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import jax
@@ -28,14 +27,22 @@ DEVICE = {
     name: replace(
         step,
         original=replace(step.original, key_value_heads=1, head_size=192, value_size=128, page=64),
+        window_page=step.window_page and 64,
     )
-    for name, step in HOST.items()
-    if step.window_page is None
-}
+    for name, step in (
+        *HOST.items(),
+        ("packed", Step(replace(USUAL.original, token_counts=(2, 3)))),
+        # The last window ends with its sequence, so that tokens before do not see it.
+        ("tokens that see less", Step(replace(USUAL.original, lengths=(480, 672), layout="BSND",
+                                              tokens=4))),
+    )
+}  # fmt: skip
 LAUNCHES = ("aclnnNsaCompressAttentionInfer", "aclnnNsaSelectedAttentionInfer")
 STATUS = 507899
+CREATED = ("aclCreateTensor", "aclCreateIntArray")
 FAILING = (
-    "aclrtMemcpyAsync", "aclrtSynchronizeStream", "aclCreateTensor", "aclCreateIntArray",
+    "aclrtMemcpyAsync", "aclrtSynchronizeStream", "aclrtMalloc", "aclrtMallocHost",
+    *CREATED, "aclDestroyTensor", "aclDestroyIntArray",
     *(name for launch in LAUNCHES for name in (launch, f"{launch}GetWorkspaceSize")),
 )  # fmt: skip
 
@@ -64,67 +71,60 @@ def test_device_route(standin, harness, name):
     assert launches(standin) == [before[0] + 1, before[1] + 2]
 
 
-@pytest.mark.parametrize("function", FAILING)
-def test_each_call_of_a_step_fails(standin, function):
-    """A cold step tells which call failed, leaves nothing, and the next one is right to the bit."""
-    run, arrays = step_of(arguments_of(USUAL), "ascend")
-    step = jax.jit(run)
-    expected = jax.block_until_ready(step(*arrays))
-    release = native.module().ascend_release
-    release()
-    streams = standin.live()["stream"]
-    before = standin.counter(function)
-    jax.block_until_ready(step(*arrays))
-    calls = standin.counter(function) - before
-    assert calls >= len(LAUNCHES) or function.startswith(LAUNCHES)
-    for nth in range(1, calls + 1):
-        release()
-        standin.plan_fault(function, STATUS, call=nth)
-        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=function):
-            jax.block_until_ready(step(*arrays))
-        assert standin.clear_faults() == 0
-        release()
-        live = standin.live()
-        assert live.pop("stream") == streams
-        assert not any(live.values()), live
-        for result, want in zip(step(*arrays), expected, strict=True):
-            np.testing.assert_array_equal(np.asarray(result), np.asarray(want))
+class TestEachCallFails:
+    """A cold step tells which call failed, leaves nothing, and the next is right to the bit."""
 
+    @pytest.mark.parametrize("function", FAILING)
+    def test_on_the_host(self, standin, function):
+        run, arrays = step_of(arguments_of(USUAL), "ascend")
+        step = jax.jit(run)
+        expected = jax.block_until_ready(step(*arrays))
+        native.module().ascend_release()
+        streams, before = standin.live()["stream"], standin.counter(function)
+        jax.block_until_ready(step(*arrays))
+        calls = standin.counter(function) - before
+        assert calls >= len(LAUNCHES) or function.startswith(LAUNCHES)
 
-@pytest.mark.parametrize(("form", "waits"), [("traced", 3), ("constant", 0)])
-def test_waits_of_a_step_on_the_device(standin, harness, form, waits):
-    """Lengths that are constants of the program cost no wait, others one for each run.
+        def plan(nth):
+            standin.plan_fault(function, STATUS, call=nth)
 
-    Chosen blocks are not why: what comes to the host is the compressed branch's table and lengths.
-    """
-    arguments = arguments_of(DEVICE["one token"])
-    run, arrays = step_of(arguments, DeviceRoute.NAME)
-    if form == "constant":
-        names = ("compressed", "selected")
-        caches = {
-            name: replace(cache, lengths=arguments[name].lengths)
-            for name, cache in zip(names, arrays[2:4], strict=True)
-        }
-        step = functools.partial(_with_lengths, run, caches)
-    else:
-        step = run
-    step = jax.jit(step)
-    jax.block_until_ready(step(*arrays))
-    counters = ("aclrtSynchronizeStream", "bytes to host")
-    before = [standin.counter(name) for name in counters]
-    jax.block_until_ready(step(*arrays))
-    waited, fetched = (standin.counter(n) - b for n, b in zip(counters, before, strict=True))
-    harness_waits = 3
-    assert waited - harness_waits == waits
-    table, lengths = arguments["compressed"].block_table, arguments["compressed"].lengths
-    assert fetched == (0 if form == "constant" else 4 * (np.size(table) + waits * len(lengths)))
+        self.fail_each(standin, lambda: step(*arrays), expected, function, calls, streams, plan)
 
+    @pytest.mark.parametrize("function", [*FAILING, "aclrtMemsetAsync"])
+    def test_on_the_device(self, standin, harness, function):
+        """All of the step's calls are in one handler; the harness's own come before and after."""
+        run, arrays = step_of(arguments_of(DEVICE["tokens and rows without one"]), DeviceRoute.NAME)
+        step = jax.jit(run)
+        expected = jax.block_until_ready(step(*arrays))
+        native.module().ascend_release()
+        counts = []
+        harness.on_entry = harness.on_exit = lambda: counts.append(standin.counter(function))
+        jax.block_until_ready(step(*arrays))
+        harness.on_exit = None
+        before, after = counts
+        assert after > before
 
-def _with_lengths(run, caches, *arrays):
-    """The step with lengths that the host knows."""
-    query, gates, *given = arrays
-    known = [
-        replace(cache, lengths=caches[name].lengths)
-        for cache, name in zip(given, caches, strict=True)
-    ]
-    return run(query, gates, *known)
+        def plan(nth):
+            harness.on_entry = lambda: standin.plan_fault(function, STATUS, call=nth)
+
+        def call():
+            try:
+                return jax.block_until_ready(step(*arrays))
+            finally:
+                harness.on_entry = None
+
+        self.fail_each(standin, call, expected, function, after - before, 1, plan)
+
+    def fail_each(self, standin, step, expected, function, calls, streams, plan):
+        for nth in range(1, calls + 1):
+            native.module().ascend_release()
+            plan(nth)
+            with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=function):
+                jax.block_until_ready(step())
+            assert standin.clear_faults() == 0
+            native.module().ascend_release()
+            live = standin.live()
+            assert live.pop("stream") == streams
+            assert not any(live.values()), live
+            for result, want in zip(step(), expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(result), np.asarray(want))

@@ -3,12 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "ascend/compress_attention_abi.h"
+#include "ascend/compress_attention_device.h"
 #include "ascend/compress_attention_launch.h"
 #include "ascend/compress_attention_request.h"
 #include "ascend/context.h"
@@ -21,33 +19,6 @@
 
 namespace jax_nsa::ascend {
 namespace {
-
-constexpr char kName[] = "nsa_compress_attention_infer";
-
-// Decodes a call and refuses what CANN's kernel does not have, whatever the sequences are.
-ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                                 ffi::Dictionary attributes) {
-  const auto refuse = [](const std::string& reason) {
-    return ffi::Unexpected(Unserved(kName, reason));
-  };
-  ffi::ErrorOr<Call> call = compress_attention::Decode(args, rets, attributes);
-  if (call.has_error()) return call;
-  ffi::Error unread = CheckPagedForCann(kName, call->problem);
-  if (unread.failure()) return ffi::Unexpected(std::move(unread));
-  if (call->problem.blocks.aligned || call->problem.forced.first != 1 ||
-      call->problem.forced.last != 2) {
-    return refuse("chooses blocks by its own rule only");
-  }
-  if (call->arrays.lse != nullptr) return refuse("gives no log-sum-exp");
-  if (call->problem.page_size > kMaxPageSize) {
-    return refuse("takes pages of at most " + std::to_string(kMaxPageSize) + " rows, got " +
-                  std::to_string(call->problem.page_size));
-  }
-  if (call->problem.sequences > kMaxSequences) {
-    return refuse("takes at most " + std::to_string(kMaxSequences) + " sequences");
-  }
-  return call;
-}
 
 size_t RowBytes(int64_t heads, int64_t size) { return heads * size * kElementSize; }
 
@@ -198,7 +169,7 @@ void FillWithNaN(const Call& call) {
 // sequences or none.
 ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
                         ffi::Dictionary attributes) {
-  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
+  const ffi::ErrorOr<Call> call = DecodeCompressAttention(args, rets, attributes);
   if (call.has_error()) return call.error();
   ffi::Error error = RunOnHost(*call, Attribute<int64_t>(attributes, "device", 0));
   return EndOnHost(error, call->faults_fail, "NaN in place of results",
@@ -207,82 +178,17 @@ ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
 
 // --- Buffers on the device. ----------------------------------------------------------------------
 
-// Points the integer operands of `call` to copies on the host, which takes one wait for the
-// stream.
-ffi::Error FetchOperands(Call* call, Context& context) {
-  const Problem& problem = call->problem;
-  return FetchIntegers({{&call->arrays.block_table, problem.sequences * problem.pages_per_sequence},
-                        {&call->arrays.lengths, problem.sequences},
-                        {&call->arrays.token_counts, problem.sequences},
-                        {&call->arrays.early_counts, problem.sequences},
-                        {&call->arrays.select_lengths, problem.sequences},
-                        {&call->arrays.first_rows, problem.sequences}},
-                       context);
-}
-
-// Fills the rows that hold no token: everything from row `first` on.
-ffi::Error FillResults(const Call& call, int64_t first, Context& context) {
-  const Problem& problem = call.problem;
-  const auto fill = [&](void* array, size_t row_bytes, int value) {
-    const size_t size = (problem.rows - first) * row_bytes;
-    return JAX_NSA_ACL_CALL(context.api(), aclrtMemsetAsync,
-                            static_cast<std::byte*>(array) + first * row_bytes, size, value, size,
-                            context.stream());
-  };
-  JAX_NSA_RETURN_IF_ERROR(
-      fill(call.arrays.attention, RowBytes(problem.heads, problem.value_size), 0));
-  return fill(call.arrays.topk_indices,
-              problem.key_value_heads * problem.select_count * sizeof(int32_t), 0xFF);
-}
-
-ffi::Error RunOnDevice(const CompressAttentionApi& functions, const Call& call,
-                       const std::optional<std::vector<int32_t>>& constant_lengths,
-                       Context& context) {
-  const Problem& problem = call.problem;
-  Call on_host = call;
-  PageIds page_ids = PageIds::kOnHost;
-  if (constant_lengths.has_value() && call.arrays.token_counts == nullptr) {
-    on_host.arrays.lengths = constant_lengths->data();
-    page_ids = PageIds::kOnDevice;
-  } else {
-    JAX_NSA_RETURN_IF_ERROR(FetchOperands(&on_host, context));
-  }
-  Request request;
-  JAX_NSA_RETURN_IF_ERROR(MakeRequest(on_host, page_ids, &request));
-
-  const bool full = request.total_tokens == problem.rows;
-  QueryLayout layout = QueryLayout::kPacked;
-  if (problem.tokens > 0 && !full) {
-    if (problem.tokens > kMaxTokens) {
-      return Unserved(kName, "takes at most " + std::to_string(kMaxTokens) +
-                                 " query rows for each sequence, got " +
-                                 std::to_string(problem.tokens));
-    }
-    layout = QueryLayout::kPadded;
-    JAX_NSA_RETURN_IF_ERROR(FillResults(call, 0, context));
-  } else if (!full) {
-    int64_t next = 0;
-    for (int64_t b = 0; b < problem.sequences; ++b) {
-      if (request.first_rows[b] != next) {
-        return Unserved(kName, "takes consecutive rows of query, and first_rows[" +
-                                   std::to_string(b) + "] leaves a gap");
-      }
-      next += request.token_counts[b];
-    }
-    JAX_NSA_RETURN_IF_ERROR(FillResults(call, next, context));
-  }
-  return Launch(functions, problem, call.arrays, request, layout, context);
-}
-
 ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
                           ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
-  if (call.has_error()) return call.error();
-  const auto lengths = ConstantLengths<int32_t>(attributes, call->problem.sequences);
-  if (lengths.has_error()) return lengths.error();
+  CompressAttentionOnDevice call;
+  JAX_NSA_RETURN_IF_ERROR(call.Decode(args, rets, attributes));
   return RunOnStream<CompressAttentionApi>(
-      stream, ordinal, [&](const CompressAttentionApi& functions, Context& context) {
-        return RunOnDevice(functions, *call, *lengths, context);
+      stream, ordinal, [&](const CompressAttentionApi& functions, Context& context) -> ffi::Error {
+        std::vector<Integers> integers;
+        call.AddIntegers(&integers);
+        JAX_NSA_RETURN_IF_ERROR(FetchIntegers(integers, context));
+        JAX_NSA_RETURN_IF_ERROR(call.Plan());
+        return call.Enqueue(functions, /*absent=*/0xFF, context);
       });
 }
 

@@ -14,10 +14,8 @@
 #include "ascend/runtime.h"
 #include "paged_call.h"
 
-// Defines both under the names that custom calls know, once they are complete.
-#define JAX_NSA_ASCEND_HANDLERS(target)                                                            \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_##target##_ascend_host, jax_nsa::ascend::HandleOnHost,     \
-                                xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs());    \
+// Defines one or both under the names that custom calls know, once they are complete.
+#define JAX_NSA_ASCEND_DEVICE_HANDLER(target)                                                      \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_##target##_ascend, jax_nsa::ascend::HandleOnDevice,        \
                                 xla::ffi::Ffi::Bind()                                              \
                                     .Ctx<xla::ffi::PlatformStream<jax_nsa::ascend::aclrtStream>>() \
@@ -25,6 +23,10 @@
                                     .RemainingArgs()                                               \
                                     .RemainingRets()                                               \
                                     .Attrs())
+#define JAX_NSA_ASCEND_HANDLERS(target)                                                         \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_##target##_ascend_host, jax_nsa::ascend::HandleOnHost,  \
+                                xla::ffi::Ffi::Bind().RemainingArgs().RemainingRets().Attrs()); \
+  JAX_NSA_ASCEND_DEVICE_HANDLER(target)
 
 namespace jax_nsa::ascend {
 

@@ -3,14 +3,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
-#include <string>
-#include <utility>
 #include <vector>
 
 #include "ascend/handlers.h"
 #include "ascend/run.h"
 #include "ascend/select_attention_abi.h"
+#include "ascend/select_attention_device.h"
 #include "ascend/select_attention_launch.h"
 #include "ascend/select_attention_readings.h"
 #include "ascend/staging.h"
@@ -24,21 +22,6 @@ using select_attention::Arrays;
 using select_attention::Call;
 using select_attention::Problem;
 using Limits = SelectAttentionLimits;
-
-constexpr char kName[] = "nsa_select_attention_infer";
-
-// Decodes a call and refuses what CANN's kernel does not have, wherever the buffers are.
-ffi::ErrorOr<Call> DecodeForCann(ffi::RemainingArgs args, ffi::RemainingRets rets,
-                                 ffi::Dictionary attributes) {
-  ffi::ErrorOr<Call> call = select_attention::Decode(args, rets, attributes);
-  if (call.has_error()) return call;
-  ffi::Error unread = CheckPagedForCann(kName, call->problem);
-  if (unread.failure()) return ffi::Unexpected(std::move(unread));
-  if (call->problem.partial || call->arrays.lse != nullptr || call->arrays.window_lse != nullptr) {
-    return ffi::Unexpected(Unserved(kName, "gives no log-sum-exp"));
-  }
-  return call;
-}
 
 // --- Buffers on the host. ------------------------------------------------------------------------
 //
@@ -145,7 +128,7 @@ ffi::Error RunStaged(const SelectAttentionApi& functions, const Call& call,
 // fails.
 ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
                         ffi::Dictionary attributes) {
-  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
+  const ffi::ErrorOr<Call> call = DecodeSelectAttention(args, rets, attributes);
   if (call.has_error()) return call.error();
   Readings readings(*call);
   ffi::Error error = readings.Collect();
@@ -161,64 +144,18 @@ ffi::Error HandleOnHost(ffi::RemainingArgs args, ffi::RemainingRets rets,
 }
 
 // --- Buffers on the device. ----------------------------------------------------------------------
-//
-// The program has made blocks, pages and lengths safe before the call (jax_nsa/backends/ascend);
-// here they cannot be read without a wait for what computes them.
-
-ffi::Error CheckForDevice(const Problem& problem) {
-  const auto refuse = [](const std::string& what, int64_t got) {
-    return Unserved(kName, "takes on the device " + what + ", got " + std::to_string(got));
-  };
-  if (problem.tokens != 1) return refuse("one row of query for each sequence", problem.tokens);
-  if (problem.select_count == 0 || problem.window_size != 0) {
-    return refuse("blocks and no window, which has", problem.window_size);
-  }
-  if (problem.key_value_heads != Limits::kKeyValueHeads) {
-    return refuse("one key/value head", problem.key_value_heads);
-  }
-  if (problem.heads > Limits::kMaxGroup) {
-    return refuse("at most " + std::to_string(Limits::kMaxGroup) + " query heads", problem.heads);
-  }
-  if (problem.head_size != Limits::kHeadSize) {
-    return refuse("heads of " + std::to_string(Limits::kHeadSize), problem.head_size);
-  }
-  if (problem.value_size != Limits::kValueSize) {
-    return refuse("value heads of " + std::to_string(Limits::kValueSize), problem.value_size);
-  }
-  if (problem.page_size != Limits::kSmallPage && problem.page_size != Limits::kLargePage) {
-    return refuse("pages of 64 or 128 rows", problem.page_size);
-  }
-  return ffi::Error::Success();
-}
-
-ffi::Error RunOnDevice(const SelectAttentionApi& functions, const Call& call,
-                       std::optional<std::vector<int64_t>> lengths, Context& context) {
-  const Problem& problem = call.problem;
-  if (!lengths.has_value()) {
-    const int32_t* fetched = call.arrays.lengths;
-    JAX_NSA_RETURN_IF_ERROR(FetchIntegers({{&fetched, problem.sequences}}, context));
-    lengths.emplace(fetched, fetched + problem.sequences);
-  }
-  for (int64_t length : *lengths) {
-    if (length < 1 || length > problem.capacity()) {
-      return ffi::Error(ffi::ErrorCode::kInvalidArgument, "lengths must be in [1, " +
-                                                              std::to_string(problem.capacity()) +
-                                                              "], got " + std::to_string(length));
-    }
-  }
-  return Launch(functions, problem, call.arrays, *lengths, context);
-}
 
 ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
                           ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  const ffi::ErrorOr<Call> call = DecodeForCann(args, rets, attributes);
-  if (call.has_error()) return call.error();
-  JAX_NSA_RETURN_IF_ERROR(CheckForDevice(call->problem));
-  const auto lengths = ConstantLengths<int64_t>(attributes, call->problem.sequences);
-  if (lengths.has_error()) return lengths.error();
+  SelectAttentionOnDevice call;
+  JAX_NSA_RETURN_IF_ERROR(call.Decode(args, rets, attributes));
   return RunOnStream<SelectAttentionApi>(
-      stream, ordinal, [&](const SelectAttentionApi& functions, Context& context) {
-        return RunOnDevice(functions, *call, *lengths, context);
+      stream, ordinal, [&](const SelectAttentionApi& functions, Context& context) -> ffi::Error {
+        std::vector<Integers> integers;
+        call.AddIntegers(&integers);
+        JAX_NSA_RETURN_IF_ERROR(FetchIntegers(integers, context));
+        JAX_NSA_RETURN_IF_ERROR(call.Plan());
+        return call.Enqueue(functions, context);
       });
 }
 

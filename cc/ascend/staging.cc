@@ -33,6 +33,7 @@ void CopyRows(const void* from, size_t from_bytes, int64_t rows, size_t to_bytes
 }
 
 ffi::Error FetchIntegers(const std::vector<Integers>& operands, Context& context) {
+  if (operands.empty()) return ffi::Error::Success();
   Pieces pieces;
   for (const Integers& operand : operands) pieces.Add(operand.size * sizeof(int32_t));
   JAX_NSA_RETURN_IF_ERROR(context.Reserve(&context.staging, pieces.end()));

@@ -44,8 +44,8 @@ struct Integers {
   int64_t size;
 };
 
-// Points arrays on the device to copies on the host, which takes one wait for the stream. The
-// copies are the context's, until its next call.
+// Points arrays on the device to copies on the host, which takes one wait for the stream; where
+// there are none, none. The copies are the context's, until its next call.
 ffi::Error FetchIntegers(const std::vector<Integers>& operands, Context& context);
 
 }  // namespace jax_nsa::ascend

@@ -20,45 +20,58 @@ struct XLA_FFI_Error {
 
 class CallFrame {
  public:
+  // What follows is of the call whose attributes have this prefix, of several that are one.
+  void Begin(const std::string& prefix) { call_ = &calls_[prefix_ = prefix]; }
+
   void AddArgument(const std::string& name, XLA_FFI_DataType type, std::vector<int64_t> dims,
                    void* data) {
     arguments_.push_back(AddBuffer(type, std::move(dims), data));
-    operand_names_ += (operand_names_.empty() ? "" : " ") + name;
+    call_->operands += (call_->operands.empty() ? "" : " ") + name;
   }
   void AddResult(const std::string& name, XLA_FFI_DataType type, std::vector<int64_t> dims,
                  void* data) {
     results_.push_back(AddBuffer(type, std::move(dims), data));
-    result_names_ += (result_names_.empty() ? "" : " ") + name;
+    call_->results += (call_->results.empty() ? "" : " ") + name;
   }
   // Attributes; those of the dictionary "problem" separately.
-  void SetInteger(const std::string& name, int64_t value) { Integer(attributes_, name, value); }
+  void SetInteger(const std::string& name, int64_t value) {
+    Integer(attributes_, prefix_ + name, value);
+  }
   void SetIntegers(const std::string& name, std::vector<int64_t> values) {
     arrays_.push_back(std::move(values));
     array_attributes_.push_back(
         {XLA_FFI_DataType_S64, arrays_.back().size(), arrays_.back().data()});
-    attributes_[name] = {XLA_FFI_AttrType_ARRAY, &array_attributes_.back()};
+    attributes_[prefix_ + name] = {XLA_FFI_AttrType_ARRAY, &array_attributes_.back()};
   }
   void SetString(const std::string& name, const std::string& value) {
     strings_.push_back(value);
     string_attributes_.push_back({strings_.back().data(), strings_.back().size()});
-    attributes_[name] = {XLA_FFI_AttrType_STRING, &string_attributes_.back()};
+    attributes_[prefix_ + name] = {XLA_FFI_AttrType_STRING, &string_attributes_.back()};
   }
-  void SetProblemInteger(const std::string& name, int64_t value) { Integer(problem_, name, value); }
+  void SetProblemInteger(const std::string& name, int64_t value) {
+    Integer(call_->problem, name, value);
+  }
   void SetProblemFloat(const std::string& name, float value) {
     floats_.push_back(value);
     scalars_.push_back({XLA_FFI_DataType_F32, &floats_.back()});
-    problem_[name] = {XLA_FFI_AttrType_SCALAR, &scalars_.back()};
+    call_->problem[name] = {XLA_FFI_AttrType_SCALAR, &scalars_.back()};
   }
   void SetStream(void* stream, int32_t device_ordinal) { context_ = {stream, device_ordinal}; }
 
   // Runs the handler; null on success.
   std::unique_ptr<XLA_FFI_Error> Run(XLA_FFI_Handler* handler) {
-    Dictionary problem(problem_);
-    XLA_FFI_ByteSpan operands = {operand_names_.data(), operand_names_.size()};
-    XLA_FFI_ByteSpan results_named = {result_names_.data(), result_names_.size()};
-    attributes_["operands"] = {XLA_FFI_AttrType_STRING, &operands};
-    attributes_["results"] = {XLA_FFI_AttrType_STRING, &results_named};
-    attributes_["problem"] = {XLA_FFI_AttrType_DICTIONARY, problem.attrs()};
+    std::deque<Dictionary> problems;
+    std::deque<XLA_FFI_ByteSpan> names;
+    for (const auto& [prefix, call] : calls_) {
+      const auto add_names = [&](const char* attribute, const std::string& its) {
+        names.push_back({its.data(), its.size()});
+        attributes_[prefix + attribute] = {XLA_FFI_AttrType_STRING, &names.back()};
+      };
+      add_names("operands", call.operands);
+      add_names("results", call.results);
+      attributes_[prefix + "problem"] = {XLA_FFI_AttrType_DICTIONARY,
+                                         problems.emplace_back(call.problem).attrs()};
+    }
     Dictionary attributes(attributes_);
     std::vector<void*> arguments = Pointers(arguments_), results = Pointers(results_);
     std::vector<XLA_FFI_ArgType> argument_types(arguments.size(), XLA_FFI_ArgType_BUFFER);
@@ -93,6 +106,12 @@ class CallFrame {
     void* value;
   };
   using Attributes = std::map<std::string, Attribute>;  // XLA too has them by name, in order
+
+  // What one call of the frame is told by names.
+  struct Call {
+    std::string operands, results;
+    Attributes problem;
+  };
 
   struct Buffer {
     std::vector<int64_t> dims;
@@ -176,7 +195,9 @@ class CallFrame {
   Context context_ = {};
   std::deque<Buffer> buffers_;
   std::vector<Buffer*> arguments_, results_;
-  std::string operand_names_, result_names_;
+  std::map<std::string, Call> calls_;  // by the prefix of their attributes
+  std::string prefix_;
+  Call* call_ = &calls_[prefix_];
   std::deque<int64_t> integers_;
   std::deque<float> floats_;
   std::deque<std::vector<int64_t>> arrays_;
@@ -184,7 +205,7 @@ class CallFrame {
   std::deque<XLA_FFI_Array> array_attributes_;
   std::deque<std::string> strings_;
   std::deque<XLA_FFI_ByteSpan> string_attributes_;
-  Attributes attributes_, problem_;
+  Attributes attributes_;
 };
 
 #endif  // CALL_FRAME_H_

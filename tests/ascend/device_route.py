@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from ascend.standin import StandIn
 
-from jax_nsa import native
+from jax_nsa import chain, native
 from jax_nsa.backends import Call, ascend
+from jax_nsa.backends.ascend import step
 from jax_nsa.operator import Operator
 
 DEVICE = 1
@@ -61,54 +62,25 @@ class Harness:
         assert self.acl.aclrtSetDevice(DEVICE) == 0
         assert self.acl.aclrtDestroyStream(self.stream) == 0
 
-    def run(
-        self, call: Call, operands: Sequence[np.ndarray], results: Sequence[jax.ShapeDtypeStruct]
-    ) -> tuple[np.ndarray, ...]:
+    def run(self, call: Call, operands: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the call's handler once; HandlerError with its message if it fails."""
+        return self.run_joint(call.operator.target, {"": (call, operands)})[0]
+
+    def run_joint(
+        self, target: str, parts: Mapping[str, tuple[Call, Sequence[np.ndarray]]]
+    ) -> list[list[np.ndarray]]:
+        """Runs a handler of several calls, by the prefixes of their attributes; each's results."""
         with self.lock, self._frame() as frame, contextlib.ExitStack() as memory:
             assert self.acl.aclrtSetDevice(DEVICE) == 0
-
-            def add(
-                name: str,
-                array: np.ndarray,
-                is_result: bool,
-                pointer: ctypes.c_void_p | None = None,
-            ) -> ctypes.c_void_p:
-                pointer = pointer or memory.enter_context(self._device_copy(array))
-                self.frames.frame_buffer(
-                    frame, name.encode(), int(is_result), FFI_TYPES[array.dtype.name],
-                    ctypes.c_int64(array.ndim), _int64s(array.shape), pointer,
-                )  # fmt: skip
-                return pointer
-
-            inputs = {
-                name: add(name, np.ascontiguousarray(operand), False)
-                for name, operand in zip(call.names, operands, strict=True)
-            }
-            outputs = [np.empty(r.shape, r.dtype) for r in results]
-            names = [result.name for result in call.operator.results(call.problem)]
-            pointers = [
-                # A result of an operand's name lies in its memory.
-                add(name, output, True, inputs.get(name))
-                for name, output in zip(names, outputs, strict=True)
-            ]
-            for name, value in call.problem.scalars().items():
-                if isinstance(value, float):
-                    self.frames.frame_problem_float(frame, name.encode(), ctypes.c_float(value))
-                else:
-                    self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
-            self.frames.frame_string(frame, b"faults", call.on_fault.encode())
-            self.frames.frame_integer(frame, b"pool_maps", ctypes.c_int64(call.pool_maps))
-            lengths = ascend.configuration(call)["host_lengths"].tolist()
-            for name, values in (("host_lengths", lengths), ("maps", call.maps)):
-                self.frames.frame_integers(
-                    frame, name.encode(), ctypes.c_int64(len(values)), _int64s(values)
-                )
+            results = []
+            for prefix, (call, operands) in parts.items():
+                self.frames.frame_begin(frame, prefix.encode())
+                results.append(self._add(frame, memory, call, operands))
             self.frames.frame_stream(frame, self.stream, DEVICE)
             message = ctypes.create_string_buffer(4096)
             if self.on_entry:
                 self.on_entry()
-            handler = self.handlers[native.target_name("ascend", call.operator.target)]
+            handler = self.handlers[native.target_name("ascend", target)]
             handle = functools.partial(
                 self.frames.frame_run, frame, handler, message, ctypes.c_size_t(len(message))
             )
@@ -123,11 +95,52 @@ class Harness:
             if code != 0:
                 raise HandlerError(f"{ERRORS[code]}: {message.value.decode()}")
             assert synchronized == 0, self.acl.aclGetRecentErrMsg()
-            for output, pointer in zip(outputs, pointers, strict=True):
+            for output, pointer in (pair for pairs in results for pair in pairs):
                 self.acl.standin_peek(
                     ctypes.c_void_p(output.ctypes.data), pointer, ctypes.c_size_t(output.nbytes)
                 )
-            return tuple(outputs)
+            return [[output for output, _ in pairs] for pairs in results]
+
+    def _add(
+        self, frame: ctypes.c_void_p, memory: contextlib.ExitStack, call: Call,
+        operands: Sequence[np.ndarray],
+    ) -> list[tuple[np.ndarray, ctypes.c_void_p]]:  # fmt: skip
+        """Adds a call to a frame: its results, and where they lie on the device."""
+
+        def add(
+            name: str, array: np.ndarray, is_result: bool, pointer: ctypes.c_void_p | None = None
+        ) -> ctypes.c_void_p:
+            pointer = pointer or memory.enter_context(self._device_copy(array))
+            self.frames.frame_buffer(
+                frame, name.encode(), int(is_result), FFI_TYPES[array.dtype.name],
+                ctypes.c_int64(array.ndim), _int64s(array.shape), pointer,
+            )  # fmt: skip
+            return pointer
+
+        inputs = {
+            name: add(name, np.ascontiguousarray(operand), False)
+            for name, operand in zip(call.names, operands, strict=True)
+        }
+        outputs = [np.empty(r.shape, r.dtype) for r in call.results()]
+        names = [result.name for result in call.operator.results(call.problem)]
+        pointers = [
+            # A result of an operand's name lies in its memory.
+            add(name, output, True, inputs.get(name))
+            for name, output in zip(names, outputs, strict=True)
+        ]
+        for name, value in call.problem.scalars().items():
+            if isinstance(value, float):
+                self.frames.frame_problem_float(frame, name.encode(), ctypes.c_float(value))
+            else:
+                self.frames.frame_problem_integer(frame, name.encode(), ctypes.c_int64(value))
+        self.frames.frame_string(frame, b"faults", call.on_fault.encode())
+        self.frames.frame_integer(frame, b"pool_maps", ctypes.c_int64(call.pool_maps))
+        lengths = ascend.configuration(call)["host_lengths"].tolist()
+        for name, values in (("host_lengths", lengths), ("maps", call.maps)):
+            self.frames.frame_integers(
+                frame, name.encode(), ctypes.c_int64(len(values)), _int64s(values)
+            )
+        return list(zip(outputs, pointers, strict=True))
 
     @contextlib.contextmanager
     def _frame(self) -> Iterator[ctypes.c_void_p]:
@@ -184,11 +197,35 @@ class DeviceRoute:
             results = tuple(call.results())
 
             def handle(*arrays: Any) -> tuple[np.ndarray, ...]:
-                return self.harness.run(call, [np.asarray(a) for a in arrays], results)
+                return tuple(self.harness.run(call, list(map(np.asarray, arrays))))
 
             return jax.pure_callback(handle, results, *operands)
 
         return ascend.on_device(call, operands, run)
+
+    def joins_here(self) -> bool:
+        """As where there is an Ascend plugin."""
+        return True
+
+    def joint(self, calls: Sequence[Call], platform: str) -> chain.Joint | None:
+        """As the Ascend platform has it, with a callback to the harness."""
+        del platform
+        if not step.serves(calls):
+            return None
+
+        def run(parts: Sequence[step.Part]) -> Sequence[Sequence[jax.Array]]:
+            prefixes = [f"{name}_" for name in step.PARTS]
+            inner = [call for call, _ in parts]
+
+            def handle(*operands: Any) -> list[list[np.ndarray]]:
+                arrays = [list(map(np.asarray, its)) for its in operands]
+                part_of = zip(prefixes, zip(inner, arrays, strict=True), strict=True)
+                return self.harness.run_joint(step.TARGET, dict(part_of))
+
+            results = [call.results() for call in inner]
+            return jax.pure_callback(handle, results, *(list(its) for _, its in parts))
+
+        return lambda operands: step.joint(calls, operands, run)
 
 
 def _pointer(capsule: Any) -> ctypes.c_void_p:

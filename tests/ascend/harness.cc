@@ -9,6 +9,7 @@
 EXPORT CallFrame* frame_new() { return std::make_unique<CallFrame>().release(); }
 EXPORT void frame_delete(CallFrame* frame) { const std::unique_ptr<CallFrame> owned(frame); }
 
+EXPORT void frame_begin(CallFrame* frame, const char* prefix) { frame->Begin(prefix); }
 EXPORT void frame_buffer(CallFrame* frame, const char* name, int result, int type, int64_t rank,
                          const int64_t* dims, void* data) {
   std::vector<int64_t> shape(dims, dims + rank);

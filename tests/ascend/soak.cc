@@ -24,6 +24,7 @@ XLA_FFI_Error* jax_nsa_select_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_ascend_host(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_ascend_host(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_step_ascend(XLA_FFI_CallFrame*);
 
 int aclrtSetDevice(int32_t);
 int aclrtCreateStream(void**);
@@ -92,9 +93,13 @@ struct Call {
   std::vector<Array> arrays;
   // Of each result, from where to where its words are.
   uint16_t least = 0x3F00, most = 0x4000;
+  // Of one custom call that is several: its attributes' prefix, and the calls after it.
+  const char* prefix = "";
+  std::vector<Call> rest = {};
 
   bool ResultsLookRight() const {
     bool right = true;
+    for (const Call& call : rest) right = right && call.ResultsLookRight();
     for (const Array& array : arrays) {
       if (!array.is_result) continue;
       for (uint16_t bits : array.words) {
@@ -201,6 +206,34 @@ Call Compress(std::mt19937& random) {
           0x4280};
 }
 
+// A step of the operators' calls: their rows, and lengths that reach the blocks.
+Call Step(std::mt19937& random) {
+  Call chosen = SelectAttention(random), window = SelectAttention(random);
+  const int64_t rows = chosen.arrays[0].dims[0];
+  constexpr int64_t kPages = 3, kPage = 16, kHeads = 2;
+  std::vector<int32_t> lengths, table, ends(rows, 128);
+  for (int64_t b = 0; b < rows; ++b) {
+    lengths.push_back(Draw(random, 1, 2));
+    table.push_back(Draw(random, 0, kPages - 1));
+  }
+  Call call = CompressAttention(random);
+  call.device = jax_nsa_step_ascend;
+  call.prefix = "compressed_";
+  call.arrays = {Floats("query", {rows, 1, kHeads, 192}, random),
+                 Floats("key", {kPages, kPage, 192}, random),
+                 Floats("value", {kPages, kPage, 128}, random),
+                 Integers("block_table", {rows, 1}, table),
+                 Integers("lengths", {rows}, lengths),
+                 Result("attention", XLA_FFI_DataType_BF16, {rows, 1, kHeads, 128}),
+                 Result("topk_indices", XLA_FFI_DataType_S32, {rows, 1, 1, 1})};
+  chosen.prefix = "chosen_";
+  chosen.arrays[4] = Integers("lengths", {rows}, ends);
+  chosen.arrays[5] = Integers("topk_indices", {rows, 1, 1, 1}, std::vector<int32_t>(rows));
+  window.prefix = "window_";
+  call.rest = {std::move(chosen), std::move(window)};
+  return call;
+}
+
 void SetProblem(const Call& call, CallFrame& frame) {
   frame.SetProblemFloat("scale", 0.5f);
   for (const auto& [name, value] : call.problem) frame.SetProblemInteger(name, value);
@@ -250,21 +283,26 @@ bool RunOnHost(Call& call) {
 
 bool RunOnDevice(Call& call, void* stream) {
   CallFrame frame;
-  SetProblem(call, frame);
-  frame.SetIntegers("host_lengths", {});
   frame.SetStream(stream, 1);
   std::vector<void*> memory;
   std::vector<std::pair<Array*, void*>> results;
-  AddArrays(call, frame, [&](Array& array, void* known) {
-    void* device = known;
-    if (device == nullptr) {
-      Expect(aclrtMalloc(&device, array.bytes(), 0) == 0, "an array of the caller's");
-      standin_poke(device, array.words.data(), array.bytes());
-      memory.push_back(device);
-    }
-    if (array.is_result) results.push_back({&array, device});
-    return device;
-  });
+  const auto add = [&](Call& part) {
+    frame.Begin(part.prefix);
+    SetProblem(part, frame);
+    frame.SetIntegers("host_lengths", {});
+    AddArrays(part, frame, [&](Array& array, void* known) {
+      void* device = known;
+      if (device == nullptr) {
+        Expect(aclrtMalloc(&device, array.bytes(), 0) == 0, "an array of the caller's");
+        standin_poke(device, array.words.data(), array.bytes());
+        memory.push_back(device);
+      }
+      if (array.is_result) results.push_back({&array, device});
+      return device;
+    });
+  };
+  add(call);
+  for (Call& part : call.rest) add(part);
   const bool failed = Fails(frame, call.device);
   Expect(aclrtSynchronizeStream(stream) == 0, "the caller's stream runs");
   for (const auto& [array, device] : results) {
@@ -278,10 +316,12 @@ void Work(int seed, int calls) {
   std::mt19937 random(seed);
   void* stream = nullptr;
   for (int i = 0; i < calls; ++i) {
-    Call call = i % 3 == 0   ? CompressAttention(random)
-                : i % 3 == 1 ? SelectAttention(random)
-                             : Compress(random);
-    const bool on_device = i % 2 == 1;
+    const int which = i % 7;  // each operator on either route, and the step
+    Call call = which == 6       ? Step(random)
+                : which % 3 == 0 ? CompressAttention(random)
+                : which % 3 == 1 ? SelectAttention(random)
+                                 : Compress(random);
+    const bool on_device = which >= 3;
     if (on_device) {
       Expect(aclrtSetDevice(1) == 0, "the caller sets its device");
       if (stream == nullptr) Expect(aclrtCreateStream(&stream) == 0, "the caller's stream");

@@ -21,7 +21,7 @@ import numpy as np
 
 from jax_nsa import native
 from jax_nsa.backends import Call
-from jax_nsa.backends.ascend import compress, compress_attention, select_attention
+from jax_nsa.backends.ascend import compress, compress_attention, select_attention, step
 
 if TYPE_CHECKING:
     from jax_nsa.operator import Operator
@@ -124,3 +124,31 @@ def on_device(call: Call, operands: Sequence[jax.Array], run: Run) -> Sequence[j
     """The call on arrays that are on the NPU; `run` runs one that CANN's operator serves."""
     around = _ON_DEVICE.get(call.operator.target)
     return run(call, operands) if around is None else around(call, operands, run)
+
+
+def joins_here() -> bool:
+    """Whether there is an Ascend plugin, under which one custom call makes all runs of a step."""
+    try:
+        return bool(jax.devices("ascend"))
+    except RuntimeError:
+        return False
+
+
+def joint(
+    calls: Sequence[Call], platform: str
+) -> Callable[[step.Operands], Sequence[Sequence[jax.Array]]] | None:
+    """The calls of a step as one, where arrays are on the NPU."""
+    if platform != "ascend" or not step.serves(calls):
+        return None
+
+    def run(parts: Sequence[step.Part]) -> Sequence[Sequence[jax.Array]]:
+        return native.joint_call(
+            NAME,
+            step.TARGET,
+            {
+                name: (*part, configuration(part[0]))
+                for name, part in zip(step.PARTS, parts, strict=True)
+            },
+        )
+
+    return lambda operands: step.joint(calls, operands, run)

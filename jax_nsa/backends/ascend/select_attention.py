@@ -74,7 +74,6 @@ class _Branch(NamedTuple):
     bad: jax.Array
 
 
-@with_usual_promotion
 def on_device(
     call: Call,
     operands: Sequence[jax.Array],
@@ -90,34 +89,59 @@ def on_device(
     Returns:
         The attentions, `[*rows of query, N, Dv]`.
     """
+    results = [run(*safe)[0] for safe in safe_calls(call, operands)]
+    return attentions(call, operands, results)
+
+
+@with_usual_promotion
+def safe_calls(
+    call: Call, operands: Sequence[jax.Array]
+) -> list[tuple[Call, tuple[jax.Array, ...]]]:
+    """The calls that CANN's operator serves, and their operands: of the blocks, of the window."""
     named = dict(zip(call.names, operands, strict=True))
-    rows = rows_of_query(named, call.problem)
     query = named["query"].reshape(-1, 1, *named["query"].shape[-2:])
-    branches = []
-    if call.problem.select_block_size:
-        branches.append(_chosen(call, named, rows))
-    if call.problem.window_size:
-        branches.append(_window(call, named, rows))
-    results = []
-    for branch in branches:
+    safe = []
+    for branch in _branches(call, named, rows_of_query(named, call.problem)):
         arrays = {"query": query, **branch.operands}
         limits = () if branch.limits is None else tuple(branch.limits.tolist())
+        problem = dataclasses.replace(call.problem, select_block_size=branch.block, window_size=0)
         inner = dataclasses.replace(
             call,
             operands=tuple(jax.typeof(array) for array in arrays.values()),
             names=tuple(arrays),
-            problem=dataclasses.replace(
-                call.problem, select_block_size=branch.block, window_size=0
-            ),
+            problem=problem,
             constants=(("lengths", limits),),
         )
-        (attention,) = run(inner, tuple(arrays.values()))
-        attention = attention.reshape(query.shape[0], -1)
-        attention = jnp.where(branch.sees[:, None], attention, 0.0)
+        safe.append((inner, tuple(arrays.values())))
+    return safe
+
+
+@with_usual_promotion
+def attentions(
+    call: Call, operands: Sequence[jax.Array], results: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """The call's results, from those of its safe calls: `[*rows of query, N, Dv]`."""
+    named = dict(zip(call.names, operands, strict=True))
+    query, rows = named["query"], rows_of_query(named, call.problem)
+    marked = []
+    for branch, result in zip(_branches(call, named, rows), results, strict=True):
+        attention = jnp.where(branch.sees[:, None], result.reshape(rows["bad"].shape[0], -1), 0.0)
         bad = rows["bad"] | branch.bad
         attention = jnp.where(bad[:, None], jnp.nan, attention).astype(query.dtype)
-        results.append(attention.reshape(*named["query"].shape[:-1], -1))
-    return results
+        marked.append(attention.reshape(*query.shape[:-1], -1))
+    return marked
+
+
+def _branches(
+    call: Call, operands: Mapping[str, jax.Array], rows: Mapping[str, jax.Array]
+) -> list[_Branch]:
+    """Those that the call has."""
+    branches = []
+    if call.problem.select_block_size:
+        branches.append(_chosen(call, operands, rows))
+    if call.problem.window_size:
+        branches.append(_window(call, operands, rows))
+    return branches
 
 
 def _chosen(
