@@ -1,0 +1,95 @@
+"""Integers in host memory may have any dtype: narrow and unsigned ones say what int32 says."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jax_nsa import (
+    nsa_compress_attention_infer,
+    nsa_compress_infer,
+    nsa_select_attention_infer,
+    nsa_window_attention_infer,
+)
+
+HEADS = {"scale_value": 0.25, "head_num": 4, "key_value_head_num": 2, "page_block_size": 16}
+# The second sequence needs one page; its other entries name none.
+TABLE = np.array([[4, 0, 3, 127], [2, 127, 126, 125]], np.int32)
+LENGTHS = np.array([40, 7], np.int32)
+
+
+def pools():
+    random = np.random.default_rng(0)
+    return {
+        name: random.normal(size=(6, 16, 2 * 16)).astype(np.float32) for name in ("key", "value")
+    }
+
+
+def query(*rows):
+    return np.random.default_rng(1).normal(size=(*rows, 4, 16)).astype(np.float32)
+
+
+def compressed():
+    return nsa_compress_attention_infer, pools() | HEADS | {
+        "query": query(2, 3), "layout": "BSND", "select_block_size": 64, "select_block_count": 3,
+        "compress_block_size": 32, "compress_stride": 16, "block_table": TABLE,
+        "actual_cmp_seq_kvlen": LENGTHS, "actual_seq_qlen": np.array([3, 2], np.int32),
+    }  # fmt: skip
+
+
+def selected():
+    return nsa_select_attention_infer, pools() | HEADS | {
+        "query": query(3), "layout": "TND", "select_block_size": 128, "select_block_count": 2,
+        "topk_indices": np.array([[[0, -1]] * 2] * 3, np.int8), "block_table": TABLE,
+        "actual_seq_kvlen": LENGTHS, "actual_seq_qlen": np.array([2, 1], np.int32),
+    }  # fmt: skip
+
+
+def window(size):
+    return nsa_window_attention_infer, pools() | HEADS | {
+        "query": query(2), "layout": "TND", "window_size": size, "block_table": TABLE,
+        "actual_seq_kvlen": LENGTHS,
+    }  # fmt: skip
+
+
+def compress():
+    random = np.random.default_rng(2)
+    return nsa_compress_infer, {
+        "input": pools()["key"], "weight": random.normal(size=(32, 2)).astype(np.float32),
+        "cache": np.zeros((5, 2, 16), np.float32), "slot_mapping": np.array([4, 1], np.int32),
+        "compress_block_size": 32, "compress_stride": 16, "page_block_size": 16,
+        "block_table": TABLE, "actual_seq_len": np.array([48, 7], np.int32),
+        "actual_seq_qlen": np.array([3, 16], np.int32),
+    }  # fmt: skip
+
+
+CALLS = {
+    "compressed": compressed(), "selected": selected(), "a short window": window(7),
+    "a long window": window(300), "compress": compress(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize("name", CALLS)
+def test_say_the_same(name, dtype):
+    operator, arguments = CALLS[name]
+    integers = {n: a for n, a in arguments.items() if getattr(a, "dtype", None) == np.int32}
+    assert "block_table" in integers
+    given = {n: a.astype(dtype) for n, a in integers.items()}
+    expected = operator(**arguments)
+    found = operator(**arguments | given)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int64, np.uint64])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_bad_page_is_found(name, dtype):
+    operator, arguments = CALLS[name]
+    table = TABLE.astype(dtype)
+    table[0, 2] = 6
+    given = {
+        n: a.astype(dtype) for n, a in arguments.items() if getattr(a, "dtype", None) == np.int32
+    }
+    with pytest.raises(ValueError, match=r"block_table\[0, 2\] must be in \[0, 6\), .* got 6"):
+        operator(**arguments | given | {"block_table": table})
