@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from compress_attention.examples import FAILURES
 
 from jax_nsa import (
     nsa_compress_attention_infer,
@@ -70,15 +72,23 @@ CALLS = {
 }  # fmt: skip
 
 
+def integers(arguments, dtype):
+    """The integer arrays among the arguments, in another dtype."""
+    return {
+        n: a.astype(dtype) for n, a in arguments.items() if getattr(a, "dtype", None) == np.int32
+    }
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint32, np.int64, np.uint64])
 @pytest.mark.parametrize("name", CALLS)
-def test_say_the_same(name, dtype):
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray], ids=["host", "device"])
+def test_say_the_same(name, dtype, place):
     operator, arguments = CALLS[name]
-    integers = {n: a for n, a in arguments.items() if getattr(a, "dtype", None) == np.int32}
-    assert "block_table" in integers
-    given = {n: a.astype(dtype) for n, a in integers.items()}
     expected = operator(**arguments)
-    found = operator(**arguments | given)
+    with jax.enable_x64(True):
+        given = {n: place(a) for n, a in integers(arguments, dtype).items()}
+        assert {a.dtype for a in given.values()} == {np.dtype(dtype)}
+        found = operator(**arguments | given)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -86,10 +96,20 @@ def test_say_the_same(name, dtype):
 @pytest.mark.parametrize("name", CALLS)
 def test_a_bad_page_is_found(name, dtype):
     operator, arguments = CALLS[name]
-    table = TABLE.astype(dtype)
-    table[0, 2] = 6
-    given = {
-        n: a.astype(dtype) for n, a in arguments.items() if getattr(a, "dtype", None) == np.int32
-    }
+    given = integers(arguments, dtype)
+    given["block_table"][0, 2] = 6
     with pytest.raises(ValueError, match=r"block_table\[0, 2\] must be in \[0, 6\), .* got 6"):
-        operator(**arguments | given | {"block_table": table})
+        operator(**arguments | given)
+
+
+@pytest.mark.parametrize("page", [2**32 + 4, -(2**32) + 4])
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray], ids=["host", "device"])
+def test_pages_beyond_int32_do_not_wrap(page, place):
+    operator, arguments = CALLS["a short window"]
+    table = TABLE.astype(np.int64)
+    table[0, 2] = page
+    with jax.enable_x64(True):
+        # What only the program knows of lengths says which pages are needed.
+        given = {"block_table": place(table), "actual_seq_kvlen": jnp.asarray(LENGTHS)}
+        with pytest.raises(FAILURES, match=r"block_table\[0, 2\] must be in"):
+            jax.block_until_ready(operator(**arguments | given))
