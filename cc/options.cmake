@@ -25,7 +25,8 @@ if(JAX_NSA_SANITIZE)
 endif()
 # GCC finds its own AVX-512 headers at fault: -Wno-maybe-uninitialized.
 target_compile_options(
-  jax_nsa_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-maybe-uninitialized>)
+  jax_nsa_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
+  $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>)
 if(JAX_NSA_WERROR)
   target_compile_options(jax_nsa_options INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Werror>)
 endif()

@@ -171,7 +171,11 @@ class Integers:
         return values if values.dtype == jnp.int32 else _to_int32(values)
 
     def check_range(self, most: Any, says: str = "") -> None:
-        """Holds known values to `[0, most]`, None for any; `says` explains the limit."""
+        """Holds known values to `[0, most]`, None for any; `says` explains the limit.
+
+        Held to a limit, they are int64 in `host` from then on: rules subtract from them, which
+        narrow and unsigned dtypes do not survive.
+        """
         if self.host is None:
             return
         bad = self.host < 0 if most is None else (self.host < 0) | (self.host > most)
@@ -181,6 +185,8 @@ class Integers:
             raise ValueError(
                 f"{self.name}[{', '.join(map(str, at))}] must be {legal}, got {int(self.host[at])}"
             )
+        if most is not None:
+            self.host = self.host.astype(np.int64)
 
 
 def _held_array(value: Any) -> Any:

@@ -218,6 +218,23 @@ def test_a_full_pool_refuses_and_changes_nothing():
     assert freed.truncate([0, 48, 16]).allocate([65, 0, 0])[1].tolist() == [True, True, True]
 
 
+def test_compressed_pages_are_as_many_as_any_sequences_need_and_no_more():
+    sizes = {"slots": 16, "pages": 16, "pages_per_slot": 16}
+    tables, _ = empty(16, 16, **sizes)
+    # Each rounded up to a page, or all in one slot.
+    apart, fits = tables.allocate([16] * 16)
+    assert fits.all()
+    assert int(apart.compressed.free_count) == 0
+    alone, fits = tables.allocate([256] + [0] * 15)
+    assert fits.all()
+    np.testing.assert_array_equal(alone.compressed.block_table[0], [0])
+    assert tables.compressed.block_table.shape == (16, 1)
+    assert empty(16, 16, **sizes | {"pages_per_slot": 17})[0].compressed.block_table.shape == (
+        16,
+        2,
+    )
+
+
 @pytest.mark.parametrize("count", [-1, -(2**31), 2**31 - 1, 81])
 def test_counts_that_only_the_program_knows_change_nothing_where_they_cannot_be(count):
     tables, _ = empty(32, 16)

@@ -57,7 +57,7 @@ def sequences_of_rows(
         return None
     if not packed or counts is None:
         return np.arange(sequences)
-    return None if counts.host is None else np.repeat(np.arange(sequences), counts.host)
+    return None if counts.host is None else np.repeat(np.arange(sequences), counts.host.astype(int))
 
 
 def check_window_pages(
