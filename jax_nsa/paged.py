@@ -1,8 +1,9 @@
-"""Checks that calls over a paged cache share: heads, pools, block tables, counts of tokens."""
+"""What calls over a paged cache share: operands, and checks of heads, pools, tables, counts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +12,15 @@ import numpy as np
 
 from jax_nsa import checks, pools
 from jax_nsa.checks import ArrayLike, Integers
+from jax_nsa.operator import Array, Operator
+
+# What attention over a paged cache reads, whichever its positions.
+OPERANDS = (
+    Array("query", "* (h g) d"),
+    Array("key", "p r (h x)"),
+    Array("value", "p r (h y)"),
+    Array("block_table", "b c", points_into="p"),
+)
 
 PAGE_GRANULE = 16
 PAGE_MAX = 256
@@ -29,22 +39,62 @@ def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
     return integers
 
 
-def constant_lengths(
-    operands: Mapping[str, jax.Array], lengths: Integers | None
+def lengths(
+    name: str, values: Any, table: Integers, *, sequences: Any, page: int, devices: int = 1
+) -> Integers:
+    """The length of each sequence, held to what its row of the block table can name.
+
+    Args:
+        name: the argument's name.
+        values: the argument.
+        table: the block table.
+        sequences: how many there are.
+        page: rows in a page.
+        devices: over how many devices each sequence is split.
+    """
+    integers = per_sequence(name, values, sequences)
+    integers.check_range(
+        table.shape[1] * page * devices, " (the block table's pages times page_block_size)"
+    )
+    return integers
+
+
+def apply(
+    operator: Operator, operands: Mapping[str, jax.Array], known_lengths: Integers,
+    merge_parts: Callable[..., dict[str, jax.Array]], *, problem: Any,
+    implementation: tuple[str, ...] | None, on_fault: str | None, context_axis: Hashable | None,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """Applies an operator; where a mesh axis splits sequences, to their parts, which it merges.
+
+    Args:
+        operator: which.
+        operands: all of the call.
+        known_lengths: of the whole sequences.
+        merge_parts: merges what the devices along `context_axis` have.
+        problem: the static problem.
+        implementation: as `Operator.bind` takes it.
+        on_fault: as `Operator.bind` takes it.
+        context_axis: the mesh axis, or None.
+    """
+    bind = functools.partial(operator.bind, implementation=implementation, on_fault=on_fault)
+    if context_axis is not None:
+        return merge_parts(bind, operands, problem=problem, axis_name=context_axis)
+    constants = _constant_lengths(operands, known_lengths)
+    return bind(operands, problem=problem, constants=constants)
+
+
+def _constant_lengths(
+    operands: Mapping[str, jax.Array], known: Integers
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Lengths that are constants of the program, which a kernel may use, as `bind` takes them.
 
     Those that the host knows are, under a trace; eagerly, they would make each step's program a new
     one.
-
-    Args:
-        operands: all of the call.
-        lengths: of its sequences; None: they are not those of the whole call.
     """
     traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
-    if not traced or lengths is None or lengths.host is None:
+    if not traced or known.host is None:
         return ()
-    return (("lengths", tuple(lengths.host.tolist())),)
+    return (("lengths", tuple(known.host.tolist())),)
 
 
 def counts_of_tokens(
@@ -118,10 +168,15 @@ def page_ids(
         )
 
 
+def is_page_size(rows: int) -> bool:
+    """Whether pages may have so many rows."""
+    return rows % PAGE_GRANULE == 0 and 0 < rows <= PAGE_MAX
+
+
 def page_size(value: Any) -> int:
     """Returns `page_block_size`, a multiple of 16 up to 256."""
     size = checks.integer("page_block_size", value)
-    if size % PAGE_GRANULE or not 0 < size <= PAGE_MAX:
+    if not is_page_size(size):
         raise ValueError(
             f"page_block_size must be a multiple of {PAGE_GRANULE} up to {PAGE_MAX}, got {size}"
         )

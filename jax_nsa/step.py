@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import checks, pools
+from jax_nsa import checks, paged, pools
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
+from jax_nsa.operator import arguments_known_as
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 
 LAYOUTS = ("TND", "BSND")
@@ -131,6 +132,7 @@ def nsa_decode_step(
             raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
         if cache is not None:
             pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
+    heads = checks.count("key_value_head_num", key_value_head_num)
     query = checks.floats("query", query)
     checks.floats("compressed.key", compressed.key, like=("query", query))
     gates = checks.floats("gates", gates)
@@ -138,7 +140,7 @@ def nsa_decode_step(
     _check_tokens(actual_seq_qlen, query, layout, compress_stride)
     shared: dict[str, Any] = {
         "scale_value": scale_value, "head_num": head_num,
-        "key_value_head_num": key_value_head_num, "layout": layout,
+        "key_value_head_num": heads, "layout": layout,
         "actual_seq_qlen": actual_seq_qlen, "implementation": implementation,
         "context_axis": context_axis, "on_fault": on_fault, "kv_layout": kv_layout,
     }  # fmt: skip
@@ -150,7 +152,7 @@ def nsa_decode_step(
     }
     attention, indices = _told_of("compressed")(nsa_compress_attention_infer)(
         query, compressed.key, compressed.value, **shared, **of_blocks,
-        page_block_size=_page_size("compressed", compressed),
+        page_block_size=_page_size("compressed", compressed, heads),
         compress_block_size=compress_block_size, compress_stride=compress_stride,
         atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
         actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
@@ -159,7 +161,7 @@ def nsa_decode_step(
 
     def original(name: str, cache: PagedKV) -> dict[str, Any]:
         return {
-            "page_block_size": _page_size(name, cache), "block_table": cache.block_table,
+            "page_block_size": _page_size(name, cache, heads), "block_table": cache.block_table,
             "actual_seq_kvlen": cache.lengths,
         }  # fmt: skip
 
@@ -205,15 +207,21 @@ def _gated_sum(gates: jax.Array, *branches: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def _told_of(cache: str) -> Iterator[None]:
-    """Adds to an operator's refusal where its arguments are in the step's caches."""
-    means = {
+    """Has an operator's messages tell where its arguments are in the step's caches.
+
+    Kernels name a bad value as the step does; to a refusal by the front door it is added.
+    """
+    integers = {
         "actual_cmp_seq_kvlen": "compressed.lengths", "actual_sel_seq_kvlen": "selected.lengths",
         "actual_seq_kvlen": f"{cache}.lengths", "block_table": f"{cache}.block_table",
-        "key": f"{cache}.key", "value": f"{cache}.value",
+    }  # fmt: skip
+    means = {
+        **integers, "key": f"{cache}.key", "value": f"{cache}.value",
         "page_block_size": f"the second size of {cache}.key",
     }  # fmt: skip
     try:
-        yield
+        with arguments_known_as(integers):
+            yield
     except (TypeError, ValueError) as error:
         if type(error) not in (TypeError, ValueError):
             raise
@@ -257,11 +265,13 @@ def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
         )
 
 
-def _page_size(name: str, cache: PagedKV) -> int:
+def _page_size(name: str, cache: PagedKV, heads: int) -> int:
+    """Rows of the cache's pages, which only its pool of keys tells."""
     shape = jnp.shape(cache.key)
-    if len(shape) not in (3, 4, 5):
+    if len(shape) not in (3, 4, 5) or not paged.is_page_size(shape[1]):
         raise ValueError(
             f"{name}.key must have shape [pages, page, heads * size] or [pages, page, heads, "
-            f"size], got {shape}"
+            f"size], where a page has a multiple of {paged.PAGE_GRANULE} rows up to "
+            f"{paged.PAGE_MAX}, got {shape}{pools.remedy(shape, heads)}"
         )
     return int(shape[1])

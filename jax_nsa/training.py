@@ -96,7 +96,7 @@ def _window_starts(ends: Any, tokens: int, size: int, stride: int) -> np.ndarray
     if bounds[-1] != tokens or (np.diff(bounds) < 0).any():
         raise ValueError(
             "actual_seq_len must be cumulative, not decreasing, and end with input's tokens "
-            f"({tokens}), got {integers.host.tolist()}"
+            f"({tokens}), got {checks.shown(integers.host.tolist())}"
         )
     each = [
         begin + stride * np.arange(max(0, (end - begin - size) // stride + 1))

@@ -49,10 +49,7 @@ OPERATOR = Operator(
     name="nsa_compress_attention_infer",
     target="compress_attention",
     operands=(
-        Array("query", "* (h g) d"),
-        Array("key", "p r (h x)"),
-        Array("value", "p r (h y)"),
-        Array("block_table", "b c", points_into="p"),
+        *paged.OPERANDS,
         Array("lengths", "b", argument="actual_cmp_seq_kvlen"),
         Array("token_counts", "b", argument="actual_seq_qlen"),
         Array("early_counts", "b", argument="actual_sel_seq_kvlen"),
@@ -233,21 +230,16 @@ def nsa_compress_attention_infer(
     devices = 1 if context_axis is None else checks.axis_size(context_axis)
     integers = _check_integers(
         table, actual_seq_qlen, actual_cmp_seq_kvlen, actual_sel_seq_kvlen, problem,
-        query_shape=query.shape, packed=packed, capacity=table.shape[1] * page * devices,
+        query_shape=query.shape, packed=packed, page=page, devices=devices,
     )  # fmt: skip
     if context_axis is None:
         _check_pages(table, integers, page=page, pages=key.shape[0])
     operands, one_token_each = _operands(query, key, value, table, integers, problem, packed)
 
-    whole = None if context_axis is not None else integers["actual_cmp_seq_kvlen"]
-    bind = functools.partial(
-        OPERATOR.bind, implementation=names, on_fault=on_fault,
-        constants=paged.constant_lengths(operands, whole),
+    results = paged.apply(
+        OPERATOR, operands, integers["actual_cmp_seq_kvlen"], context.merge_parts, problem=problem,
+        implementation=names, on_fault=on_fault, context_axis=context_axis,
     )  # fmt: skip
-    if context_axis is None:
-        results = bind(operands, problem=problem)
-    else:
-        results = context.merge_parts(bind, operands, problem=problem, axis_name=context_axis)
     if one_token_each:
         return tuple(jax.lax.squeeze(r, (1,)) for r in results.values())
     return tuple(results.values())
@@ -255,14 +247,15 @@ def nsa_compress_attention_infer(
 
 def _check_integers(
     table: checks.Integers, counts: Any, lengths: Any, select_lengths: Any, problem: Problem, *,
-    query_shape: tuple[Any, ...], packed: bool, capacity: Any,
+    query_shape: tuple[Any, ...], packed: bool, page: int, devices: int,
 ) -> dict[str, checks.Integers]:  # fmt: skip
     """The integers of each sequence that are given, by name, held to each other."""
     sequences = paged.sequences(table, query_shape, packed=packed)
-    given = {"actual_cmp_seq_kvlen": paged.per_sequence("actual_cmp_seq_kvlen", lengths, sequences)}
-    given["actual_cmp_seq_kvlen"].check_range(
-        capacity, " (the block table's pages times page_block_size)"
-    )
+    given = {
+        "actual_cmp_seq_kvlen": paged.lengths(
+            "actual_cmp_seq_kvlen", lengths, table, sequences=sequences, page=page, devices=devices
+        )
+    }
     given |= paged.counts_of_tokens(counts, query_shape, table, packed=packed)
     if select_lengths is not None:
         given["actual_sel_seq_kvlen"] = paged.per_sequence(
