@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from kernels import need_cpu
 from step.agreement import assert_is_the_sum
 from step.calls import PACKED, TOKENS, USUAL, step_of
 from step.problems import Step, arguments_of, steps
 
 from jax_nsa import (
-    native,
     nsa_compress_attention_infer,
     nsa_decode_step,
     nsa_select_attention_infer,
@@ -150,10 +150,7 @@ class TestReference(StepContract):
     implementation = "reference"
 
 
-@pytest.mark.skipif(
-    native.unavailable("cpu", "select_attention") is not None,
-    reason=f"{native.unavailable('cpu', 'select_attention')}",
-)
+@need_cpu("compress_attention", "select_attention")
 class TestCpu(StepContract):
     implementation = "cpu"
     fails_on_faults = True
