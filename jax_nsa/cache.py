@@ -217,7 +217,7 @@ class PagePools:
 def _check_rows(
     name: str, rows: ArrayLike, pool: jax.Array, slots: int, *, kinds: int
 ) -> ArrayLike:
-    """Holds a step's rows to a pool, whose heads are those of so many kinds of rows."""
+    """Checks a step's rows against a pool, whose heads are those of so many kinds of rows."""
     rows = checks.floats(name, rows, like=(f"pools' {name}", pool))
     shape, row = tuple(rows.shape), pool.shape[2:]
     heads = (kinds * shape[2], *shape[3:]) if len(shape) == 4 else ()

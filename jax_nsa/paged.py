@@ -22,8 +22,6 @@ OPERANDS = (
     Array("block_table", "b c", points_into="p"),
 )
 
-PAGE_GRANULE = 16
-PAGE_MAX = 256
 GROUP_MAX = 128
 HEAD_SIZE_MAX = 192
 
@@ -42,7 +40,7 @@ def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
 def lengths(
     name: str, values: Any, table: Integers, *, sequences: Any, page: int, devices: int = 1
 ) -> Integers:
-    """The length of each sequence, held to what its row of the block table can name.
+    """The length of each sequence, no longer than its row of the block table can name.
 
     Args:
         name: the argument's name.
@@ -100,7 +98,7 @@ def _constant_lengths(
 def counts_of_tokens(
     counts: Any, query_shape: tuple[Any, ...], table: Integers, *, packed: bool
 ) -> dict[str, Integers]:
-    """`actual_seq_qlen` by its name where it is given, held to query's token axis.
+    """`actual_seq_qlen` by its name where it is given, checked against query's token axis.
 
     Args:
         counts: the argument.
@@ -142,7 +140,7 @@ def sequences(table: Integers, query_shape: tuple[Any, ...], *, packed: bool) ->
 def page_ids(
     table: Integers, lengths: np.ndarray, *, page: int, pages: int, first: np.ndarray | None = None
 ) -> None:
-    """Holds the entries of a known block table that sequences need to the pages of the pools.
+    """Refuses entries of a known block table that sequences need and the pools do not have.
 
     Args:
         table: the block table.
@@ -168,17 +166,13 @@ def page_ids(
         )
 
 
-def is_page_size(rows: int) -> bool:
-    """Whether pages may have so many rows."""
-    return rows % PAGE_GRANULE == 0 and 0 < rows <= PAGE_MAX
-
-
 def page_size(value: Any) -> int:
     """Returns `page_block_size`, a multiple of 16 up to 256."""
     size = checks.integer("page_block_size", value)
-    if not is_page_size(size):
+    if not pools.is_page_size(size):
         raise ValueError(
-            f"page_block_size must be a multiple of {PAGE_GRANULE} up to {PAGE_MAX}, got {size}"
+            f"page_block_size must be a multiple of {pools.PAGE_GRANULE} up to {pools.PAGE_MAX}, "
+            f"got {size}"
         )
     return size
 
@@ -204,7 +198,7 @@ def attention(
     page: int,
     interleaved: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns query, and the pools as `[pages, page, Nkv * size]`, held to each other's shapes.
+    """Returns query, and the pools as `[pages, page, Nkv * size]`, their shapes checked.
 
     A pool of keys and values is returned twice, as `[pages, page, Nkv * 2 * size]`.
 
@@ -231,7 +225,7 @@ def attention(
 
 
 def query_shape(query: ArrayLike, *, axes: str) -> None:
-    """Holds query to its axes; only its rows may be none."""
+    """Checks query's axes; only its rows may be none."""
     shape = tuple(query.shape)
     if len(shape) != axes.count(",") + 1:
         raise ValueError(f"query must have shape {axes}, got {shape}")
@@ -240,7 +234,7 @@ def query_shape(query: ArrayLike, *, axes: str) -> None:
 
 
 def heads(query_shape: tuple[Any, ...], *, stated: int, key_value_heads: int) -> None:
-    """Holds query's heads and head size to the rules of attention over groups of heads."""
+    """Checks query's heads and head size by the rules of attention over groups of heads."""
     size = query_shape[-1]
     have = query_shape[-2]
     if have != stated:

@@ -15,7 +15,14 @@ from jax_nsa import checks
 from jax_nsa.checks import ArrayLike
 
 KV_LAYOUTS = ("separate", "interleaved")
+PAGE_GRANULE = 16
+PAGE_MAX = 256
 VALUE_SIZE_MAX = 128
+
+
+def is_page_size(rows: int) -> bool:
+    """Whether pages may have so many rows."""
+    return rows % PAGE_GRANULE == 0 and 0 < rows <= PAGE_MAX
 
 
 def is_value_size(value_size: int, head_size: int) -> bool:
@@ -164,15 +171,12 @@ def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None
 
 
 def remedy(shape: tuple[Any, ...], heads: int) -> str:
-    """How an array that lies in another way becomes a pool of pages; for the end of a message.
+    """How an array that lies in another way becomes a pool; the end of a message, or nothing.
 
     Args:
         shape: its shape.
         heads: key/value heads.
     """
-    dense = (
-        "a dense [sequences, tokens, heads, size] becomes pages by reshape(-1, page, heads, size)"
-    )
     if len(shape) == 5:
         return "; [sequences, pages, page, heads, size] become pages by reshape(-1, *shape[2:])"
     if len(shape) == 4 and shape[1] == heads != shape[2]:
@@ -182,7 +186,12 @@ def remedy(shape: tuple[Any, ...], heads: int) -> str:
             "; [heads, tokens, size] become pages by jnp.swapaxes(..., 0, 1).reshape(-1, page, "
             "heads, size)"
         )
-    return f"; {dense}" if len(shape) == 4 else ""
+    if len(shape) == 4 and shape[1] > PAGE_MAX:
+        return (
+            "; a dense [sequences, tokens, heads, size] becomes pages by reshape(-1, page, heads, "
+            "size)"
+        )
+    return ""
 
 
 def _merge_heads(array: ArrayLike) -> ArrayLike:

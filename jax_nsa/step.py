@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nsa import checks, paged, pools
+from jax_nsa import checks, pools
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
@@ -102,8 +102,8 @@ def nsa_decode_step(
         compress_block_size: `l`, original tokens behind one compressed position.
         compress_stride: `d`, original tokens between two compressed positions.
         window_size: how many of the newest tokens the window holds.
-        importance: "cann" or "aligned", the rule by which blocks are scored and counted; see
-            `nsa_compress_attention_infer`.
+        importance: the rule by which blocks are scored and counted: "cann", torch_npu's, or
+            "aligned", that of open training codes; see `nsa_compress_attention_infer`.
         init_blocks: how many of the first blocks are always chosen.
         local_blocks: how many of the last blocks are always chosen.
         actual_seq_qlen: integers `[B]`, the query tokens of each sequence, at most
@@ -268,10 +268,10 @@ def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
 def _page_size(name: str, cache: PagedKV, heads: int) -> int:
     """Rows of the cache's pages, which only its pool of keys tells."""
     shape = jnp.shape(cache.key)
-    if len(shape) not in (3, 4, 5) or not paged.is_page_size(shape[1]):
+    if len(shape) not in (3, 4, 5) or not pools.is_page_size(shape[1]):
         raise ValueError(
             f"{name}.key must have shape [pages, page, heads * size] or [pages, page, heads, "
-            f"size], where a page has a multiple of {paged.PAGE_GRANULE} rows up to "
-            f"{paged.PAGE_MAX}, got {shape}{pools.remedy(shape, heads)}"
+            f"size], where a page has a multiple of {pools.PAGE_GRANULE} rows up to "
+            f"{pools.PAGE_MAX}, got {shape}{pools.remedy(shape, heads)}"
         )
     return int(shape[1])

@@ -108,7 +108,7 @@ def test_misuse_of_pools():
     for pair, error, message in (
         ((weight, weight[:16]), ValueError, r"weight\[1\] must have shape \(32, 2\)"),
         ((weight,), TypeError, "weight must be a pair"),
-        (weight, TypeError, "weight must be a pair"),
+        (weight, TypeError, "weight must be a pair, for keys and for values, got \\w+$"),
     ):
         with pytest.raises(error, match=message):
             pools.append(tables, rows, rows, pair)

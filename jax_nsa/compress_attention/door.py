@@ -107,8 +107,9 @@ def nsa_compress_attention_infer(
         M = l' / d,  L = floor(l / d),
 
     the importance of a block is the sum of its scores over the heads of the group (eq. 10), and a
-    sequence has `ceil(((S_b - 1) * d + l) / l')` blocks. This is CANN's rule. It sits one position
-    late: open training codes score a block by
+    sequence has `ceil(((S_b - 1) * d + l) / l')` blocks. This is the rule of CANN, Ascend's
+    toolkit, which torch_npu calls: `importance="cann"`. It sits one position late: open training
+    codes score a block by
 
         score[j] = sum(p[M * j + m - n] for m in range(M) for n in range(L))
 
@@ -162,8 +163,9 @@ def nsa_compress_attention_infer(
             each sequence are split; see
             `jax_nsa.compress_attention.context`. `key`, `value` and `block_table`
             are then this device's, the lengths and `query` the whole sequences'.
-        importance: "cann" or "aligned", the rule by which blocks are scored and counted. With
-            "aligned" and `atten_mask`, token `t` of `q_b` counts `T_b - (q_b - 1 - t)` tokens.
+        importance: the rule by which blocks are scored and counted: "cann", torch_npu's, or
+            "aligned", that of open training codes. With "aligned" and `atten_mask`, token `t` of
+            `q_b` counts `T_b - (q_b - 1 - t)` tokens.
         init_blocks: how many of the first blocks are always chosen; more than there are: all.
         local_blocks: how many of the last blocks are always chosen, likewise.
         on_fault: what an implementation on the host does about a bad value that only the running
@@ -249,7 +251,7 @@ def _check_integers(
     table: checks.Integers, counts: Any, lengths: Any, select_lengths: Any, problem: Problem, *,
     query_shape: tuple[Any, ...], packed: bool, page: int, devices: int,
 ) -> dict[str, checks.Integers]:  # fmt: skip
-    """The integers of each sequence that are given, by name, held to each other."""
+    """The integers of each sequence that are given, by name, checked against each other."""
     sequences = paged.sequences(table, query_shape, packed=packed)
     given = {
         "actual_cmp_seq_kvlen": paged.lengths(
@@ -274,7 +276,7 @@ def _check_integers(
 def _check_pages(
     table: checks.Integers, integers: Mapping[str, checks.Integers], *, page: int, pages: Any
 ) -> None:
-    """Holds the page ids that are needed, as far as the host knows which are, to the pools."""
+    """Refuses needed page ids that the pools do not have, as far as the host knows them."""
     needed = integers["actual_cmp_seq_kvlen"].host
     counts = integers.get("actual_seq_qlen")
     if needed is not None and counts is not None:

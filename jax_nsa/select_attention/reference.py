@@ -1,4 +1,4 @@
-"""The operator in jnp, step by step as the mathematics reads: the meaning every kernel is held to.
+"""The operator in jnp, step by step as the mathematics reads: what every kernel has to compute.
 
 It gathers each row's positions, so its memory is O(rows * heads * (k * l' + window)); it exists to
 be read, to run on any XLA platform, and to be differentiated.
