@@ -185,7 +185,7 @@ class Integers:
         return values if values.dtype == jnp.int32 else _to_int32(values)
 
     def check_range(self, most: Any, says: str = "") -> None:
-        """Refuses known values outside `[0, most]`, None for any; `says` explains the limit."""
+        """Holds known values to `[0, most]`, None for any; `says` explains the limit."""
         if self.host is None:
             return
         bad = self.host < 0 if most is None else (self.host < 0) | (self.host > most)

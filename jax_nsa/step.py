@@ -132,7 +132,7 @@ def nsa_decode_step(
             raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
         if cache is not None:
             pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
-    heads = checks.count("key_value_head_num", key_value_head_num)
+            _check_pages(name, cache, checks.count("key_value_head_num", key_value_head_num))
     query = checks.floats("query", query)
     checks.floats("compressed.key", compressed.key, like=("query", query))
     gates = checks.floats("gates", gates)
@@ -140,7 +140,7 @@ def nsa_decode_step(
     _check_tokens(actual_seq_qlen, query, layout, compress_stride)
     shared: dict[str, Any] = {
         "scale_value": scale_value, "head_num": head_num,
-        "key_value_head_num": heads, "layout": layout,
+        "key_value_head_num": key_value_head_num, "layout": layout,
         "actual_seq_qlen": actual_seq_qlen, "implementation": implementation,
         "context_axis": context_axis, "on_fault": on_fault, "kv_layout": kv_layout,
     }  # fmt: skip
@@ -152,7 +152,7 @@ def nsa_decode_step(
     }
     attention, indices = _told_of("compressed")(nsa_compress_attention_infer)(
         query, compressed.key, compressed.value, **shared, **of_blocks,
-        page_block_size=_page_size("compressed", compressed, heads),
+        page_block_size=_page_size("compressed", compressed),
         compress_block_size=compress_block_size, compress_stride=compress_stride,
         atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
         actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
@@ -161,7 +161,7 @@ def nsa_decode_step(
 
     def original(name: str, cache: PagedKV) -> dict[str, Any]:
         return {
-            "page_block_size": _page_size(name, cache, heads), "block_table": cache.block_table,
+            "page_block_size": _page_size(name, cache), "block_table": cache.block_table,
             "actual_seq_kvlen": cache.lengths,
         }  # fmt: skip
 
@@ -265,8 +265,8 @@ def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
         )
 
 
-def _page_size(name: str, cache: PagedKV, heads: int) -> int:
-    """Rows of the cache's pages, which only its pool of keys tells."""
+def _check_pages(name: str, cache: PagedKV, heads: int) -> None:
+    """Refuses a pool of keys whose second axis is no page's."""
     shape = jnp.shape(cache.key)
     if len(shape) not in (3, 4, 5) or not pools.is_page_size(shape[1]):
         raise ValueError(
@@ -274,4 +274,8 @@ def _page_size(name: str, cache: PagedKV, heads: int) -> int:
             f"size], where a page has a multiple of {pools.PAGE_GRANULE} rows up to "
             f"{pools.PAGE_MAX}, got {shape}{pools.remedy(shape, heads)}"
         )
-    return int(shape[1])
+
+
+def _page_size(name: str, cache: PagedKV) -> int:
+    del name
+    return int(jnp.shape(cache.key)[1])
