@@ -132,7 +132,6 @@ def nsa_decode_step(
             raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
         if cache is not None:
             pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
-            _check_pages(name, cache, checks.count("key_value_head_num", key_value_head_num))
     query = checks.floats("query", query)
     checks.floats("compressed.key", compressed.key, like=("query", query))
     gates = checks.floats("gates", gates)
@@ -265,17 +264,13 @@ def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
         )
 
 
-def _check_pages(name: str, cache: PagedKV, heads: int) -> None:
-    """Refuses a pool of keys whose second axis is no page's."""
+def _page_size(name: str, cache: PagedKV) -> int:
+    """Rows of the cache's pages, which only its pool of keys tells."""
     shape = jnp.shape(cache.key)
     if len(shape) not in (3, 4, 5) or not pools.is_page_size(shape[1]):
         raise ValueError(
             f"{name}.key must have shape [pages, page, heads * size] or [pages, page, heads, "
             f"size], where a page has a multiple of {pools.PAGE_GRANULE} rows up to "
-            f"{pools.PAGE_MAX}, got {shape}{pools.remedy(shape, heads)}"
+            f"{pools.PAGE_MAX}, got {shape}{pools.remedy(shape)}"
         )
-
-
-def _page_size(name: str, cache: PagedKV) -> int:
-    del name
-    return int(jnp.shape(cache.key)[1])
+    return int(shape[1])
