@@ -39,11 +39,7 @@ def call(shape: Shape, implementation: str | None) -> Callable:
     """The operator as a function of a set."""
     attend = functools.partial(
         jax_nsa.nsa_compress_attention_infer,
-        scale_value=shape.head_size**-0.5,
-        head_num=shape.heads,
-        key_value_head_num=shape.key_value_heads,
-        select_block_size=shape.blocks.select_block_size,
-        select_block_count=shape.select_count,
+        **problems.arguments(shape),
         page_block_size=shape.page,
         compress_block_size=shape.blocks.compress_block_size,
         compress_stride=shape.blocks.compress_stride,

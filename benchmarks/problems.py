@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,17 @@ def table(shape: Shape, rows: int, seed: int) -> jax.Array:
     columns = -(-rows // shape.page)
     order = np.random.default_rng(seed).permutation(shape.sequences * columns)
     return jnp.asarray(order.reshape(shape.sequences, columns), jnp.int32)
+
+
+def arguments(shape: Shape) -> dict[str, Any]:
+    """What attention of either branch, and the step, are told of a shape."""
+    return {
+        "scale_value": shape.head_size**-0.5,
+        "head_num": shape.heads,
+        "key_value_head_num": shape.key_value_heads,
+        "select_block_size": shape.blocks.select_block_size,
+        "select_block_count": shape.select_count,
+    }
 
 
 def query(shape: Shape, seed: int) -> jax.Array:

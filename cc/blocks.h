@@ -18,7 +18,7 @@
 namespace jax_nsa {
 
 constexpr int64_t kMinStride = 16, kMaxBlockSize = 128;
-constexpr int64_t kMaxTaps = 2 * (kMaxBlockSize / kMinStride) - 1;  // of any legal geometry
+constexpr int64_t kMaxTaps = 2 * (kMaxBlockSize / kMinStride) - 1;  // see Blocks::num_taps
 
 // Whether blocks, or the strides between compress blocks, may have so many tokens.
 constexpr bool IsBlockSize(int64_t tokens) {
@@ -73,7 +73,8 @@ struct Blocks {
   JAX_NSA_HOST_DEVICE constexpr int64_t OriginalLength(int64_t length) const {
     return (length - 1) * compress_stride + compress_block_size;
   }
-  // Whether so many original tokens have `length` compressed positions; CompressedLength divides.
+  // Whether so many original tokens have `length` compressed positions, without the division that
+  // CompressedLength needs.
   JAX_NSA_HOST_DEVICE constexpr bool AreCompressedTo(int64_t tokens, int64_t length) const {
     const int64_t first = length > 0 ? OriginalLength(length) : 0;
     return first <= tokens && tokens < OriginalLength(length + 1);

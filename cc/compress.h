@@ -15,20 +15,13 @@ constexpr int64_t kMaxPairs = 2;
 constexpr int64_t kMaxCompressedHeadSize = 256;
 
 // Sizes. Names and axes are those of the operator in jax_nsa.
-struct Problem {
+struct Problem : PagedSequences {
   DataType dtype;               // of inputs and caches
-  int64_t sequences;            // B
-  int64_t pages_per_sequence;   // columns of block_table
-  int64_t num_pages;            // pages in the pools of inputs
-  int64_t page_size;            // rows in a page
   int64_t rows;                 // of each cache
   int64_t heads;                // N
   int64_t compress_block_size;  // l
   int64_t compress_stride;      // d
   int64_t pairs;                // inputs, each with a cache
-
-  // The longest sequence that block_table can name.
-  JAX_NSA_HOST_DEVICE constexpr int64_t capacity() const { return pages_per_sequence * page_size; }
 };
 
 // An input and the cache that its windows go to.

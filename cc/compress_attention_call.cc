@@ -1,6 +1,5 @@
 #include "compress_attention_call.h"
 
-#include <optional>
 #include <string>
 
 namespace jax_nsa::compress_attention {
@@ -9,7 +8,7 @@ namespace ffi = xla::ffi;
 
 ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
                           ffi::Dictionary attributes) {
-  FfiCall ffi_call("nsa_compress_attention", args, rets, attributes,
+  FfiCall ffi_call("nsa_compress_attention_infer", args, rets, attributes,
                    {"query", "key", "value", "block_table", "lengths", "token_counts",
                     "early_counts", "select_lengths", "first_rows"},
                    {"attention", "topk_indices", "lse", "block_scores", "workspace"});
@@ -35,12 +34,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   ffi_call.Type("attention", scores ? ffi::DataType::F32 : ffi_call.Get("query").element_type());
   ffi_call.Shape("attention", {problem.heads, problem.value_size}, leading);
   arrays.attention = ffi_call.Get("attention").untyped_data();
-  ffi_call.Type("topk_indices", ffi::DataType::S32);
-  ffi_call.Rank("topk_indices", leading.size() + 2);
-  ffi_call.NotEmpty("topk_indices");
-  if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());
-  problem.select_count = ffi_call.Get("topk_indices").dimensions().back();
-  ffi_call.Shape("topk_indices", {problem.key_value_heads, problem.select_count}, leading);
+  arrays.topk_indices = ReadChosen(&ffi_call, problem, leading, &problem.select_count);
   arrays.early_counts = ffi_call.Integers("early_counts", {problem.sequences});
   arrays.select_lengths = ffi_call.Integers("select_lengths", {problem.sequences});
   ffi_call.That(!problem.blocks.aligned || ffi_call.Find("select_lengths"),
@@ -49,16 +43,10 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   arrays.block_scores =
       ffi_call.Floats("block_scores", {problem.heads, problem.max_blocks()}, leading);
   if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());
-  arrays.topk_indices = ffi_call.Get("topk_indices").typed_data<int32_t>();
 
-  if (std::optional<ffi::AnyBuffer> workspace = ffi_call.Find("workspace")) {
-    call.workspace = workspace->untyped_data();
-    call.workspace_bytes = static_cast<int64_t>(workspace->size_bytes());
-  }
   call.names.lengths = "actual_cmp_seq_kvlen";
   call.names.original_lengths = "actual_sel_seq_kvlen";
-  ReadMaps(attributes, &call.names);
-  call.faults_fail = FaultsFail(attributes);
+  ReadCall(ffi_call, attributes, &call);
   return call;
 }
 
@@ -81,7 +69,7 @@ ffi::Error FaultError(const Call& call, Fault fault, int64_t sequence, int64_t p
   if (call.arrays.select_lengths) {
     message += ", got " + std::to_string(call.arrays.select_lengths[sequence]);
   }
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
+  return InvalidArgument(message);
 }
 
 }  // namespace jax_nsa::compress_attention

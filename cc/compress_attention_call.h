@@ -3,7 +3,7 @@
 #ifndef JAX_NSA_COMPRESS_ATTENTION_CALL_H_
 #define JAX_NSA_COMPRESS_ATTENTION_CALL_H_
 
-#include <cstddef>
+#include <cstdint>
 
 #include "compress_attention.h"
 #include "paged_call.h"
@@ -11,14 +11,9 @@
 
 namespace jax_nsa::compress_attention {
 
-struct Call {
+struct Call : PagedCall {
   Problem problem;
   Arrays arrays;
-  CallersNames names;
-  bool faults_fail;
-  // Memory that a kernel asked for as a result of its own.
-  void* workspace;
-  int64_t workspace_bytes;
 };
 
 // Decodes and checks the buffers of one call against each other. The Python front door has checked

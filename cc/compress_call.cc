@@ -82,7 +82,7 @@ void ReadSizes(FfiCall* ffi_call, Problem* problem) {
 // Makes errors for the faults of a call's sequences.
 class Faults {
  public:
-  explicit Faults(const Call& call) : call_(call) { sequences_.sequences = call.problem.sequences; }
+  explicit Faults(const Call& call) : call_(call) {}
 
   // `column` is that of block_table, for kPageId.
   ffi::Error Error(SequenceFault fault, int64_t b, int64_t column) const {
@@ -92,45 +92,34 @@ class Faults {
       case SequenceFault::kNone:
         return ffi::Error::Success();
       case SequenceFault::kLength:
-        return Invalid(
-            At(call_.names.lengths, b) + " must be in [0, " + std::to_string(problem.capacity()) +
-            "] (" + std::to_string(problem.pages_per_sequence) + " pages of " +
-            std::to_string(problem.page_size) + " rows), got " + std::to_string(arrays.lengths[b]));
+        return LengthError(problem, At(call_.names.lengths, b), arrays.lengths[b]);
       case SequenceFault::kTokenCount:
-        return Invalid(At("actual_seq_qlen", b) + " must be in [0, " +
-                       std::to_string(problem.compress_stride) +
-                       "] (compress_stride, so that at most one window ends), got " +
-                       std::to_string(arrays.token_counts[b]));
-      case SequenceFault::kPageId: {
-        const int64_t pages = problem.num_pages / call_.names.pool_maps;
-        const int32_t id = arrays.block_table[b * problem.pages_per_sequence + column];
-        return Invalid(At("block_table", b, {column}) + " must be in [0, " + std::to_string(pages) +
-                       "), the pages of input, got " +
-                       std::to_string(AsGiven(id, problem.num_pages, pages)));
-      }
+        return InvalidArgument(At("actual_seq_qlen", b) + " must be in [0, " +
+                               std::to_string(problem.compress_stride) +
+                               "] (compress_stride, so that at most one window ends), got " +
+                               std::to_string(arrays.token_counts[b]));
+      case SequenceFault::kPageId:
+        return PageError(problem, call_.names, At("block_table", b, {column}),
+                         arrays.block_table[b * problem.pages_per_sequence + column], "input");
       case SequenceFault::kSlot:
-        return Invalid(At("slot_mapping", b) + " must be below " + std::to_string(Rows()) +
-                       ", the rows of cache, got " +
-                       std::to_string(AsGiven(arrays.slots[b], problem.rows, Rows())));
+        return InvalidArgument(At("slot_mapping", b) + " must be below " + std::to_string(Rows()) +
+                               ", the rows of cache, got " +
+                               std::to_string(AsGiven(arrays.slots[b], problem.rows, Rows())));
     }
     return ffi::Error(ffi::ErrorCode::kInternal, "unknown fault");
   }
 
   ffi::Error SameRow(const Write& first, const Write& second) const {
-    return Invalid(At("slot_mapping", second.sequence) + " must not be " +
-                   At("slot_mapping", first.sequence) +
-                   ", as both sequences complete a window, got " +
-                   std::to_string(first.row % Rows()) + " for both");
+    return InvalidArgument(At("slot_mapping", second.sequence) + " must not be " +
+                           At("slot_mapping", first.sequence) +
+                           ", as both sequences complete a window, got " +
+                           std::to_string(first.row % Rows()) + " for both");
   }
 
  private:
-  static ffi::Error Invalid(const std::string& message) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
-  }
-
   std::string At(const std::string& array, int64_t b,
                  std::initializer_list<int64_t> further = {}) const {
-    return Place(array, sequences_, /*packed=*/false, call_.names, b, further);
+    return Place(array, call_.problem, /*packed=*/false, call_.names, b, further);
   }
 
   // Rows of the cache of one mapped call: each has a cache of its own, one after the other.
@@ -140,13 +129,7 @@ class Faults {
     return std::max<int64_t>(1, rows);
   }
 
-  // An index past the end of `all` as it was past the end of the `own` of its mapped call.
-  static int64_t AsGiven(int64_t index, int64_t all, int64_t own) {
-    return index < 0 ? index : index - (all - own);
-  }
-
   const Call& call_;
-  PagedProblem sequences_ = {};  // for Place, which asks no more
 };
 
 // What is wrong with a sequence, and its window.
@@ -193,8 +176,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());
 
   call.names.lengths = "actual_seq_len";
-  ReadMaps(attributes, &call.names);
-  call.faults_fail = FaultsFail(attributes);
+  ReadCall(ffi_call, attributes, &call);
   return call;
 }
 

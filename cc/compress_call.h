@@ -12,11 +12,9 @@
 
 namespace jax_nsa::compress {
 
-struct Call {
+struct Call : PagedCall {
   Problem problem;
   Arrays arrays;
-  CallersNames names;
-  bool faults_fail;
 };
 
 // Decodes and checks the buffers of one call against each other. The Python front door has checked

@@ -28,27 +28,32 @@ struct Pitch {
   int64_t row;   // from one row to the next
 };
 
-// Sizes. Names and axes are those of the operators in jax_nsa.
-struct PagedProblem {
-  DataType dtype;              // of query, key and value
+// Sequences whose rows lie in the pages of a pool, as block_table tells for each.
+struct PagedSequences {
   int64_t sequences;           // B
-  int64_t rows;                // rows of query, one for each token, in all sequences together
-  int64_t tokens;              // rows that each sequence owns; 0 where rows are packed
-  int64_t heads;               // N
-  int64_t key_value_heads;     // Nkv
-  int64_t head_size;           // D
-  int64_t value_size;          // Dv
-  int64_t num_pages;           // pages in the pool of key and value
-  int64_t page_size;           // rows in a page
   int64_t pages_per_sequence;  // P, columns of block_table
+  int64_t num_pages;           // pages in the pool
+  int64_t page_size;           // rows in a page
+
+  // The longest sequence that block_table can name.
+  JAX_NSA_HOST_DEVICE constexpr int64_t capacity() const { return pages_per_sequence * page_size; }
+};
+
+// Sizes of attention. Names and axes are those of the operators in jax_nsa.
+struct PagedProblem : PagedSequences {
+  DataType dtype;           // of query, key and value
+  int64_t rows;             // rows of query, one for each token, in all sequences together
+  int64_t tokens;           // rows that each sequence owns; 0 where rows are packed
+  int64_t heads;            // N
+  int64_t key_value_heads;  // Nkv
+  int64_t head_size;        // D
+  int64_t value_size;       // Dv
   float scale;
   // Whether one pool holds both, of each kv head its key and then its value.
   bool interleaved = false;
 
   // G, the query heads that share a key/value head.
   JAX_NSA_HOST_DEVICE constexpr int64_t group() const { return heads / key_value_heads; }
-  // The longest sequence that block_table can name.
-  JAX_NSA_HOST_DEVICE constexpr int64_t capacity() const { return pages_per_sequence * page_size; }
   // How the keys and the values lie, from the first on.
   JAX_NSA_HOST_DEVICE constexpr Pitch key_pitch() const { return PitchOf(head_size); }
   JAX_NSA_HOST_DEVICE constexpr Pitch value_pitch() const { return PitchOf(value_size); }
@@ -111,15 +116,13 @@ JAX_NSA_HOST_DEVICE inline Fault FindRows(const PagedProblem& problem, const Pag
 }
 
 // Whether a sequence's length is one that its row of the block table can name.
-template <class Problem>
-JAX_NSA_HOST_DEVICE constexpr bool IsLength(const Problem& problem, int32_t length) {
-  return length >= 0 && length <= problem.capacity();
+JAX_NSA_HOST_DEVICE constexpr bool IsLength(const PagedSequences& sequences, int32_t length) {
+  return length >= 0 && length <= sequences.capacity();
 }
 
 // Whether a column of the block table names a page of the pool.
-template <class Problem>
-JAX_NSA_HOST_DEVICE constexpr bool IsPage(const Problem& problem, int32_t id) {
-  return id >= 0 && id < problem.num_pages;
+JAX_NSA_HOST_DEVICE constexpr bool IsPage(const PagedSequences& sequences, int32_t id) {
+  return id >= 0 && id < sequences.num_pages;
 }
 
 }  // namespace jax_nsa

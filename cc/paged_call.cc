@@ -81,18 +81,35 @@ void ReadPaged(FfiCall* call, PagedProblem* problem, PagedArrays* arrays,
   *leading = query_shape.first(query_rank - 2);
 }
 
-void ReadMaps(const ffi::Dictionary& attributes, CallersNames* names) {
+int32_t* ReadChosen(FfiCall* call, const PagedProblem& problem, ffi::Span<const int64_t> leading,
+                    int64_t* count) {
+  *count = 0;
+  call->Type("topk_indices", ffi::DataType::S32);
+  call->Rank("topk_indices", leading.size() + 2);
+  call->NotEmpty("topk_indices");
+  if (!call->ok()) return nullptr;
+  const ffi::AnyBuffer chosen = call->Get("topk_indices");
+  *count = chosen.dimensions().back();
+  call->Shape("topk_indices", {problem.key_value_heads, *count}, leading);
+  return call->ok() ? chosen.typed_data<int32_t>() : nullptr;
+}
+
+void ReadCall(const FfiCall& ffi_call, const ffi::Dictionary& attributes, PagedCall* call) {
   const auto maps = Attribute(attributes, "maps", ffi::Span<const int64_t>());
-  names->maps.assign(maps.begin(), maps.end());
-  names->pool_maps = std::max<int64_t>(1, Attribute<int64_t>(attributes, "pool_maps", 1));
-  names->is_part = Attribute<int64_t>(attributes, "is_part", 0) != 0;
+  call->names.maps.assign(maps.begin(), maps.end());
+  call->names.pool_maps = std::max<int64_t>(1, Attribute<int64_t>(attributes, "pool_maps", 1));
+  call->names.is_part = Attribute<int64_t>(attributes, "is_part", 0) != 0;
+  if (const auto known_as = attributes.get<ffi::Dictionary>("known_as"); known_as.has_value()) {
+    call->names.known_as = *known_as;
+  }
+  call->faults_fail = Attribute(attributes, "faults", std::string_view("fail")) != "nan";
+  if (const std::optional<ffi::AnyBuffer> workspace = ffi_call.Find("workspace")) {
+    call->workspace = workspace->untyped_data();
+    call->workspace_bytes = static_cast<int64_t>(workspace->size_bytes());
+  }
 }
 
-bool FaultsFail(const ffi::Dictionary& attributes) {
-  return Attribute(attributes, "faults", std::string_view("fail")) != "nan";
-}
-
-std::string Place(const std::string& array, const PagedProblem& problem, bool packed,
+std::string Place(const std::string& array, const PagedSequences& sequences, bool packed,
                   const CallersNames& names, int64_t sequence,
                   std::initializer_list<int64_t> further) {
   // Each map was folded in its turn: inside a sequence, or around all of packed rows' sequences.
@@ -101,7 +118,7 @@ std::string Place(const std::string& array, const PagedProblem& problem, bool pa
     const int64_t size = std::max<int64_t>(1, names.maps[i]);
     int64_t inner = 1;  // sequences of a call before this map
     if (packed) {
-      inner = problem.sequences;
+      inner = sequences.sequences;
       for (size_t n = i; n < names.maps.size(); ++n) {
         inner /= std::max<int64_t>(1, names.maps[n]);
       }
@@ -113,7 +130,9 @@ std::string Place(const std::string& array, const PagedProblem& problem, bool pa
       sequence /= size;
     }
   }
-  std::string text = array + "[" + std::to_string(sequence);
+  std::string text = array;
+  if (names.known_as) text = Attribute(*names.known_as, array, std::string_view(array));
+  text += "[" + std::to_string(sequence);
   for (int64_t index : further) text += ", " + std::to_string(index);
   text += "]";
   if (names.is_part) text += " of one device's part";
@@ -126,6 +145,24 @@ std::string Place(const std::string& array, const PagedProblem& problem, bool pa
   return text;
 }
 
+int64_t AsGiven(int64_t index, int64_t all, int64_t own) {
+  return index < 0 ? index : index - (all - own);
+}
+
+ffi::Error LengthError(const PagedSequences& sequences, const std::string& place, int32_t length) {
+  return InvalidArgument(place + " must be in [0, " + std::to_string(sequences.capacity()) + "] (" +
+                         std::to_string(sequences.pages_per_sequence) + " pages of " +
+                         std::to_string(sequences.page_size) + " rows), got " +
+                         std::to_string(length));
+}
+
+ffi::Error PageError(const PagedSequences& sequences, const CallersNames& names,
+                     const std::string& place, int32_t id, const std::string& pool) {
+  const int64_t all = sequences.num_pages, own = all / names.pool_maps;
+  return InvalidArgument(place + " must be in [0, " + std::to_string(own) + "), the pages of " +
+                         pool + ", got " + std::to_string(AsGiven(id, all, own)));
+}
+
 ffi::Error FaultError(const PagedProblem& problem, const PagedArrays& arrays,
                       const CallersNames& names, Fault fault, int64_t sequence, int64_t page) {
   const bool packed = arrays.first_rows != nullptr;
@@ -136,11 +173,7 @@ ffi::Error FaultError(const PagedProblem& problem, const PagedArrays& arrays,
     case Fault::kNone:
       return ffi::Error::Success();
     case Fault::kLength:
-      return InvalidArgument(place(names.lengths) + " must be in [0, " +
-                             std::to_string(problem.capacity()) + "] (" +
-                             std::to_string(problem.pages_per_sequence) + " pages of " +
-                             std::to_string(problem.page_size) + " rows), got " +
-                             std::to_string(arrays.lengths[sequence]));
+      return LengthError(problem, place(names.lengths), arrays.lengths[sequence]);
     case Fault::kTokenCount: {
       SequenceRows rows;
       FindRows(problem, arrays, sequence, &rows);
@@ -152,14 +185,10 @@ ffi::Error FaultError(const PagedProblem& problem, const PagedArrays& arrays,
                : std::string("query's rows for each sequence")) +
           "), got " + std::to_string(arrays.token_counts[sequence]));
     }
-    case Fault::kPageId: {
-      const int64_t pages = problem.num_pages / names.pool_maps;
-      int64_t id = arrays.block_table[sequence * problem.pages_per_sequence + page];
-      if (id >= 0) id -= problem.num_pages - pages;
-      return InvalidArgument(place("block_table", {page}) + " must be in [0, " +
-                             std::to_string(pages) + "), the pages of key and value, got " +
-                             std::to_string(id));
-    }
+    case Fault::kPageId:
+      return PageError(problem, names, place("block_table", {page}),
+                       arrays.block_table[sequence * problem.pages_per_sequence + page],
+                       "key and value");
     case Fault::kOriginalLength:
       break;
   }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,11 +22,18 @@ namespace jax_nsa {
 void ReadPaged(FfiCall* call, PagedProblem* problem, PagedArrays* arrays,
                xla::ffi::Span<const int64_t>* leading);
 
+// Reads topk_indices, an operand or a result [*leading, key_value_heads, count], and its count;
+// null and 0 where something is wrong.
+int32_t* ReadChosen(FfiCall* call, const PagedProblem& problem,
+                    xla::ffi::Span<const int64_t> leading, int64_t* count);
+
 // What the user called the arrays of a call, for messages about values that only the running
 // program knows.
 struct CallersNames {
   std::string lengths;           // original or compressed
   std::string original_lengths;  // where an operator has both
+  // In a call that is made of several operators, what its user calls their arguments.
+  std::optional<xla::ffi::Dictionary> known_as;
   // Sizes of the jax.vmaps that were folded into the sequences, the innermost first, and how many
   // mapped calls' pools lie one after the other in one.
   std::vector<int64_t> maps;
@@ -33,20 +41,36 @@ struct CallersNames {
   bool is_part = false;  // whether the call is what one device has of a larger one
 };
 
-// Reads the attributes `maps`, `pool_maps` and `is_part`.
-void ReadMaps(const xla::ffi::Dictionary& attributes, CallersNames* names);
+// What any operator's call has beside its problem and arrays.
+struct PagedCall {
+  CallersNames names;
+  bool faults_fail;  // otherwise what a fault concerns becomes NaN and -1, or is not written
+  // Memory that a kernel asked for as a result of its own; null where it asked for none.
+  void* workspace;
+  int64_t workspace_bytes;
+};
 
-// Whether faults fail the call; otherwise the sequence's results become NaN and -1.
-bool FaultsFail(const xla::ffi::Dictionary& attributes);
+// Reads it, but for the names of arrays.
+void ReadCall(const FfiCall& ffi_call, const xla::ffi::Dictionary& attributes, PagedCall* call);
 
-// "name[b]" or "name[b, further]" of a sequence as the user counts them, and where it was mapped:
-// " at index 2 of jax.vmap".
-std::string Place(const std::string& array, const PagedProblem& problem, bool packed,
+// "name[b]" or "name[b, further]" of a sequence as the user names and counts them, and where it was
+// mapped: " at index 2 of jax.vmap".
+std::string Place(const std::string& array, const PagedSequences& sequences, bool packed,
                   const CallersNames& names, int64_t sequence,
                   std::initializer_list<int64_t> further = {});
 
-// The error for a sequence's fault but kOriginalLength: names the argument, the value and what is
-// legal. `page` is the column of block_table, for kPageId.
+// An index past the end of `all` that a mapped call has, as it was past the end of its `own`.
+int64_t AsGiven(int64_t index, int64_t all, int64_t own);
+
+// The errors for a length, and for an entry of block_table, which stand at `place`: name the
+// argument, the value and what is legal. `pool` is what the user calls the arrays of pages.
+xla::ffi::Error LengthError(const PagedSequences& sequences, const std::string& place,
+                            int32_t length);
+xla::ffi::Error PageError(const PagedSequences& sequences, const CallersNames& names,
+                          const std::string& place, int32_t id, const std::string& pool);
+
+// The error for a sequence's fault but kOriginalLength, in the same way. `page` is the column of
+// block_table, for kPageId.
 xla::ffi::Error FaultError(const PagedProblem& problem, const PagedArrays& arrays,
                            const CallersNames& names, Fault fault, int64_t sequence,
                            int64_t page = 0);

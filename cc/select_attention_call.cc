@@ -23,40 +23,28 @@ void ReadResults(FfiCall* ffi_call, const char* attention, const char* lse,
   *lse_data = ffi_call->Floats(lse, {problem->heads}, leading);
 }
 
-// Reads topk_indices, [*leading, key_value_heads, select_count].
-void ReadIndices(FfiCall* ffi_call, ffi::Span<const int64_t> leading, Problem* problem,
-                 Arrays* arrays) {
-  ffi_call->Type("topk_indices", ffi::DataType::S32);
-  ffi_call->Rank("topk_indices", leading.size() + 2);
-  ffi_call->NotEmpty("topk_indices");
-  if (!ffi_call->ok()) return;
-  problem->select_count = ffi_call->Get("topk_indices").dimensions().back();
-  ffi_call->Shape("topk_indices", {problem->key_value_heads, problem->select_count}, leading);
-  ffi_call->That(IsBlockSize(problem->select_block_size),
-                 "select_block_size must be a multiple of ", kMinStride, " up to ", kMaxBlockSize,
-                 ", got ", problem->select_block_size);
-  if (!ffi_call->ok()) return;
-  arrays->topk_indices = ffi_call->Get("topk_indices").typed_data<int32_t>();
-}
-
 // The error for a bad entry of topk_indices, in column `column` for the token and kv head.
 ffi::Error BlockError(const Call& call, int64_t sequence, int64_t row, int64_t token, int64_t head,
                       int64_t column) {
   const Problem& problem = call.problem;
-  const bool packed = call.arrays.first_rows != nullptr;
-  PagedProblem by_rows = problem;
-  by_rows.sequences = problem.rows;
-  const std::string place =
-      packed ? Place("topk_indices", by_rows, packed, call.names, row, {head, column})
-      : call.tokens_apart
-          ? Place("topk_indices", problem, packed, call.names, sequence, {token, head, column})
-          : Place("topk_indices", problem, packed, call.names, sequence, {head, column});
+  const auto place = [&]() -> std::string {
+    if (call.arrays.first_rows != nullptr) {  // packed: each row is counted as a sequence
+      PagedSequences rows = problem;
+      rows.sequences = problem.rows;
+      return Place("topk_indices", rows, /*packed=*/true, call.names, row, {head, column});
+    }
+    if (!call.tokens_apart) {
+      return Place("topk_indices", problem, /*packed=*/false, call.names, sequence, {head, column});
+    }
+    return Place("topk_indices", problem, /*packed=*/false, call.names, sequence,
+                 {token, head, column});
+  };
   const int64_t size = problem.select_block_size;
   const int64_t blocks = (call.arrays.lengths[sequence] + size - 1) / size;
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                    place + " must be in [-1, " + std::to_string(blocks - 1) + "], the blocks of " +
-                        std::to_string(size) + " tokens that its sequence has, got " +
-                        std::to_string(ChosenBlocks(problem, call.arrays, row, head)[column]));
+  return InvalidArgument(place() + " must be in [-1, " + std::to_string(blocks - 1) +
+                         "], the blocks of " + std::to_string(size) +
+                         " tokens that its sequence has, got " +
+                         std::to_string(ChosenBlocks(problem, call.arrays, row, head)[column]));
 }
 
 // The first fault of what a token reads for a kv head.
@@ -94,7 +82,12 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   problem.partial = ffi_call.Integer("partial") != 0;
   call.tokens_apart = ffi_call.Integer("tokens_apart") != 0;
   problem.attention_dtype = problem.partial ? DataType::kFloat32 : problem.dtype;
-  if (ffi_call.Find("topk_indices")) ReadIndices(&ffi_call, leading, &problem, &arrays);
+  if (ffi_call.Find("topk_indices")) {
+    arrays.topk_indices = ReadChosen(&ffi_call, problem, leading, &problem.select_count);
+    ffi_call.That(IsBlockSize(problem.select_block_size),
+                  "select_block_size must be a multiple of ", kMinStride, " up to ", kMaxBlockSize,
+                  ", got ", problem.select_block_size);
+  }
   ReadResults(&ffi_call, "attention", "lse", leading, &problem, &arrays.attention, &arrays.lse);
   ReadResults(&ffi_call, "window_attention", "window_lse", leading, &problem,
               &arrays.window_attention, &arrays.window_lse);
@@ -106,13 +99,8 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
                 "needs topk_indices or a window_size");
   if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());
 
-  if (std::optional<ffi::AnyBuffer> workspace = ffi_call.Find("workspace")) {
-    call.workspace = workspace->untyped_data();
-    call.workspace_bytes = static_cast<int64_t>(workspace->size_bytes());
-  }
   call.names.lengths = "actual_seq_kvlen";
-  ReadMaps(attributes, &call.names);
-  call.faults_fail = FaultsFail(attributes);
+  ReadCall(ffi_call, attributes, &call);
   return call;
 }
 

@@ -11,15 +11,10 @@
 
 namespace jax_nsa::select_attention {
 
-struct Call {
+struct Call : PagedCall {
   Problem problem;
   Arrays arrays;
-  CallersNames names;
   bool tokens_apart;  // whether the user's topk_indices have an axis of tokens
-  bool faults_fail;
-  // Memory that a kernel asked for as a result of its own.
-  void* workspace;
-  int64_t workspace_bytes;
 };
 
 // Decodes and checks the buffers of one call against each other. The Python front door has checked

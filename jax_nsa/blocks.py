@@ -26,7 +26,7 @@ def check_block_size(name: str, size: int) -> int:
 
 
 def check_stride(compress_block_size: int, compress_stride: int) -> None:
-    """Holds the stride of compress blocks to its legal values, and blocks to overlap or touch."""
+    """Checks that the stride of compress blocks is legal, and that blocks overlap or touch."""
     if compress_stride not in COMPRESS_STRIDES:
         raise ValueError(
             f"compress_stride must be one of {COMPRESS_STRIDES}, got {compress_stride}"

@@ -217,7 +217,7 @@ class PagePools:
 def _check_rows(
     name: str, rows: ArrayLike, pool: jax.Array, slots: int, *, kinds: int
 ) -> ArrayLike:
-    """Holds a step's rows to a pool, whose heads are those of so many kinds of rows."""
+    """Checks a step's rows against a pool, whose heads are those of so many kinds of rows."""
     rows = checks.floats(name, rows, like=(f"pools' {name}", pool))
     shape, row = tuple(rows.shape), pool.shape[2:]
     heads = (kinds * shape[2], *shape[3:]) if len(shape) == 4 else ()
@@ -239,7 +239,9 @@ def _factors_in_turn(
     factors: dict[str, list[jax.Array]] = {}
     for name, pair in pairs.items():
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise TypeError(f"{name} must be a pair, for keys and for values, got {pair!r}")
+            raise TypeError(
+                f"{name} must be a pair, for keys and for values, got {checks.described(pair)}"
+            )
         factors[name] = []
         for i, given in enumerate(pair):
             missing = name == "bias" and given is None
@@ -260,7 +262,8 @@ def _checked_slots(slots: IntegersLike, count: int) -> jax.Array:
         named = integers.host[integers.host >= 0]
         if (named >= count).any() or len(np.unique(named)) < len(named):
             raise ValueError(
-                f"slots must be different numbers below {count}, got {integers.host.tolist()}"
+                f"slots must be different numbers below {count}, got "
+                f"{checks.shown(integers.host.tolist())}"
             )
     array = integers.array()
     return jnp.where(array < 0, jnp.int32(count), array)

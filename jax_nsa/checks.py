@@ -20,11 +20,18 @@ import numpy as np
 ArrayLike: TypeAlias = jax.Array | np.ndarray
 IntegersLike: TypeAlias = jax.Array | np.ndarray | Sequence[int]
 
-SHOWN = 120  # characters of an array in a message
+SHOWN = 120  # characters of a value in a message
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = SHOWN
 FLOATS = ("bfloat16", "float16", "float32")
 INT32_MAX = 2**31 - 1
 FLOAT32_MAX = 3.4028234663852886e38
 SCALE_MAX = 2.0**127  # kernels compute powers of 2: times log2(e), it must be finite, too
+
+
+def shown(value: Any) -> str:
+    """A value for a message, shortened."""
+    return _SHORT.repr(value)
 
 
 def integer(name: str, value: Any) -> int:
@@ -35,7 +42,7 @@ def integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{name} must be a Python integer, got {value!r} of type {type(value).__name__}"
+            f"{name} must be a Python integer, got {shown(value)} of type {type(value).__name__}"
         ) from None
 
 
@@ -50,14 +57,14 @@ def count(name: str, value: Any, *, least: int = 1) -> int:
 def flag(name: str, value: Any) -> bool:
     """Returns `value` as a bool; refuses all else."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
+        raise TypeError(f"{name} must be a bool, got {shown(value)}")
     return bool(value)
 
 
 def choice(name: str, value: Any, legal: Sequence[str]) -> str:
     """Returns `value` if it is one of the `legal` words."""
     if not isinstance(value, str) or value not in legal:
-        raise ValueError(f"{name} must be one of {tuple(legal)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {tuple(legal)}, got {shown(value)}")
     return value
 
 
@@ -70,7 +77,7 @@ def scale(value: Any) -> float:
         real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real:
         raise TypeError(
-            f"scale_value must be a real number, got {value!r} of type {type(value).__name__}"
+            f"scale_value must be a real number, got {shown(value)} of type {type(value).__name__}"
         )
     try:
         checked = float(value)
@@ -78,7 +85,7 @@ def scale(value: Any) -> float:
         checked = math.inf
     except TypeError as error:
         raise TypeError(
-            f"scale_value must be known when the call is traced, got {value!r}: {error}"
+            f"scale_value must be known when the call is traced, got {shown(value)}: {error}"
         ) from None
     if not abs(checked) <= FLOAT32_MAX:
         raise ValueError(f"scale_value must be finite in float32, got {checked}")
@@ -94,8 +101,15 @@ def axis_size(context_axis: Hashable) -> int:
         return jax.lax.axis_size(context_axis)
     except (NameError, TypeError, ValueError):
         raise ValueError(
-            f"context_axis must be a mesh axis of the enclosing jax.shard_map, got {context_axis!r}"
+            "context_axis must be a mesh axis of the enclosing jax.shard_map, got "
+            f"{shown(context_axis)}"
         ) from None
+
+
+def described(value: Any) -> str:
+    """What a value is, for a message about what it should be: "tuple of 3"."""
+    length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"{type(value).__name__}{length}"
 
 
 def floats(name: str, value: Any, *, like: tuple[str, Any] | None = None) -> ArrayLike:
@@ -226,7 +240,7 @@ def _host_array(name: str, values: Any, rank: str) -> np.ndarray:
     except ValueError:
         raise TypeError(
             f"{name} must be an array or nested lists of integers of rank {rank}, all rows "
-            f"of one length, got {reprlib.repr(values)}"
+            f"of one length, got {shown(values)}"
         ) from None
 
 

@@ -145,6 +145,8 @@ def custom_call(
         for at, name in enumerate(results)
         if call.operator.is_aliased(name)
     }
+    if call.known_as:
+        attributes["known_as"] = dict(call.known_as)
     outcomes = jax.ffi.ffi_call(
         target_name(backend, call.operator.target),
         [*call.results(), *further.values()],

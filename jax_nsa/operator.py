@@ -21,9 +21,11 @@ kernels' calls: every backend (`backends/`) is a function from arrays to arrays.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -31,6 +33,9 @@ import jax
 from jax_nsa import _compat, checks, primitive
 
 FAULTS = ("fail", "nan")
+_KNOWN_AS: contextvars.ContextVar[tuple[tuple[str, str], ...]] = contextvars.ContextVar(
+    "known_as", default=()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +149,25 @@ class Operator:
             constants=tuple(constants),
             maps=(),
             pool_maps=1,
+            known_as=_KNOWN_AS.get(),
         )
         return dict(zip((r.name for r in self.results(problem)), results, strict=True))
+
+
+@contextlib.contextmanager
+def arguments_known_as(names: Mapping[str, str]) -> Iterator[None]:
+    """Says what the caller of a function that is made of operators knows their arguments as.
+
+    Kernels that find a bad value then name it so.
+
+    Args:
+        names: the caller's names, by those of the operators' front doors.
+    """
+    token = _KNOWN_AS.set(tuple(names.items()))
+    try:
+        yield
+    finally:
+        _KNOWN_AS.reset(token)
 
 
 def _kind(name: str) -> str:

@@ -1,8 +1,9 @@
-"""Checks that calls over a paged cache share: heads, pools, block tables, counts of tokens."""
+"""What calls over a paged cache share: operands, and checks of heads, pools, tables, counts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -11,9 +12,16 @@ import numpy as np
 
 from jax_nsa import checks, pools
 from jax_nsa.checks import ArrayLike, Integers
+from jax_nsa.operator import Array, Operator
 
-PAGE_GRANULE = 16
-PAGE_MAX = 256
+# What attention over a paged cache reads, whichever its positions.
+OPERANDS = (
+    Array("query", "* (h g) d"),
+    Array("key", "p r (h x)"),
+    Array("value", "p r (h y)"),
+    Array("block_table", "b c", points_into="p"),
+)
+
 GROUP_MAX = 128
 HEAD_SIZE_MAX = 192
 
@@ -29,28 +37,68 @@ def per_sequence(name: str, values: Any, sequences: Any) -> Integers:
     return integers
 
 
-def constant_lengths(
-    operands: Mapping[str, jax.Array], lengths: Integers | None
+def lengths(
+    name: str, values: Any, table: Integers, *, sequences: Any, page: int, devices: int = 1
+) -> Integers:
+    """The length of each sequence, no longer than its row of the block table can name.
+
+    Args:
+        name: the argument's name.
+        values: the argument.
+        table: the block table.
+        sequences: how many there are.
+        page: rows in a page.
+        devices: over how many devices each sequence is split.
+    """
+    integers = per_sequence(name, values, sequences)
+    integers.check_range(
+        table.shape[1] * page * devices, " (the block table's pages times page_block_size)"
+    )
+    return integers
+
+
+def apply(
+    operator: Operator, operands: Mapping[str, jax.Array], known_lengths: Integers,
+    merge_parts: Callable[..., dict[str, jax.Array]], *, problem: Any,
+    implementation: tuple[str, ...] | None, on_fault: str | None, context_axis: Hashable | None,
+) -> dict[str, jax.Array]:  # fmt: skip
+    """Applies an operator; where a mesh axis splits sequences, to their parts, which it merges.
+
+    Args:
+        operator: which.
+        operands: all of the call.
+        known_lengths: of the whole sequences.
+        merge_parts: merges what the devices along `context_axis` have.
+        problem: the static problem.
+        implementation: as `Operator.bind` takes it.
+        on_fault: as `Operator.bind` takes it.
+        context_axis: the mesh axis, or None.
+    """
+    bind = functools.partial(operator.bind, implementation=implementation, on_fault=on_fault)
+    if context_axis is not None:
+        return merge_parts(bind, operands, problem=problem, axis_name=context_axis)
+    constants = _constant_lengths(operands, known_lengths)
+    return bind(operands, problem=problem, constants=constants)
+
+
+def _constant_lengths(
+    operands: Mapping[str, jax.Array], known: Integers
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Lengths that are constants of the program, which a kernel may use, as `bind` takes them.
 
     Those that the host knows are, under a trace; eagerly, they would make each step's program a new
     one.
-
-    Args:
-        operands: all of the call.
-        lengths: of its sequences; None: they are not those of the whole call.
     """
     traced = any(isinstance(operand, jax.core.Tracer) for operand in operands.values())
-    if not traced or lengths is None or lengths.host is None:
+    if not traced or known.host is None:
         return ()
-    return (("lengths", tuple(lengths.host.tolist())),)
+    return (("lengths", tuple(known.host.tolist())),)
 
 
 def counts_of_tokens(
     counts: Any, query_shape: tuple[Any, ...], table: Integers, *, packed: bool
 ) -> dict[str, Integers]:
-    """`actual_seq_qlen` by its name where it is given, held to query's token axis.
+    """`actual_seq_qlen` by its name where it is given, checked against query's token axis.
 
     Args:
         counts: the argument.
@@ -92,7 +140,7 @@ def sequences(table: Integers, query_shape: tuple[Any, ...], *, packed: bool) ->
 def page_ids(
     table: Integers, lengths: np.ndarray, *, page: int, pages: int, first: np.ndarray | None = None
 ) -> None:
-    """Holds the entries of a known block table that sequences need to the pages of the pools.
+    """Refuses entries of a known block table that sequences need and the pools do not have.
 
     Args:
         table: the block table.
@@ -121,9 +169,10 @@ def page_ids(
 def page_size(value: Any) -> int:
     """Returns `page_block_size`, a multiple of 16 up to 256."""
     size = checks.integer("page_block_size", value)
-    if size % PAGE_GRANULE or not 0 < size <= PAGE_MAX:
+    if not pools.is_page_size(size):
         raise ValueError(
-            f"page_block_size must be a multiple of {PAGE_GRANULE} up to {PAGE_MAX}, got {size}"
+            f"page_block_size must be a multiple of {pools.PAGE_GRANULE} up to {pools.PAGE_MAX}, "
+            f"got {size}"
         )
     return size
 
@@ -149,7 +198,7 @@ def attention(
     page: int,
     interleaved: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns query, and the pools as `[pages, page, Nkv * size]`, held to each other's shapes.
+    """Returns query, and the pools as `[pages, page, Nkv * size]`, their shapes checked.
 
     A pool of keys and values is returned twice, as `[pages, page, Nkv * 2 * size]`.
 
@@ -176,7 +225,7 @@ def attention(
 
 
 def query_shape(query: ArrayLike, *, axes: str) -> None:
-    """Holds query to its axes; only its rows may be none."""
+    """Checks query's axes; only its rows may be none."""
     shape = tuple(query.shape)
     if len(shape) != axes.count(",") + 1:
         raise ValueError(f"query must have shape {axes}, got {shape}")
@@ -185,7 +234,7 @@ def query_shape(query: ArrayLike, *, axes: str) -> None:
 
 
 def heads(query_shape: tuple[Any, ...], *, stated: int, key_value_heads: int) -> None:
-    """Holds query's heads and head size to the rules of attention over groups of heads."""
+    """Checks query's heads and head size by the rules of attention over groups of heads."""
     size = query_shape[-1]
     have = query_shape[-2]
     if have != stated:

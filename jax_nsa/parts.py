@@ -10,11 +10,32 @@ costs: what else is to be told travels with one of the two.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+
+def positions_of_device(operands: Mapping[str, jax.Array], multiple: int, of: str) -> int:
+    """How many positions of each sequence a device holds: its block table's pages times their rows.
+
+    Args:
+        operands: the operands on this device.
+        multiple: what it must be a multiple of, so that no select block is on two devices.
+        of: the same in the user's terms.
+
+    Raises:
+        ValueError: it is not.
+    """
+    columns, page = operands["block_table"].shape[1], operands["key"].shape[1]
+    if columns * page % multiple:
+        raise ValueError(
+            "with context_axis, the pages of a sequence on each device must hold a multiple of "
+            f"{of} = {multiple} positions, got block_table with {columns} columns for pages of "
+            f"{page} rows"
+        )
+    return columns * page
 
 
 def worst_and_peak(

@@ -15,7 +15,14 @@ from jax_nsa import checks
 from jax_nsa.checks import ArrayLike
 
 KV_LAYOUTS = ("separate", "interleaved")
+PAGE_GRANULE = 16
+PAGE_MAX = 256
 VALUE_SIZE_MAX = 128
+
+
+def is_page_size(rows: int) -> bool:
+    """Whether pages may have so many rows."""
+    return rows % PAGE_GRANULE == 0 and 0 < rows <= PAGE_MAX
 
 
 def is_value_size(value_size: int, head_size: int) -> bool:
@@ -134,13 +141,14 @@ def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None
     if len(shape) not in (3, 4):
         raise ValueError(
             f"{name} must have shape [pages, page_block_size, {heads} * {stated}] or [pages, "
-            f"page_block_size, {heads}, {stated}], got {shape}"
+            f"page_block_size, {heads}, {stated}], got {shape}{remedy(shape)}"
         )
     if any(isinstance(n, int) and n == 0 for n in shape):
         raise ValueError(f"{name} must not be empty, got shape {shape}")
     if shape[1] != page:
         raise ValueError(
-            f"{name}'s second axis must be page_block_size ({page}), got shape {shape}"
+            f"{name}'s second axis must be page_block_size ({page}), got shape "
+            f"{shape}{remedy(shape)}"
         )
     if len(shape) == 4:
         if shape[2] != heads:
@@ -160,6 +168,25 @@ def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None
             f"{heads * size}, got {array.shape[2]} in shape {shape}"
         )
     return array
+
+
+def remedy(shape: tuple[Any, ...]) -> str:
+    """How an array that lies in another way becomes a pool; the end of a message, or nothing."""
+    if len(shape) == 5:
+        return "; [sequences, pages, page, heads, size] become pages by reshape(-1, *shape[2:])"
+    if len(shape) == 4 and is_page_size(shape[2]) and not is_page_size(shape[1]):
+        return "; where heads come before rows, jnp.swapaxes(..., 1, 2) turns them round"
+    if len(shape) == 4 and shape[1] > PAGE_MAX:
+        return (
+            "; a dense [sequences, tokens, heads, size] becomes pages by reshape(-1, page, heads, "
+            "size)"
+        )
+    if len(shape) == 3 and shape[1] > PAGE_MAX:
+        return (
+            "; [heads, tokens, size] become pages by jnp.swapaxes(..., 0, 1).reshape(-1, page, "
+            "heads, size)"
+        )
+    return ""
 
 
 def _merge_heads(array: ArrayLike) -> ArrayLike:

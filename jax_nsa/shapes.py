@@ -92,7 +92,7 @@ SHAPES = {
         select_count=4,
         window=64,
     ),
-    "seed": Shape("the example in torch_npu's documentation, this project's seed", 20, 8, 2, 1024),
+    "seed": Shape("the example in torch_npu's documentation", 20, 8, 2, 1024),
     "b1": Shape("one long sequence, few pieces for many processors", 1, 64, 4, 8192),
     "b8": Shape("a small batch", 8, 64, 4, 2048),
     "g1": Shape("one head in each group, so that no key is used twice", 16, 4, 4, 2048),

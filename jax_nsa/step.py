@@ -17,6 +17,7 @@ from jax_nsa import chain, checks, pools
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
+from jax_nsa.operator import arguments_known_as
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 
 LAYOUTS = ("TND", "BSND")
@@ -101,8 +102,8 @@ def nsa_decode_step(
         compress_block_size: `l`, original tokens behind one compressed position.
         compress_stride: `d`, original tokens between two compressed positions.
         window_size: how many of the newest tokens the window holds.
-        importance: "cann" or "aligned", the rule by which blocks are scored and counted; see
-            `nsa_compress_attention_infer`.
+        importance: the rule by which blocks are scored and counted: "cann", torch_npu's, or
+            "aligned", that of open training codes; see `nsa_compress_attention_infer`.
         init_blocks: how many of the first blocks are always chosen.
         local_blocks: how many of the last blocks are always chosen.
         actual_seq_qlen: integers `[B]`, the query tokens of each sequence, at most
@@ -215,15 +216,21 @@ def _gated_sum(gates: jax.Array, *branches: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def _told_of(cache: str) -> Iterator[None]:
-    """Adds to an operator's refusal where its arguments are in the step's caches."""
-    means = {
+    """Has an operator's messages tell where its arguments are in the step's caches.
+
+    Kernels name a bad value as the step does; to a refusal by the front door it is added.
+    """
+    integers = {
         "actual_cmp_seq_kvlen": "compressed.lengths", "actual_sel_seq_kvlen": "selected.lengths",
         "actual_seq_kvlen": f"{cache}.lengths", "block_table": f"{cache}.block_table",
-        "key": f"{cache}.key", "value": f"{cache}.value",
+    }  # fmt: skip
+    means = {
+        **integers, "key": f"{cache}.key", "value": f"{cache}.value",
         "page_block_size": f"the second size of {cache}.key",
     }  # fmt: skip
     try:
-        yield
+        with arguments_known_as(integers):
+            yield
     except (TypeError, ValueError) as error:
         if type(error) not in (TypeError, ValueError):
             raise
@@ -268,10 +275,12 @@ def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
 
 
 def _page_size(name: str, cache: PagedKV) -> int:
+    """Rows of the cache's pages, which only its pool of keys tells."""
     shape = jnp.shape(cache.key)
-    if len(shape) not in (3, 4, 5):
+    if len(shape) not in (3, 4, 5) or not pools.is_page_size(shape[1]):
         raise ValueError(
             f"{name}.key must have shape [pages, page, heads * size] or [pages, page, heads, "
-            f"size], got {shape}"
+            f"size], where a page has a multiple of {pools.PAGE_GRANULE} rows up to "
+            f"{pools.PAGE_MAX}, got {shape}{pools.remedy(shape)}"
         )
     return int(shape[1])

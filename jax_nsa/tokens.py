@@ -7,6 +7,7 @@ the counts of tokens, and where rows are packed, each sequence's first row.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,35 @@ def sequence_of_rows(first_rows: jax.Array, rows: int) -> jax.Array:
     row = jnp.arange(rows, dtype=jnp.int32)
     # Not jnp.searchsorted, which takes no symbolic number of sequences.
     return jnp.sum(first_rows[None, :] <= row[:, None], axis=1, dtype=jnp.int32) - 1
+
+
+def owned_rows(first_rows: jax.Array, rows: int) -> jax.Array:
+    """How many of the packed rows each sequence owns, up to the next one's first: int32[B]."""
+    end = jnp.full((1,), rows, jnp.int32)
+    return jnp.diff(jnp.minimum(jnp.concatenate([first_rows, end]), end))
+
+
+def of_rows(operands: Mapping[str, jax.Array], of_sequences: jax.Array) -> jax.Array:
+    """What is known of sequences `[B]`, for each of query's rows: `[B, 1]`, or packed `[T]`."""
+    if "first_rows" not in operands:
+        return of_sequences[:, None]
+    rows = operands["query"].shape[0]
+    return of_sequences[sequence_of_rows(operands["first_rows"], rows)]
+
+
+def numbers(operands: Mapping[str, jax.Array]) -> jax.Array:
+    """Which token of its sequence each of query's rows is: int32 `[1, S]`, or packed `[T]`."""
+    if "first_rows" not in operands:
+        return jnp.arange(operands["query"].shape[1], dtype=jnp.int32)[None, :]
+    row = jnp.arange(operands["query"].shape[0], dtype=jnp.int32)
+    return row - of_rows(operands, operands["first_rows"])
+
+
+def counts(operands: Mapping[str, jax.Array]) -> jax.Array:
+    """How many tokens the sequence of each of query's rows has: int32 `[B, 1]`, or packed `[T]`."""
+    if "token_counts" in operands:
+        return of_rows(operands, operands["token_counts"])
+    return jnp.full_like(operands["lengths"], operands["query"].shape[1])[:, None]
 
 
 def operands(

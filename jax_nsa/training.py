@@ -96,7 +96,7 @@ def _window_starts(ends: Any, tokens: int, size: int, stride: int) -> np.ndarray
     if bounds[-1] != tokens or (np.diff(bounds) < 0).any():
         raise ValueError(
             "actual_seq_len must be cumulative, not decreasing, and end with input's tokens "
-            f"({tokens}), got {integers.host.tolist()}"
+            f"({tokens}), got {checks.shown(integers.host.tolist())}"
         )
     each = [
         begin + stride * np.arange(max(0, (end - begin - size) // stride + 1))
@@ -166,8 +166,8 @@ def nsa_attention(
         select_block_size: `l'`, tokens in a selectable block.
         select_block_count: `k`, blocks to select.
         window_size: how many of the newest tokens the window holds.
-        importance: "cann" or "aligned", the rule by which blocks are scored and counted; see
-            `nsa_compress_attention_infer`.
+        importance: the rule by which blocks are scored and counted: "cann", torch_npu's, or
+            "aligned", that of open training codes; see `nsa_compress_attention_infer`.
         init_blocks: how many of the first blocks are always chosen.
         local_blocks: how many of the last blocks are always chosen.
         chunk_size: rows that are computed at once.

@@ -115,13 +115,16 @@ class Trial:
         )  # fmt: skip
         return key, value
 
-    def attend(self, key: jax.Array, value: jax.Array, implementation: str) -> Any:
-        """Attention to the compressed pools, and the chosen blocks."""
+    def attend(
+        self, key: jax.Array, value: jax.Array, implementation: str, importance: str = "cann"
+    ) -> Any:
+        """Attention to the compressed pools, and the blocks that a rule chooses."""
         return nsa_compress_attention_infer(
             self.query, key, value, SCALE, HEADS, KEY_VALUE_HEADS, BLOCKS.select_block_size,
             SELECT_COUNT, PAGE, BLOCKS.compress_block_size, BLOCKS.compress_stride,
             block_table=self.compressed_table, actual_cmp_seq_kvlen=[LENGTH] * SEQUENCES,
-            implementation=implementation,
+            actual_sel_seq_kvlen=[TOKENS] * SEQUENCES, implementation=implementation,
+            importance=importance,
         )  # fmt: skip
 
     def select(self, chosen: jax.Array, implementation: str) -> Any:
@@ -191,7 +194,8 @@ class Truth:
         keys, values: original rows `[sequences, kv_heads, tokens, size]`.
         newest: the completed row of the compressed pools, `[sequences, size of keys and values]`.
         attention: to the compressed rows, `[sequences, heads, value_size]`.
-        importance: `[sequences, kv_heads, blocks]`; infinite where always chosen.
+        importance: `[sequences, kv_heads, blocks]`, by CANN's rule; infinite where always chosen.
+        aligned_importance: by the aligned rule.
     """
 
     query: np.ndarray
@@ -201,6 +205,7 @@ class Truth:
     newest: np.ndarray
     attention: np.ndarray
     importance: np.ndarray
+    aligned_importance: np.ndarray
 
     @classmethod
     def of(
@@ -209,20 +214,11 @@ class Truth:
         """Computes it from unpaged rows."""
         query = query.astype(np.float64)
         attention, weights = _attend(query, *_heads(compressed))
-        # How often a compressed position counts for a block (arXiv 2502.11089, eq. 9).
-        stride = BLOCKS.compress_stride
-        importance = np.zeros((SEQUENCES, KEY_VALUE_HEADS, CHOOSABLE))
         by_group = weights.reshape(SEQUENCES, KEY_VALUE_HEADS, -1, LENGTH).sum(2)
-        for block in range(CHOOSABLE):
-            for m in range(BLOCKS.select_block_size // stride):
-                for n in range(BLOCKS.compress_block_size // stride):
-                    position = BLOCKS.select_block_size // stride * (block + 1) - m - n
-                    if position < LENGTH:
-                        importance[..., block] += by_group[..., position]
-        importance[..., [0, -2, -1]] = np.inf
         return cls(
             query, gates.astype(np.float64), *_heads(rows),
-            compressed[:, -1].astype(np.float64), attention, importance,
+            compressed[:, -1].astype(np.float64), attention, _importance(by_group, late=1),
+            _importance(by_group, late=0),
         )  # fmt: skip
 
     @property
@@ -290,6 +286,26 @@ class Truth:
         return int(exact.sum()), int(tied.sum()), chosen.size
 
 
+def _importance(weights: np.ndarray, *, late: int) -> np.ndarray:
+    """Importance of the blocks, from their positions' weights summed over the heads of a group.
+
+    Args:
+        weights: `[sequences, kv_heads, positions]`.
+        late: how many positions late a block takes them: 1 by CANN's rule, 0 by the aligned one.
+    """
+    importance = np.zeros((SEQUENCES, KEY_VALUE_HEADS, CHOOSABLE))
+    stride = BLOCKS.compress_stride
+    # How often a compressed position counts for a block (arXiv 2502.11089, eq. 9).
+    for block in range(CHOOSABLE):
+        for m in range(BLOCKS.select_block_size // stride):
+            for n in range(BLOCKS.compress_block_size // stride):
+                position = BLOCKS.select_block_size // stride * block + m - n + late
+                if 0 <= position < LENGTH:
+                    importance[..., block] += weights[..., position]
+    importance[..., [0, -2, -1]] = np.inf
+    return importance
+
+
 def _heads(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Keys and values `[sequences, kv_heads, n, size]` of rows of both."""
     keys, values = np.split(rows.astype(np.float64), [KEY_VALUE_HEADS * HEAD_SIZE], -1)
@@ -348,6 +364,7 @@ def checks() -> list[Check]:
         flat = pool.reshape(-1, pool.shape[-1]).at[trial.slots].set(rows.astype(pool.dtype))
         pools.append(flat.reshape(pool.shape))
     chosen = jnp.asarray(truth.chosen, jnp.int32)
+    aligned = dataclasses.replace(truth, importance=truth.aligned_importance)
     every = frozenset({"compress", "compress_attention", "select_attention"})
     return [
         Check(
@@ -358,6 +375,11 @@ def checks() -> list[Check]:
             "compressed attention", frozenset({"compress_attention"}),
             lambda name, t, *pools: t.attend(*pools, name), (trial, *pools),
             lambda results: truth.judge_attend(*results),
+        ),
+        Check(
+            "aligned blocks", frozenset({"compress_attention"}),
+            lambda name, t, *pools: t.attend(*pools, name, importance="aligned"), (trial, *pools),
+            lambda results: aligned.judge_attend(*results),
         ),
         Check(
             "selected, window", frozenset({"select_attention"}),

@@ -9,23 +9,18 @@ import pytest
 from compress_attention.problems import Geometry, build
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from kernels import cpu_or_reference
 
-from jax_nsa import native, nsa_compress_attention_infer
+from jax_nsa import nsa_compress_attention_infer
 
 GEOMETRY = Geometry(
     lengths=(61, 0, 33, 17), layout="BSND", tokens=3, token_counts=(3, 1, 2, 0), masked=True,
     slack=(3, 9, 0, 15), group=4, k=6, page=16, spare_slots=0, return_lse=True,
     importance="aligned",
 )  # fmt: skip
-needs_cpu_kernel = pytest.mark.skipif(
-    native.unavailable("cpu", "compress_attention") is not None,
-    reason=f"{native.unavailable('cpu', 'compress_attention')}",
-)
 
 
-@pytest.mark.parametrize(
-    "implementation", ["reference", pytest.param("cpu", marks=needs_cpu_kernel)]
-)
+@pytest.mark.parametrize("implementation", cpu_or_reference("compress_attention"))
 @pytest.mark.parametrize("forced", [(1, 2), (0, 1), (0, 0), (9, 9)])
 def test_split_over_devices_as_whole(implementation, forced):
     geometry = replace(GEOMETRY, init_blocks=forced[0], local_blocks=forced[1])

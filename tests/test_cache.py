@@ -25,19 +25,11 @@ from caches import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import cpu_or_reference
 
 from jax_nsa import native, nsa_attention, nsa_compress, nsa_decode_step
 
-IMPLEMENTATIONS = [
-    "reference",
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            native.unavailable("cpu", "compress") is not None,
-            reason=f"{native.unavailable('cpu', 'compress')}",
-        ),
-    ),
-]
+IMPLEMENTATIONS = cpu_or_reference("compress")
 
 
 PROGRAMS = functools.cache(Programs)

@@ -3,18 +3,14 @@
 import jax
 import pytest
 from compress.contract import CompressContract
-
-from jax_nsa import native
+from kernels import need_cpu
 
 
 class TestReference(CompressContract):
     implementation = "reference"
 
 
-@pytest.mark.skipif(
-    native.unavailable("cpu", "compress") is not None,
-    reason=f"{native.unavailable('cpu', 'compress')}",
-)
+@need_cpu("compress")
 class TestCpu(CompressContract):
     implementation = "cpu"
     fails_on_faults = True

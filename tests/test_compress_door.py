@@ -289,3 +289,30 @@ class TestWindowHelpers:
         window = completed_window(np.array([16]), **self.SIZES)
         with pytest.raises(ValueError, match="page_block_size"):
             window_slots(window, [[0]], page_block_size=0)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"window": (True, 0, 0)}, TypeError, "window must be what completed_window returns"),
+            ({"block_table": [0]}, ValueError, "block_table must have rank 2"),
+            ({"block_table": [[0.5]]}, TypeError, "block_table must hold integers"),
+            ({"pool": np.ones((2, 16, 3), np.int32)}, TypeError, "pool must have dtype"),
+            ({"pool": np.ones((2, 16, 3), np.float32)}, ValueError, r"pool must have .*\(2, 16, 3"),
+            ({"pool": np.ones((2, 16, 4, 3), np.float32)}, ValueError, "pool must have shape"),
+            ({"key_value_head_num": 0}, ValueError, "key_value_head_num must be in"),
+            ({"compress_block_size": 17}, ValueError, "compress_block_size must be a multiple"),
+        ],
+    )
+    def test_refused(self, changes, error, message):
+        window = completed_window(np.array([16]), **self.SIZES)
+        arguments = {
+            "pool": np.ones((2, 16, 2, 3), np.float32), "block_table": [[0]], "window": window,
+            "key_value_head_num": 2, "compress_block_size": 16,
+        }  # fmt: skip
+        assert gather_window(**arguments).shape == (1, 16, 2, 3)
+        with pytest.raises(error, match=message):
+            gather_window(**arguments | changes)
+        if changes.keys() <= {"window", "block_table"}:
+            table, window = ((arguments | changes)[n] for n in ("block_table", "window"))
+            with pytest.raises(error, match=message):
+                window_slots(window, table, page_block_size=16)

@@ -9,18 +9,7 @@ import pytest
 from compress_attention.examples import operator_on_device as operator
 from compress_attention.problems import Geometry
 
-ARRAYS = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")
-TOKENS = ("actual_seq_qlen", "actual_sel_seq_kvlen")
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-
-GEOMETRY = Geometry(
-    lengths=(60, 17, 0, 33), key_value_heads=4, group=2, head_size=16, value_size=8, hostile=False,
-    spare_slots=0, return_lse=True,
-)  # fmt: skip
-SEVERAL_TOKENS = Geometry(
-    lengths=(60, 17, 33), token_counts=(2, 0, 3), masked=True, slack=(0, 1, 2), hostile=False,
-    shared_pages=True, return_lse=True,
-)  # fmt: skip
+GEOMETRY = Geometry(lengths=(60, 17, 0, 33), key_value_heads=4, hostile=False, return_lse=True)
 
 
 class TestDifferentiation:

@@ -35,6 +35,12 @@ def test_is_documented(name):
     assert told[""].splitlines()[0].endswith(".")
 
 
+@pytest.mark.parametrize("name", jax_nsa.__all__)
+def test_is_on_the_page_of_the_api(name):
+    page = (ROOT / "docs" / "api.md").read_text()
+    assert re.search(rf"^\.\. auto\w+:: {name}$", page, re.M)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 class TestOperations:
     def test_tells_every_argument(self, name):

@@ -53,8 +53,9 @@ def test_succeeds_when_all_agree(monkeypatch, capsys):
     assert doctor.main() == 0
     printed = capsys.readouterr().out
     assert "All is well." in printed
-    assert printed.count("128/128 blocks equal") == 2  # of the compressed branch, of the step
-    assert printed.count("agrees") == 4
+    # Of the compressed branch by either rule, and of the step.
+    assert printed.count("128/128 blocks equal") == 3
+    assert printed.count("agrees") == 5
     assert "of 64 blocks of 64 tokens" in printed
 
 
@@ -159,6 +160,12 @@ def judged(truth, chosen, importance):
     changed = trial.dataclasses.replace(truth, importance=importance)
     parts = np.stack(changed.branches(chosen), -1)
     return changed.judge_step((parts * truth.gates[..., None, :]).sum(-1), chosen)
+
+
+def test_the_rules_choose_different_blocks(truth):
+    aligned = trial.dataclasses.replace(truth, importance=truth.aligned_importance)
+    assert (aligned.chosen != truth.chosen).any(-1).all()
+    assert not aligned.judge_attend(truth.attention, truth.chosen).holds
 
 
 @pytest.mark.parametrize(("factor", "holds"), [(1 + 1e-6, True), (0.99, False)])

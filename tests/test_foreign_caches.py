@@ -10,17 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels import need_cpu
 
-from jax_nsa import PagedKV, native, nsa_attention, nsa_compress, nsa_compress_infer
+from jax_nsa import PagedKV, nsa_attention, nsa_compress, nsa_compress_infer
 from jax_nsa import nsa_decode_step as decode_step
 from jax_nsa.compress.window import completed_window, window_slots
 
-missing = [
-    reason
-    for operator in ("compress", "compress_attention", "select_attention")
-    if (reason := native.unavailable("cpu", operator)) is not None
-]
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"{missing}")
+pytestmark = need_cpu("compress", "compress_attention", "select_attention")
 
 SEQUENCES, ROWS, PAGE, SIZE, STRIDE = 3, 208, 16, 32, 16
 HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 4, 2, 8, 4

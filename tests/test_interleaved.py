@@ -16,25 +16,20 @@ from compress_attention.problems import Geometry, build
 from interleaved.pools import Interleaved, assert_same, interleave, interleaved
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernels import cpu_or_reference, need_cpu
 from select_attention.contract import SelectAttentionContract
 from step.problems import Step, arguments_of
 
 from jax_nsa import (
     PagedKV,
     export_disabled_checks,
-    native,
     nsa_compress_attention_infer,
     nsa_decode_step,
     nsa_select_attention_infer,
     nsa_window_attention_infer,
 )
 
-missing = [
-    reason
-    for operator in ("compress_attention", "select_attention")
-    if (reason := native.unavailable("cpu", operator)) is not None
-]
-needs_cpu_kernels = pytest.mark.skipif(bool(missing), reason=f"{missing}")
+needs_cpu_kernels = need_cpu("compress_attention", "select_attention")
 
 
 @needs_cpu_kernels
@@ -70,7 +65,7 @@ CALLS = {
 }  # fmt: skip
 SOME = ("compress, aligned tokens", "select, tokens", "window")
 TRACED = ("query", "key", "block_table", "topk_indices")
-IMPLEMENTATIONS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
+IMPLEMENTATIONS = cpu_or_reference("compress_attention", "select_attention")
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("on_cpu")]
 each_call = pytest.mark.parametrize("arguments", CALLS.values(), ids=CALLS)

@@ -11,17 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interleaved.pools import assert_same, interleave
+from kernels import cpu_or_reference, need_cpu
 
-from jax_nsa import PagePools, PageTables, native, nsa_decode_step
+from jax_nsa import PagePools, PageTables, nsa_decode_step
 
-missing = [
-    reason
-    for operator in ("compress", "compress_attention", "select_attention")
-    if (reason := native.unavailable("cpu", operator)) is not None
-]
-needs_cpu_kernels = pytest.mark.skipif(bool(missing), reason=f"{missing}")
 pytestmark = pytest.mark.usefixtures("on_cpu")
-IMPLEMENTATIONS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
+IMPLEMENTATIONS = cpu_or_reference("compress", "compress_attention", "select_attention")
 
 SIZES = {
     "slots": 3, "pages": 12, "pages_per_slot": 5, "page_block_size": 16, "compress_block_size": 32,
@@ -75,7 +70,7 @@ def test_a_cache_that_grows(implementation, has_bias, flat, dtype):
     )  # fmt: skip
 
 
-@needs_cpu_kernels
+@need_cpu("compress", "compress_attention", "select_attention")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_growing_copies_no_pool(dtype):
     tables = PageTables.empty(**SIZES)
@@ -113,7 +108,7 @@ def test_misuse_of_pools():
     for pair, error, message in (
         ((weight, weight[:16]), ValueError, r"weight\[1\] must have shape \(32, 2\)"),
         ((weight,), TypeError, "weight must be a pair"),
-        (weight, TypeError, "weight must be a pair"),
+        (weight, TypeError, "weight must be a pair, for keys and for values, got \\w+$"),
     ):
         with pytest.raises(error, match=message):
             pools.append(tables, rows, rows, pair)

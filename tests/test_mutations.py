@@ -48,23 +48,23 @@ MUTANTS = {
         "peak",
     ),
     "blocks counted by compress blocks": (
-        "universe(jnp.maximum(select_lengths[:, None] - later, 0))",
-        "num_blocks(lengths[:, None] - 0 * later)",
+        "universe(jnp.maximum(select_lengths - later, 0))",
+        "num_blocks(lengths - 0 * later)",
         "a_block_that_no_position_reaches",
     ),
     "no block before any position": (
-        "universe(jnp.maximum(select_lengths[:, None] - later, 0))",
-        "universe(jnp.maximum(select_lengths[:, None] - later, 0)) * (lengths > 0)[:, None]",
+        "universe(jnp.maximum(select_lengths - later, 0))",
+        "universe(jnp.maximum(select_lengths - later, 0)) * (lengths > 0)",
         "before_any_position",
     ),
     "each token counts all blocks": (
-        "jnp.where(problem.causal, counts[:, None] - 1 - token, 0)",
+        "jnp.where(problem.causal, counts - 1 - token, 0)",
         "0 * token",
         "each_token_counts_the_blocks_that_it_sees",
     ),
     "tokens that are not causal count fewer blocks": (
-        "jnp.where(problem.causal, counts[:, None] - 1 - token, 0)",
-        "counts[:, None] - 1 - token",
+        "jnp.where(problem.causal, counts - 1 - token, 0)",
+        "counts - 1 - token",
         "tokens_that_are_not_causal_count_all_blocks",
     ),
     "original lengths of aligned blocks unchecked": (
@@ -119,8 +119,8 @@ MUTANTS = {
         "dtype",
     ),
     "importance is the greatest head's": (
-        "jnp.sum(scores_of_blocks, axis=3)",
-        "jnp.max(scores_of_blocks, axis=3)",
+        "jnp.sum(scores, axis=3)",
+        "jnp.max(scores, axis=3)",
         "dtype",
     ),
     "heads of a group interleaved": (
@@ -133,14 +133,18 @@ MUTANTS = {
         "order",
         "more_selected_than_there_are_blocks",
     ),
-    "mask ignored": ("(token < early[:, None])", "0 * token", "mask_matters"),
+    "mask ignored": (
+        "sequences.token < sequences.early[:, None]",
+        "0 * sequences.token",
+        "mask_matters",
+    ),
     "mask hides from the wrong end": (
-        "(token < early[:, None])",
-        "(token >= (counts - early)[:, None])",
+        "sequences.token < sequences.early[:, None]",
+        "sequences.token >= (sequences.counts - sequences.early)[:, None]",
         "masked_tokens",
     ),
     "lse to base 2": ("peak + jnp.log(", "peak + jnp.log2(", "length_zero"),
-    "rows without a token computed": ("when_absent, computed", "computed, computed", "padding"),
+    "rows without a token computed": ("when_absent, by_head", "by_head, by_head", "padding"),
     "faulty sequences computed": ("jnp.nan, filled", "filled, filled", "faults"),
 }
 

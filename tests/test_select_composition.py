@@ -6,20 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from kernels import cpu_or_reference
 from select_attention.problems import Geometry, build
 
-from jax_nsa import export_disabled_checks, native, nsa_select_attention_infer
+from jax_nsa import export_disabled_checks, nsa_select_attention_infer
 
-IMPLEMENTATIONS = [
-    "reference",
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            native.unavailable("cpu", "select_attention") is not None,
-            reason=f"{native.unavailable('cpu', 'select_attention')}",
-        ),
-    ),
-]
+IMPLEMENTATIONS = cpu_or_reference("select_attention")
 ARRAYS = ("query", "key", "value", "topk_indices", "block_table", "actual_seq_kvlen")
 GEOMETRY = Geometry(
     lengths=(100, 37, 128, 3), layout="BSND", tokens=2, page=16, block=32, k=4, window=50,

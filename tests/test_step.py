@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
+from kernels import need_cpu
 from step.agreement import assert_is_the_sum
 from step.calls import PACKED, TOKENS, USUAL, step_of
 from step.problems import Step, arguments_of, steps
 
 from jax_nsa import (
-    native,
     nsa_compress_attention_infer,
     nsa_decode_step,
     nsa_select_attention_infer,
@@ -36,6 +36,10 @@ STEPS = {
     "other blocks forced": Step(LONG, init_blocks=0, local_blocks=1),
     "most blocks forced": Step(LONG, init_blocks=2, local_blocks=3),
 }
+
+
+# JAX raises XLA's InvalidArgument as one or the other.
+FAILURES = (jax.errors.JaxRuntimeError, ValueError)
 
 
 class StepContract:
@@ -134,7 +138,7 @@ class StepContract:
         bad = replace(selected, lengths=np.array([100, 1000], np.int32))
         run, arrays = step_of(arguments | {"selected": bad}, self.implementation)
         if self.fails_on_faults:
-            with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match="actual_seq_kvlen"):
+            with pytest.raises(FAILURES, match=r"selected\.lengths\[1\] must be in \[0, .* 1000"):
                 jax.block_until_ready(jax.jit(run)(*arrays))
         run, arrays = step_of(arguments | {"selected": bad}, self.implementation, on_fault="nan")
         attention, _ = jax.jit(run)(*arrays)
@@ -146,13 +150,27 @@ class TestReference(StepContract):
     implementation = "reference"
 
 
-@pytest.mark.skipif(
-    native.unavailable("cpu", "select_attention") is not None,
-    reason=f"{native.unavailable('cpu', 'select_attention')}",
-)
+@need_cpu("compress_attention", "select_attention")
 class TestCpu(StepContract):
     implementation = "cpu"
     fails_on_faults = True
+
+    @pytest.mark.parametrize("cache", ["compressed", "selected", "window"])
+    @pytest.mark.parametrize("layers", [None, 2])
+    def test_faults_name_the_cache(self, cache, layers):
+        arguments = arguments_of(replace(USUAL, window_page=48))
+        for field, value, told in (
+            ("lengths", 9999, r"lengths\[1\]"), ("block_table", -7, r"block_table\[1, 0\]")
+        ):  # fmt: skip
+            bad = np.array(getattr(arguments[cache], field), np.int32)
+            bad[1] = value
+            changed = {cache: replace(arguments[cache], **{field: bad})}
+            run, (query, *arrays) = step_of(arguments | changed, "cpu")
+            if layers is not None:  # a step under another transformation knows its caches, too
+                run = jax.vmap(run, (0, *[None] * len(arrays)))
+                query = jnp.stack([query] * layers)
+            with pytest.raises(FAILURES, match=rf" {cache}\.{told}.* must be in .*got {value}"):
+                jax.block_until_ready(jax.jit(run)(query, *arrays))
 
 
 @pytest.mark.cuda
@@ -229,6 +247,24 @@ def test_refusals_tell_which_cache(cache, field, value, message):
     arguments = arguments_of(replace(USUAL, window_page=48))
     arguments[cache] = replace(arguments[cache], **{field: value})
     with pytest.raises((TypeError, ValueError), match=message):
+        nsa_decode_step(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 320, 2, 16), "multiple of 16 rows up to 256, got .*a dense .* reshape"),
+        ((2, 4, 16, 3, 16), "got .*; .* reshape\\(-1, \\*shape\\[2:\\]\\)"),
+        ((8, 2, 16, 16), "got .*; where heads come before rows, jnp.swapaxes"),
+        ((2, 4096, 16), "got .*; .*heads, tokens, size.* jnp.swapaxes"),
+        ((16, 24), "size\\], where a page has a multiple of 16 rows up to 256, got \\(16, 24\\)$"),
+    ],
+)
+def test_caches_of_another_layout_are_told_how_they_become_pages(shape, message):
+    arguments = arguments_of(USUAL)
+    key = np.zeros(shape, arguments["selected"].key.dtype)
+    arguments["selected"] = replace(arguments["selected"], key=key)
+    with pytest.raises(ValueError, match=rf"selected.key must have shape \[pages, .*{message}"):
         nsa_decode_step(**arguments)
 
 

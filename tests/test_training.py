@@ -4,21 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernels import cpu_or_reference
 
-from jax_nsa import PagedKV, native, nsa_attention, nsa_compress, nsa_decode_step
+from jax_nsa import PagedKV, nsa_attention, nsa_compress, nsa_decode_step
 from jax_nsa.blocks import Blocks
 
 PAGE, HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 16, 4, 2, 16, 8
-IMPLEMENTATIONS = [
-    "reference",
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            native.unavailable("cpu", "select_attention") is not None,
-            reason=f"{native.unavailable('cpu', 'select_attention')}",
-        ),
-    ),
-]
+IMPLEMENTATIONS = cpu_or_reference("select_attention")
 SETTINGS = {
     "cann": {"importance": "cann"},
     "fla": {"importance": "aligned", "init_blocks": 1, "local_blocks": 2},

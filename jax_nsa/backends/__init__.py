@@ -33,6 +33,7 @@ class Call:
         on_fault: "fail" or "nan": what a kernel on the host does about a bad value.
         maps: sizes of the `jax.vmap`s that were folded into the sequences, the innermost first.
         pool_maps: how many mapped calls' pools were put into one.
+        known_as: what the caller knows arguments as, where not as the front door does.
         is_part: whether this is what one device has of a larger call, which messages say.
     """
 
@@ -44,6 +45,7 @@ class Call:
     on_fault: str = "fail"
     maps: tuple[int, ...] = ()
     pool_maps: int = 1
+    known_as: tuple[tuple[str, str], ...] = ()
     is_part: bool = False
 
     def operand(self, name: str) -> Any:

@@ -158,8 +158,7 @@ def nsa_compress_infer(
 
     table = checks.Integers("block_table", block_table, rank=2)
     sequences = paged.sequences(table, (), packed=True)
-    lengths = paged.per_sequence("actual_seq_len", actual_seq_len, sequences)
-    lengths.check_range(table.shape[1] * page, " (the block table's pages times page_block_size)")
+    lengths = paged.lengths("actual_seq_len", actual_seq_len, table, sequences=sequences, page=page)
     slots = paged.per_sequence("slot_mapping", slot_mapping, sequences)
     counts = None
     if actual_seq_qlen is not None:
@@ -204,7 +203,7 @@ def _pairs(input: Any, weight: Any, cache: Any, bias: Any) -> tuple[list[dict[st
             if not isinstance(lists[name], (tuple, list)) or len(lists[name]) != len(input):
                 raise TypeError(
                     f"{name} must be a sequence of {len(input)} arrays, as input is, "
-                    f"got {_described(value)}"
+                    f"got {checks.described(value)}"
                 )
     pairs: list[dict[str, Any]] = []
     for i in range(len(lists["input"])):
@@ -227,11 +226,6 @@ def _pairs(input: Any, weight: Any, cache: Any, bias: Any) -> tuple[list[dict[st
                 )
         pairs.append(pair)
     return pairs, several
-
-
-def _described(value: Any) -> str:
-    length = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
-    return f"{type(value).__name__}{length}"
 
 
 def _heads(pair: dict[str, Any]) -> Any:

@@ -64,7 +64,7 @@ def check_windows(
     pages: int,
     rows: int,
 ) -> None:
-    """Holds what the host knows of the windows that end now to the pool and the cache.
+    """Checks what the host knows of the windows that end now against the pool and the cache.
 
     Which windows end, lengths and counts tell; where the host does not know them it knows nothing.
 

@@ -1,4 +1,4 @@
-"""The operator in jnp, step by step as the mathematics reads: the meaning every kernel is held to.
+"""The operator in jnp, step by step as the mathematics reads: what every kernel has to compute.
 
 Its memory beside the cache, which it updates in place where it may, is O(sequences * l * N * D).
 """

@@ -96,10 +96,16 @@ def window_slots(window: Window, block_table: ArrayLike, *, page_block_size: int
     Returns:
         int32 `[B]`, rows numbered through all pages; -1 where there is no window, or no page
         for it.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an illegal page size, or a table of another rank.
     """
+    _check_is_window(window)
     page_block_size = paged.page_size(page_block_size)
+    table = checks.Integers("block_table", block_table, rank=2).array()
     column = window.position // page_block_size
-    pages = pages_of(jnp.asarray(block_table, jnp.int32), column[:, None])[:, 0]
+    pages = pages_of(table, column[:, None])[:, 0]
     slots = pages * page_block_size + window.position % page_block_size
     return jnp.where(window.completes & (pages >= 0), slots, -1)
 
@@ -116,7 +122,8 @@ def gather_window(
     """Reads each sequence's window from a paged pool of original tokens.
 
     Args:
-        pool: `[num_blocks, page, N * D]` or `[num_blocks, page, N, D]`.
+        pool: bfloat16, float16 or float32 `[num_blocks, page, N * D]` or `[num_blocks, page, N,
+            D]`.
         block_table: integers `[B, P]`, its pages.
         window: the windows.
         key_value_head_num: `N`.
@@ -125,17 +132,40 @@ def gather_window(
     Returns:
         pool's dtype `[B, l, N, D]`; 0 where a sequence completes no window, NaN for tokens whose
         page is not one of the pool's.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an illegal size, or a pool or a table of another shape.
     """
-    pool = jnp.asarray(pool)
+    _check_is_window(window)
+    pool = jnp.asarray(checks.floats("pool", pool))
+    heads = checks.count("key_value_head_num", key_value_head_num)
+    size = blocks.check_block_size(
+        "compress_block_size", checks.integer("compress_block_size", compress_block_size)
+    )
+    by_heads = pool.ndim == 4 and pool.shape[2] == heads
+    if not by_heads and (pool.ndim != 3 or pool.shape[2] % heads):
+        raise ValueError(
+            f"pool must have shape [pages, page, {heads} * head_size] or [pages, page, {heads}, "
+            f"head_size] (key_value_head_num), got {pool.shape}"
+        )
     page = pool.shape[1]
-    position = window.first[:, None] + jnp.arange(compress_block_size, dtype=jnp.int32)
-    pages = pages_of(jnp.asarray(block_table, jnp.int32), position // page)
-    by_head = pool.reshape(*pool.shape[:2], key_value_head_num, -1)
+    position = window.first[:, None] + jnp.arange(size, dtype=jnp.int32)
+    table = checks.Integers("block_table", block_table, rank=2).array()
+    pages = pages_of(table, position // page)
+    by_head = pool.reshape(*pool.shape[:2], heads, -1)
     taken = by_head[jnp.clip(pages, 0, pool.shape[0] - 1), position % page]
     is_there = ((pages >= 0) & (pages < pool.shape[0]))[..., None, None]
     taken = jnp.where(is_there, taken, jnp.full((), jnp.nan, pool.dtype))
     # Rows that no window needs may hold anything, and a factor of 0 would not clear a NaN.
     return jnp.where(window.completes[:, None, None, None], taken, jnp.zeros((), pool.dtype))
+
+
+def _check_is_window(window: Any) -> None:
+    if not isinstance(window, Window):
+        raise TypeError(
+            f"window must be what completed_window returns, got {type(window).__name__}"
+        )
 
 
 def pages_of(block_table: jax.Array, columns: jax.Array) -> jax.Array:

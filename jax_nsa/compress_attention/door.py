@@ -49,10 +49,7 @@ OPERATOR = Operator(
     name="nsa_compress_attention_infer",
     target="compress_attention",
     operands=(
-        Array("query", "* (h g) d"),
-        Array("key", "p r (h x)"),
-        Array("value", "p r (h y)"),
-        Array("block_table", "b c", points_into="p"),
+        *paged.OPERANDS,
         Array("lengths", "b", argument="actual_cmp_seq_kvlen"),
         Array("token_counts", "b", argument="actual_seq_qlen"),
         Array("early_counts", "b", argument="actual_sel_seq_kvlen"),
@@ -110,8 +107,9 @@ def nsa_compress_attention_infer(
         M = l' / d,  L = floor(l / d),
 
     the importance of a block is the sum of its scores over the heads of the group (eq. 10), and a
-    sequence has `ceil(((S_b - 1) * d + l) / l')` blocks. This is CANN's rule. It sits one position
-    late: open training codes score a block by
+    sequence has `ceil(((S_b - 1) * d + l) / l')` blocks. This is the rule of CANN, Ascend's
+    toolkit, which torch_npu calls: `importance="cann"`. It sits one position late: open training
+    codes score a block by
 
         score[j] = sum(p[M * j + m - n] for m in range(M) for n in range(L))
 
@@ -165,8 +163,9 @@ def nsa_compress_attention_infer(
             each sequence are split; see
             `jax_nsa.compress_attention.context`. `key`, `value` and `block_table`
             are then this device's, the lengths and `query` the whole sequences'.
-        importance: "cann" or "aligned", the rule by which blocks are scored and counted. With
-            "aligned" and `atten_mask`, token `t` of `q_b` counts `T_b - (q_b - 1 - t)` tokens.
+        importance: the rule by which blocks are scored and counted: "cann", torch_npu's, or
+            "aligned", that of open training codes. With "aligned" and `atten_mask`, token `t` of
+            `q_b` counts `T_b - (q_b - 1 - t)` tokens.
         init_blocks: how many of the first blocks are always chosen; more than there are: all.
         local_blocks: how many of the last blocks are always chosen, likewise.
         on_fault: what an implementation on the host does about a bad value that only the running
@@ -233,21 +232,16 @@ def nsa_compress_attention_infer(
     devices = 1 if context_axis is None else checks.axis_size(context_axis)
     integers = _check_integers(
         table, actual_seq_qlen, actual_cmp_seq_kvlen, actual_sel_seq_kvlen, problem,
-        query_shape=query.shape, packed=packed, capacity=table.shape[1] * page * devices,
+        query_shape=query.shape, packed=packed, page=page, devices=devices,
     )  # fmt: skip
     if context_axis is None:
         _check_pages(table, integers, page=page, pages=key.shape[0])
     operands, one_token_each = _operands(query, key, value, table, integers, problem, packed)
 
-    whole = None if context_axis is not None else integers["actual_cmp_seq_kvlen"]
-    bind = functools.partial(
-        OPERATOR.bind, implementation=names, on_fault=on_fault,
-        constants=paged.constant_lengths(operands, whole),
+    results = paged.apply(
+        OPERATOR, operands, integers["actual_cmp_seq_kvlen"], context.merge_parts, problem=problem,
+        implementation=names, on_fault=on_fault, context_axis=context_axis,
     )  # fmt: skip
-    if context_axis is None:
-        results = bind(operands, problem=problem)
-    else:
-        results = context.merge_parts(bind, operands, problem=problem, axis_name=context_axis)
     if one_token_each:
         return tuple(jax.lax.squeeze(r, (1,)) for r in results.values())
     return tuple(results.values())
@@ -255,14 +249,15 @@ def nsa_compress_attention_infer(
 
 def _check_integers(
     table: checks.Integers, counts: Any, lengths: Any, select_lengths: Any, problem: Problem, *,
-    query_shape: tuple[Any, ...], packed: bool, capacity: Any,
+    query_shape: tuple[Any, ...], packed: bool, page: int, devices: int,
 ) -> dict[str, checks.Integers]:  # fmt: skip
-    """The integers of each sequence that are given, by name, held to each other."""
+    """The integers of each sequence that are given, by name, checked against each other."""
     sequences = paged.sequences(table, query_shape, packed=packed)
-    given = {"actual_cmp_seq_kvlen": paged.per_sequence("actual_cmp_seq_kvlen", lengths, sequences)}
-    given["actual_cmp_seq_kvlen"].check_range(
-        capacity, " (the block table's pages times page_block_size)"
-    )
+    given = {
+        "actual_cmp_seq_kvlen": paged.lengths(
+            "actual_cmp_seq_kvlen", lengths, table, sequences=sequences, page=page, devices=devices
+        )
+    }
     given |= paged.counts_of_tokens(counts, query_shape, table, packed=packed)
     if select_lengths is not None:
         given["actual_sel_seq_kvlen"] = paged.per_sequence(
@@ -281,7 +276,7 @@ def _check_integers(
 def _check_pages(
     table: checks.Integers, integers: Mapping[str, checks.Integers], *, page: int, pages: Any
 ) -> None:
-    """Holds the page ids that are needed, as far as the host knows which are, to the pools."""
+    """Refuses needed page ids that the pools do not have, as far as the host knows them."""
     needed = integers["actual_cmp_seq_kvlen"].host
     counts = integers.get("actual_seq_qlen")
     if needed is not None and counts is not None:

@@ -22,8 +22,8 @@ class Problem:
         scale: the factor on query-key products.
         key_value_heads: `Nkv`.
         select_block_count: `k`.
-        importance: whose rule ranks blocks: "cann", CANN's, or "aligned", that of open training
-            codes.
+        importance: whose rule ranks blocks: "cann", that of CANN, Ascend's toolkit, or "aligned",
+            that of open training codes.
         init_blocks: how many of the first blocks are always chosen.
         local_blocks: how many of the last blocks are always chosen.
         causal: whether a token sees only what compress blocks that ended before it hold.
@@ -81,7 +81,7 @@ class Problem:
 
 
 def check_select_lengths(select_lengths: Integers, lengths: Integers, *, blocks: Blocks) -> None:
-    """Holds `actual_sel_seq_kvlen` to the lengths that compress to `actual_cmp_seq_kvlen`."""
+    """Refuses an `actual_sel_seq_kvlen` that does not compress to `actual_cmp_seq_kvlen`."""
     if select_lengths.host is None or lengths.host is None:
         return
     select, length = select_lengths.host.astype(object), lengths.host.astype(object)

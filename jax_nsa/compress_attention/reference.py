@@ -1,4 +1,4 @@
-"""The operator in jnp, step by step as the mathematics reads: the meaning every kernel is held to.
+"""The operator in jnp, step by step as the mathematics reads: what every kernel has to compute.
 
 It gathers each sequence's pages and keeps all probabilities, so its memory is O(sequences *
 length); it exists to be read, to run on any XLA platform, and to be differentiated.
@@ -7,6 +7,7 @@ length); it exists to be read, to run on any XLA platform, and to be differentia
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,48 +20,121 @@ from jax_nsa.compress_attention.problem import Problem
 _CHUNK = 512  # values that are ranked together; twice or half as many are no faster on an H100
 
 
+class _Sequences(NamedTuple):
+    """Query by sequence, and what is known of each; a packed row is a sequence of one token.
+
+    Attributes:
+        query: `[sequences, tokens, N, D]`.
+        token: int32[sequences or 1, tokens], each row's number in its sequence.
+        counts: int32[sequences], how many of its rows hold a token.
+        owned: int32[sequences] or a number, how many rows it has for them.
+        block_table: int32[sequences, columns].
+        lengths: int32[sequences], compressed positions.
+        early: int32[sequences], leading tokens that ignore the last of these.
+        select_lengths: int32[sequences], original tokens.
+    """
+
+    query: jax.Array
+    token: jax.Array
+    counts: jax.Array
+    owned: Any
+    block_table: jax.Array
+    lengths: jax.Array
+    early: jax.Array
+    select_lengths: jax.Array
+
+
 @with_usual_promotion
 def compress_attention(operands: Mapping[str, jax.Array], problem: Problem) -> dict[str, jax.Array]:
     """Computes the results by name; operands and results are described in `door.py`."""
-    query, key, value, block_table, lengths = (
-        operands[n] for n in ("query", "key", "value", "block_table", "lengths")
+    sequences = _by_sequence(operands)
+    token, counts, lengths = sequences.token, sequences.counts, sequences.lengths
+    bad = _are_bad(sequences, operands["key"].shape, problem)
+    absent = ~bad[:, None] & (token >= counts[:, None])  # rows that hold no token
+
+    attention, probabilities, lse = _attend(sequences, operands["key"], operands["value"], problem)
+    scores = block_scores(probabilities, problem)
+    num_blocks = blocks_of_tokens(
+        token, counts[:, None], lengths[:, None], sequences.select_lengths[:, None], problem
     )
+    num_blocks = jnp.where(bad[:, None] | absent, 0, num_blocks)
+    # A block's importance is the sum of its scores over the heads of the group.
+    indices = select(jnp.sum(scores, axis=3), num_blocks[:, :, None], problem)
+
+    def rule(computed: jax.Array, when_absent: float) -> jax.Array:
+        """Heads beside each other; bad sequences' rows NaN, rows without a token `when_absent`."""
+        by_head = computed.reshape(*sequences.query.shape[:3], *computed.shape[4:])
+        extra = (None,) * (by_head.ndim - 2)
+        filled = jnp.where(absent[(..., *extra)], when_absent, by_head)
+        return jnp.where(bad[(..., None, *extra)], jnp.nan, filled)
+
+    query = operands["query"]
+    attention_dtype = jnp.float32 if problem.return_block_scores else query.dtype
+    results = {
+        "attention": rule(attention, 0.0).astype(attention_dtype),
+        "topk_indices": indices,
+    }
+    if problem.return_lse:
+        results["lse"] = rule(lse, -jnp.inf)
+    if problem.return_block_scores:
+        results["block_scores"] = rule(scores, 0.0)
+    return {name: r.reshape(*query.shape[:-2], *r.shape[2:]) for name, r in results.items()}
+
+
+def _by_sequence(operands: Mapping[str, jax.Array]) -> _Sequences:
+    query, block_table, lengths = (operands[n] for n in ("query", "block_table", "lengths"))
     early = operands.get("early_counts", jnp.zeros_like(lengths))
     select_lengths = operands.get("select_lengths", jnp.zeros_like(lengths))
     if "first_rows" not in operands:
-        rows = query
         token = jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
         counts = operands.get("token_counts", jnp.full_like(lengths, query.shape[1]))
-        bad_tokens = (counts < 0) | (counts > query.shape[1])
-    else:
-        # Packed rows: give each row its sequence's table and length, and treat it as a sequence
-        # of one token.
-        first_rows, counts = operands["first_rows"], operands["token_counts"]
-        rows = query[:, None]
-        sequence = tokens.sequence_of_rows(first_rows, query.shape[0])
-        token = (jnp.arange(query.shape[0], dtype=jnp.int32) - first_rows[sequence])[:, None]
-        rows_end = jnp.full((1,), query.shape[0], jnp.int32)
-        bounds = jnp.minimum(jnp.concatenate([first_rows, rows_end]), rows_end)
-        bad_tokens = ((counts < 0) | (counts > jnp.diff(bounds)))[sequence]
-        block_table, lengths, counts = block_table[sequence], lengths[sequence], counts[sequence]
-        early, select_lengths = early[sequence], select_lengths[sequence]
+        owned = query.shape[1]
+        return _Sequences(query, token, counts, owned, block_table, lengths, early, select_lengths)
+    first_rows, rows = operands["first_rows"], query.shape[0]
+    sequence = tokens.sequence_of_rows(first_rows, rows)
+    token = (jnp.arange(rows, dtype=jnp.int32) - first_rows[sequence])[:, None]
+    of_sequences = (
+        operands["token_counts"], tokens.owned_rows(first_rows, rows), block_table, lengths, early,
+        select_lengths,
+    )  # fmt: skip
+    return _Sequences(query[:, None], token, *(array[sequence] for array in of_sequences))
 
-    num_pages, page = key.shape[:2]
-    position = jnp.arange(block_table.shape[1] * page, dtype=jnp.int32)
-    in_sequence = position < lengths[:, None]
-    needed = in_sequence[:, ::page] & (counts > 0)[:, None]
-    bad_page = jnp.any(needed & ((block_table < 0) | (block_table >= num_pages)), axis=1)
-    bad = bad_tokens | bad_page | (lengths < 0) | (lengths > position.size) | (early < 0)
+
+def _are_bad(sequences: _Sequences, key_shape: tuple[int, ...], problem: Problem) -> jax.Array:
+    """Which sequences have a fault: bool[sequences]."""
+    block_table, lengths, counts = sequences.block_table, sequences.lengths, sequences.counts
+    num_pages, page = key_shape[:2]
+    capacity = block_table.shape[1] * page
+    first_of_page = jnp.arange(0, capacity, page, dtype=jnp.int32)
+    needed = (first_of_page < lengths[:, None]) & (counts > 0)[:, None]
+    bad = jnp.any(needed & ((block_table < 0) | (block_table >= num_pages)), axis=1)
+    bad |= (counts < 0) | (counts > sequences.owned)
+    bad |= (lengths < 0) | (lengths > capacity) | (sequences.early < 0)
     if problem.aligned:
-        bad |= (select_lengths < 0) | (problem.blocks.compressed_length(select_lengths) != lengths)
-    absent = ~bad[:, None] & (token >= counts[:, None])  # rows that hold no token
-    visible = lengths[:, None] - (token < early[:, None])  # compressed positions a token sees
+        select_lengths = sequences.select_lengths
+        fits = problem.blocks.compressed_length(select_lengths) == lengths
+        bad |= (select_lengths < 0) | ~fits
+    return bad
 
-    # 1. Token i lives in page block_table[b, i // page], row i % page. Rows past the length may
+
+def _attend(
+    sequences: _Sequences, key: jax.Array, value: jax.Array, problem: Problem
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax attention of every token to its sequence's positions, in float32.
+
+    Returns:
+        float32[sequences, tokens, kv heads, group, value size]; the probabilities, with positions
+        for the last axis; and the log-sum-exp, without it.
+    """
+    num_pages, page = key.shape[:2]
+    position = jnp.arange(sequences.block_table.shape[1] * page, dtype=jnp.int32)
+    in_sequence = position < sequences.lengths[:, None]
+
+    # 1. Position i lies in page block_table[b, i // page], row i % page. Rows past the length may
     # hold anything, also NaN, so they become zeros.
     def gather(pool: jax.Array) -> jax.Array:
-        pages = pool[jnp.clip(block_table, 0, num_pages - 1)].astype(jnp.float32)
-        heads = pages.reshape(block_table.shape[0], position.size, problem.key_value_heads, -1)
+        pages = pool[jnp.clip(sequences.block_table, 0, num_pages - 1)].astype(jnp.float32)
+        heads = pages.reshape(*in_sequence.shape, problem.key_value_heads, -1)
         return jnp.where(in_sequence[:, :, None, None], heads, 0.0)
 
     key_rows, value_rows = pools.keys_and_values(
@@ -68,6 +142,7 @@ def compress_attention(operands: Mapping[str, jax.Array], problem: Problem) -> d
     )
 
     # 2. Scores, accumulated and scaled in float32: [sequences, tokens, kv heads, group, positions].
+    rows = sequences.query
     grouped = rows.reshape(*rows.shape[:2], problem.key_value_heads, -1, rows.shape[-1])
     scores = problem.scale * jnp.einsum(
         "bthgd,bihd->bthgi",
@@ -77,6 +152,8 @@ def compress_attention(operands: Mapping[str, jax.Array], problem: Problem) -> d
     )
 
     # 3. Softmax over the positions that the token sees.
+    is_early = sequences.token < sequences.early[:, None]
+    visible = sequences.lengths[:, None] - is_early
     seen = (position < visible[:, :, None])[:, :, None, None, :]
     scores = jnp.where(seen, scores, -jnp.inf)
     peak = jnp.max(scores, axis=-1, keepdims=True)
@@ -85,40 +162,13 @@ def compress_attention(operands: Mapping[str, jax.Array], problem: Problem) -> d
     total = jnp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0.0
     probabilities = weights / jnp.where(empty, 1.0, total)
+    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))
 
-    # 4. The attention, in float32.
+    # 4. The attention.
     attention = jnp.einsum(
         "bthgi,bihd->bthgd", probabilities, value_rows, precision=lax.Precision.HIGHEST
     )
-
-    # 5. and 7. Importance of each select block, summed over the heads of the group; 6. and 8. the
-    # choice.
-    scores_of_blocks = block_scores(probabilities, problem)
-    importance = jnp.sum(scores_of_blocks, axis=3)
-    num_blocks = blocks_of_tokens(token, counts, lengths, select_lengths, problem)
-    num_blocks = jnp.where(bad[:, None] | absent, 0, num_blocks)
-    indices = select(importance, num_blocks[:, :, None], problem)
-
-    def rule(computed: jax.Array, when_absent: float) -> jax.Array:
-        """Rows of bad sequences become NaN, rows without a token `when_absent`."""
-        extra = (None,) * (computed.ndim - 2)
-        filled = jnp.where(absent[(..., *extra)], when_absent, computed)
-        return jnp.where(bad[(..., None, *extra)], jnp.nan, filled)
-
-    attention = attention.reshape(*rows.shape[:3], -1)
-    attention_dtype = jnp.float32 if problem.return_block_scores else query.dtype
-    leading = query.shape[:-2]
-    results = {
-        "attention": rule(attention, 0.0).astype(attention_dtype),
-        "topk_indices": indices,
-    }
-    if problem.return_lse:
-        lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))
-        results["lse"] = rule(lse.reshape(rows.shape[:3]), -jnp.inf)
-    if problem.return_block_scores:
-        per_head = scores_of_blocks.reshape(*rows.shape[:3], -1)
-        results["block_scores"] = rule(per_head, 0.0)
-    return {name: r.reshape(*leading, *r.shape[2:]) for name, r in results.items()}
+    return attention, probabilities, lse[..., 0]
 
 
 def blocks_of_tokens(
@@ -128,21 +178,19 @@ def blocks_of_tokens(
     select_lengths: jax.Array,
     problem: Problem,
 ) -> jax.Array:
-    """How many blocks each token chooses from: int32, of the broadcast shape of `token`.
+    """How many blocks each token chooses from: int32, of the shape that all broadcast to.
 
     Args:
-        token: int32[sequences or 1, tokens], each one's number in its sequence.
-        counts: int32[sequences], tokens of each sequence.
-        lengths: int32[sequences], compressed positions.
-        select_lengths: int32[sequences], original tokens; only the aligned rule reads them.
+        token: int32, each one's number in its sequence.
+        counts: int32, tokens of its sequence.
+        lengths: int32, compressed positions of it.
+        select_lengths: int32, original tokens of it; only the aligned rule reads them.
         problem: the static problem.
     """
     if not problem.aligned:
-        return jnp.broadcast_to(
-            problem.blocks.num_blocks(lengths)[:, None], (lengths.shape[0], token.shape[1])
-        )
-    later = jnp.where(problem.causal, counts[:, None] - 1 - token, 0)
-    return problem.blocks.universe(jnp.maximum(select_lengths[:, None] - later, 0))
+        return problem.blocks.num_blocks(lengths) + jnp.zeros_like(token)
+    later = jnp.where(problem.causal, counts - 1 - token, 0)
+    return problem.blocks.universe(jnp.maximum(select_lengths - later, 0))
 
 
 def select(importance: jax.Array, num_blocks: jax.Array, problem: Problem) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What the front doors hold their arguments to."""
+"""What either front door checks of its arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_arrays(
 def check_chosen(
     chosen: tuple[Any, int], query: jax.Array, problem: Problem, layout: str
 ) -> checks.Integers:
-    """`topk_indices`, held to its shape."""
+    """`topk_indices`, its shape checked."""
     values, count = chosen
     expected = (*query.shape[:-2], problem.key_value_heads, count)
     shapes = [expected]
@@ -64,7 +64,7 @@ def check_window_pages(
     table: checks.Integers, lengths: checks.Integers, counts: checks.Integers | None,
     problem: Problem, *, page: int, pages: Any,
 ) -> None:  # fmt: skip
-    """Holds the page ids that a window needs, where the host knows which, to the pools."""
+    """Refuses page ids that a window needs and the pools do not have, where the host knows them."""
     if table.host is None or lengths.host is None or counts is not None:
         return
     first = np.maximum(lengths.host - problem.window_size, 0)

@@ -47,25 +47,19 @@ def merge_parts(
     Raises:
         ValueError: a device's positions do not end where a select block ends.
     """
-    key, block_table, lengths = (operands[n] for n in ("key", "block_table", "lengths"))
-    part = block_table.shape[1] * key.shape[1]
-    size = problem.select_block_size
-    if size and part % size:
-        raise ValueError(
-            "with context_axis, the pages of a sequence on each device must hold a multiple of "
-            f"select_block_size = {size} positions, got block_table with {block_table.shape[1]} "
-            f"columns for pages of {key.shape[1]} rows"
-        )
+    lengths, size = operands["lengths"], problem.select_block_size
+    part = parts.positions_of_device(operands, size or 1, "select_block_size")
     start = lax.axis_index(axis_name) * part
     capacity = lax.axis_size(axis_name) * part
     legal = (lengths >= 0) & (lengths <= capacity)
     changed = {"lengths": jnp.where(legal, lengths - start, 0)}
-    bad = _rows_of(operands, ~legal)[..., None]
+    bad = tokens.of_rows(operands, ~legal)[..., None]
     if size:
         indices = operands["topk_indices"]
-        blocks = -(-_rows_of(operands, lengths) // size)[..., None, None]
+        blocks = -(-tokens.of_rows(operands, lengths) // size)[..., None, None]
         wrong = jnp.any((indices < -1) | (indices >= blocks), axis=-1)
-        bad = bad | (wrong & _holds_token(operands)[..., None])
+        holds_token = tokens.numbers(operands) < tokens.counts(operands)
+        bad = bad | (wrong & holds_token[..., None])
         here = indices - start // size
         changed["topk_indices"] = jnp.where((indices >= 0) & (here >= 0), here, -1)
     results = bind(
@@ -105,24 +99,3 @@ def _merge(
         jnp.where(spoilt[..., None], jnp.nan, whole),
         jnp.where(spoilt, jnp.nan, whole_lse),
     )
-
-
-def _rows_of(operands: Mapping[str, jax.Array], of_sequences: jax.Array) -> jax.Array:
-    """What is known of sequences, for each of query's rows: `[B, 1]`, or packed `[T]`."""
-    if "first_rows" not in operands:
-        return of_sequences[:, None]
-    rows = operands["query"].shape[0]
-    return of_sequences[tokens.sequence_of_rows(operands["first_rows"], rows)]
-
-
-def _holds_token(operands: Mapping[str, jax.Array]) -> jax.Array:
-    """Which of query's rows hold a token: bool `[B, S]`, or packed `[T]`."""
-    query = operands["query"]
-    if "first_rows" in operands:
-        row = jnp.arange(query.shape[0], dtype=jnp.int32)
-        first_rows, packed_counts = operands["first_rows"], operands["token_counts"]
-        return row - _rows_of(operands, first_rows) < _rows_of(operands, packed_counts)
-    if "token_counts" not in operands:
-        return jnp.ones(query.shape[:2], bool)
-    token = jnp.arange(query.shape[1], dtype=jnp.int32)
-    return token < operands["token_counts"][:, None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -40,10 +39,7 @@ OPERATOR = Operator(
     name="nsa_select_attention_infer",
     target="select_attention",
     operands=(
-        Array("query", "* (h g) d"),
-        Array("key", "p r (h x)"),
-        Array("value", "p r (h y)"),
-        Array("block_table", "b c", points_into="p"),
+        *paged.OPERANDS,
         Array("lengths", "b", argument="actual_seq_kvlen"),
         Array("topk_indices", "* h k"),
         Array("token_counts", "b", argument="actual_seq_qlen"),
@@ -275,9 +271,8 @@ def _attend(
     table = checks.Integers("block_table", block_table, rank=2)
     devices = 1 if context_axis is None else checks.axis_size(context_axis)
     sequences = paged.sequences(table, query.shape, packed=packed)
-    kv_lengths = paged.per_sequence("actual_seq_kvlen", lengths, sequences)
-    kv_lengths.check_range(
-        table.shape[1] * page * devices, " (the block table's pages times page_block_size)"
+    kv_lengths = paged.lengths(
+        "actual_seq_kvlen", lengths, table, sequences=sequences, page=page, devices=devices
     )
     token_counts = paged.counts_of_tokens(counts, query.shape, table, packed=packed)
     counted = token_counts.get("actual_seq_qlen")
@@ -307,15 +302,10 @@ def _attend(
             query, counted, sequences=sequences, packed=packed,
             tokens=query.shape[0 if packed else 1],
         )  # fmt: skip
-    whole = None if context_axis is not None else kv_lengths
-    bind = functools.partial(
-        OPERATOR.bind, implementation=names, on_fault=on_fault,
-        constants=paged.constant_lengths(operands, whole),
+    results = paged.apply(
+        OPERATOR, operands, kv_lengths, context.merge_parts, problem=problem, implementation=names,
+        on_fault=on_fault, context_axis=context_axis,
     )  # fmt: skip
-    if context_axis is None:
-        results = bind(operands, problem=problem)
-    else:
-        results = context.merge_parts(bind, operands, problem=problem, axis_name=context_axis)
     return _in_layout(results, layout, one_token_each)
 
 

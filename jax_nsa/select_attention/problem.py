@@ -56,7 +56,7 @@ class Problem:
 def check_indices(
     indices: Integers, lengths: Integers, sequence_of_row: np.ndarray | None, *, block: int
 ) -> None:
-    """Holds known `topk_indices` to -1 and the blocks that their sequences have.
+    """Refuses known `topk_indices` that are neither -1 nor a block that their sequence has.
 
     Args:
         indices: `[rows, ..., Nkv, k]`.

@@ -1,4 +1,4 @@
-"""The operator in jnp, step by step as the mathematics reads: the meaning every kernel is held to.
+"""The operator in jnp, step by step as the mathematics reads: what every kernel has to compute.
 
 It gathers each row's positions, so its memory is O(rows * heads * (k * l' + window)); it exists to
 be read, to run on any XLA platform, and to be differentiated.
@@ -93,8 +93,7 @@ def rows_of_query(operands: Mapping[str, jax.Array], problem: Problem) -> dict[s
         rows = query.shape[0]
         sequence = tokens.sequence_of_rows(first_rows, rows)
         token = jnp.arange(rows, dtype=jnp.int32) - first_rows[sequence]
-        end = jnp.full((1,), rows, jnp.int32)
-        owned = jnp.diff(jnp.minimum(jnp.concatenate([first_rows, end]), end))
+        owned = tokens.owned_rows(first_rows, rows)
     else:
         sequences, each = query.shape[:2]
         sequence = jnp.repeat(jnp.arange(sequences, dtype=jnp.int32), each)

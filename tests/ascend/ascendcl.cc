@@ -1,4 +1,7 @@
 // The stand-in's libascendcl.so: devices, streams, memory, and the state behind all libraries.
+//
+// One file, and longer than others: one lock guards memory, handles, streams and planned faults,
+// and every function of the library is a few lines on them.
 
 #include <sys/mman.h>
 #include <unistd.h>

@@ -12,7 +12,7 @@ import itertools
 from typing import Any
 
 import numpy as np
-from domain import DTYPES, GROUPS
+from domain import DTYPES, GROUPS, Rows
 from hypothesis import strategies as st
 
 # Every legal (compress_block_size, compress_stride, select_block_size).
@@ -26,7 +26,7 @@ WINDOWS = tuple(
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class Geometry(Rows):
     """A legal call, but for the contents of its arrays, which `seed` decides.
 
     Attributes:
@@ -70,13 +70,6 @@ class Geometry:
     hostile: bool = True
     spread: float = 1.0
     seed: int = 0
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Tokens of each sequence."""
-        if self.token_counts is not None:
-            return self.token_counts
-        return (1 if self.layout == "TND" else self.tokens,) * len(self.lengths)
 
     @property
     def original_lengths(self) -> tuple[int, ...]:

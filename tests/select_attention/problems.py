@@ -10,12 +10,12 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from domain import DTYPES, GROUPS
+from domain import DTYPES, Rows, draw_pools, draw_rows
 from hypothesis import strategies as st
 
 
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class Geometry(Rows):
     """A legal call, but for the contents of its arrays, which `seed` decides.
 
     Attributes:
@@ -50,13 +50,6 @@ class Geometry:
     ids: str = "any"
     hostile: bool = True
     seed: int = 0
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Tokens of each sequence."""
-        if self.token_counts is not None:
-            return self.token_counts
-        return (1 if self.layout == "TND" else self.tokens,) * len(self.lengths)
 
 
 def build(g: Geometry) -> dict[str, Any]:
@@ -126,35 +119,13 @@ def build(g: Geometry) -> dict[str, Any]:
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:
     """Any legal call, small enough for the oracle's loops."""
-    layout = draw(st.sampled_from(["TND", "BSND", "BSH"]))
-    sequences = draw(st.integers(1, 3))
-    tokens = draw(st.integers(1, 4))
-    lengths = tuple(draw(st.integers(0, 200)) for _ in range(sequences))
-    counts = None
-    if draw(st.booleans()):
-        counts = tuple(draw(st.integers(0, tokens)) for _ in range(sequences))
-        if layout == "TND" and not sum(counts):
-            counts = (1, *counts[1:])
-    head_size = draw(st.integers(1, 40))
     k = draw(st.none() | st.integers(1, 9))
     return Geometry(
-        dtype=draw(st.sampled_from(sorted(DTYPES))),
-        lengths=lengths,
-        layout=layout,
-        tokens=tokens,
-        token_counts=counts,
-        key_value_heads=draw(st.integers(1, 3)),
-        group=draw(st.sampled_from(GROUPS[:5])),
-        head_size=head_size,
-        value_size=draw(st.integers(1, head_size)),
-        page=16 * draw(st.integers(1, 16)),
+        **draw_rows(draw, ["TND", "BSND", "BSH"], most_tokens=4, most_length=200),
+        **draw_pools(draw),
         block=16 * draw(st.integers(1, 8)),
         k=k,
         window=draw(st.integers(1, 250) if k is None else st.none() | st.integers(1, 250)),
-        scale=draw(st.sampled_from([0.125, 1.0, -0.5, 0.0])),
         return_lse=draw(st.booleans()),
-        pool_rank=draw(st.sampled_from([3, 4])),
-        spare_slots=draw(st.integers(0, 2)),
         ids=draw(st.sampled_from(["any", "any", "none"])),
-        seed=draw(st.integers(0, 2**16)),
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from compress_attention.problems import WINDOWS
-from domain import DTYPES, GROUPS
+from domain import DTYPES, draw_pools, draw_rows
 from hypothesis import strategies as st
 from select_attention.problems import Geometry, build
 
@@ -103,35 +103,13 @@ def cache(arguments: dict[str, Any]) -> PagedKV:
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
     """Any legal step, small enough for the oracle's loops."""
-    layout = draw(st.sampled_from(["TND", "BSND"]))
-    sequences, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    lengths = tuple(draw(st.integers(tokens, 250)) for _ in range(sequences))
-    counts = None
-    if draw(st.booleans()):
-        counts = tuple(draw(st.integers(0, tokens)) for _ in range(sequences))
-        if layout == "TND" and not sum(counts):
-            counts = (1, *counts[1:])
     compress, stride, block = draw(st.sampled_from(WINDOWS))
-    head_size = draw(st.integers(1, 40))
-    dtype = draw(st.sampled_from(sorted(DTYPES)))
     original = Geometry(
-        dtype=dtype,
-        lengths=lengths,
-        layout=layout,
-        tokens=tokens,
-        token_counts=counts,
-        key_value_heads=draw(st.integers(1, 3)),
-        group=draw(st.sampled_from(GROUPS[:5])),
-        head_size=head_size,
-        value_size=draw(st.integers(1, head_size)),
-        page=16 * draw(st.integers(1, 16)),
+        **draw_rows(draw, ["TND", "BSND"], most_tokens=3, most_length=250, holds_tokens=True),
+        **draw_pools(draw),
         block=block,
         k=draw(st.integers(1, 6)),
         window=draw(st.integers(1, 300)),
-        scale=draw(st.sampled_from([0.125, 1.0, -0.5, 0.0])),
-        pool_rank=draw(st.sampled_from([3, 4])),
-        spare_slots=draw(st.integers(0, 2)),
-        seed=draw(st.integers(0, 2**16)),
     )
     return Step(
         original,
@@ -139,7 +117,7 @@ def steps(draw: st.DrawFn) -> Step:
         compress=compress,
         stride=stride,
         window_page=draw(st.none() | st.sampled_from([16, 48])),
-        gates=draw(st.sampled_from([dtype, "float32"])),
+        gates=draw(st.sampled_from([original.dtype, "float32"])),
         importance=draw(st.sampled_from(["cann", "aligned"])),
         init_blocks=draw(st.integers(0, 2)),
         local_blocks=draw(st.integers(0, 3)),
