@@ -110,10 +110,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Ring<T, kHeadSize, kValueSize> ring = {memory + sizeof(Shared), &shared.barriers};
   // The first warps have the sequences' lengths to wait for, the last ones begin with the rest.
+  const int first_length = LoadFirstLength(params);
   InitRing(params, ring);
   if (threadIdx.x == kComputeThreads) PrefetchMaps(params.pools);
   if (threadIdx.x == 0) LowerOwnFlags(params);
-  FindShare(params, shared.share);
+  FindShare(params, first_length, shared.share);
   const WorkList work(params, shared.share);
   if (threadIdx.x / 32 >= kConsumers) {
     ShrinkRegisters<72>();
@@ -207,7 +208,15 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   params.init_blocks = static_cast<int32_t>(std::min(problem.forced.first, kMost));
   params.local_blocks = static_cast<int32_t>(std::min(problem.forced.last, kMost));
   params.max_blocks = static_cast<int32_t>(problem.max_blocks());
+  params.sequences = static_cast<int32_t>(problem.sequences);
   params.sequences_each = static_cast<int32_t>(CeilDiv(problem.sequences, kThreads));
+  params.tokens = static_cast<int32_t>(problem.tokens);
+  params.capacity = static_cast<int32_t>(problem.capacity());
+  params.lengths_only = arrays.token_counts == nullptr && arrays.first_rows == nullptr &&
+                        arrays.early_counts == nullptr && !blocks.aligned;
+  params.items_each =
+      problem.tokens > 0 ? static_cast<int32_t>(params.plan.items / problem.sequences) : 0;
+  params.by_items_each = Divider::By(std::max(params.items_each, 1));
   params.page_size = static_cast<int32_t>(problem.page_size);
   params.by_page_size = Divider::By(params.page_size);
   params.by_block_positions = Divider::By(params.block_positions);
@@ -220,7 +229,7 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   const Kernel& kernel = params.plan.joint
                              ? static_cast<const Kernel&>(ChooseKernel(kKernels<true>, problem))
                              : ChooseKernel(kKernels<false>, problem);
-  params.pools = MakePools(problem, arrays, kTile, device->has_engine);
+  params.pools = MakePools(problem, arrays, kernel, kTile, device->has_engine);
   params.aligned_query = IsAligned(arrays.query, problem.head_size, problem.dtype);
   params.by_record_rows = Divider::By(1 + params.plan.slots);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));

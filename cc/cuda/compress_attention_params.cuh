@@ -39,8 +39,12 @@ struct Params {
   int32_t first_block_rest;  // FirstBlock(i) = (i + first_block_rest) / M - 1, below
   int32_t init_blocks, local_blocks;
   int32_t max_blocks;
+  int32_t sequences;
   int32_t sequences_each;  // that a thread counts entries of
-  Divider by_page_size, by_block_positions, by_select_block_size;
+  int32_t items_each;      // of a sequence, if all have as many at most; or 0
+  int32_t tokens, capacity;
+  bool lengths_only;  // whether nothing but its length tells one sequence from another
+  Divider by_page_size, by_block_positions, by_select_block_size, by_items_each;
   Divider by_record_rows;  // 1 + plan.slots
   int32_t page_size;
 

@@ -130,8 +130,10 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   const uint64_t policy = ReadOncePolicy();
   RingPosition position;
   unsigned faulty_slots = 0;  // what lane 0 last wrote of each slot
-  // One thread asks for boxes as fast as they come.
-  const int loaders = pools.boxed ? 1 : min(kLoaders, params.stages);
+  // One thread asks for boxes nearly as fast as they come. Two keep up where shares are long; in
+  // short ones they get in each other's way.
+  const int askers = work.share_entries() < kLongShare ? 1 : 2;
+  const int loaders = min(pools.boxed ? askers : kLoaders, params.stages);
   int turn = threadIdx.x / 32 - kConsumers;  // tiles until this warp's next
   if (turn >= loaders) turn = 1 << 30;       // never
   position.Advance(turn, params.stages);
@@ -155,7 +157,7 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
       const int slot = position.slot;
       const auto stage = ring[slot];
       uint64_t* const full = &ring.barriers->full[slot];
-      // Where one thread does all, only it waits: others could come too late for a phase.
+      // Where one thread asks, only it waits: others could come too late for a phase.
       if (pools.boxed && lane != 0) {
         position.Advance(loaders, params.stages);
         continue;
@@ -168,7 +170,7 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
       }
       if (pools.boxed) {
         // A box takes one run, or all of the tile's.
-        const int boxes = kTile / pools.box_positions;
+        const int boxes = pools.box_positions == kTile ? 1 : Runs::kOfTile;
         int asked = 0;
 #pragma unroll
         for (int i = 0; i < Runs::kOfTile; ++i) asked += i < boxes && from[i] >= 0;

@@ -131,9 +131,10 @@ __device__ inline void CopyBox(uint32_t to, const TensorMap& map, int column, in
                                int position, uint64_t* barrier, uint64_t policy) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
-      "l"(&map), "r"(column), "r"(head), "r"(position), "r"(SharedAddress(barrier)), "l"(policy)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4, %7}], [%5], %6;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(position), "r"(head), "r"(SharedAddress(barrier)), "l"(policy),
+      "r"(0)
       : "memory");
 #endif
 }

@@ -130,7 +130,7 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
     params.by_parts_of[kind] = Divider::By(std::max(plan.parts[kind], 1));
   }
   const Kernel& kernel = ChooseKernel(kKernels, problem);
-  params.pools = MakePools(problem, arrays, kTile, device->has_engine);
+  params.pools = MakePools(problem, arrays, kernel, kTile, device->has_engine);
   params.aligned_query = IsAligned(arrays.query, problem.head_size, problem.dtype);
   const int64_t blocks = plan.items * plan.all_parts();
   // As many tiles in flight whether teams are many or few, if there is room.

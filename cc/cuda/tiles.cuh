@@ -34,7 +34,8 @@ struct Pools {
   Pool key, value;
   bool boxed;  // whether the engine copies boxes, which the maps describe
   int32_t box_positions;
-  bool aligned;  // whether rows start at multiples of 16 bytes
+  bool whole_rows;  // whether a box has all of its rows' columns, and not one group of them
+  bool aligned;     // whether rows start at multiples of 16 bytes
 };
 
 // Rows in shared memory, in groups of columns of 128 bytes: a row's units of 16 bytes lie in each
@@ -111,6 +112,7 @@ __device__ inline void CopyBoxes(const Pools& pools, const Stage& stage, int to,
     for (int group = 0; group < Rows::kGroups; ++group) {
       CopyBox(SharedAddress(memory) + group * Rows::kGroupBytes + to * Rows::kRowBytes, map,
               group * Rows::kGroup, head, from, barrier, policy);
+      if (pools.whole_rows) break;
     }
   };
   copy(typename Stage::Keys(), stage.keys(), pools.key_map);
@@ -182,10 +184,10 @@ __device__ inline void CopyRun(const Pools& pools, const Stage& stage, int to, i
   }
 }
 
-// How a call's pools are copied into stages of `tile` positions, on a device that has the engine or
-// not.
-inline Pools MakePools(const PagedProblem& problem, const PagedArrays& arrays, int tile,
-                       bool has_engine) {
+// How a call's pools are copied into a kernel's stages of `tile` positions, on a device that has
+// the engine or not.
+inline Pools MakePools(const PagedProblem& problem, const PagedArrays& arrays,
+                       const KernelOf& kernel, int tile, bool has_engine) {
   const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
   const auto pool = [&](const void* memory, int64_t size, const Pitch& pitch) {
     return Pool{memory, static_cast<int32_t>(size), static_cast<int32_t>(pitch.row),
@@ -200,14 +202,20 @@ inline Pools MakePools(const PagedProblem& problem, const PagedArrays& arrays, i
   };
   pools.aligned = aligned(pools.key) && aligned(pools.value);
   pools.box_positions = problem.page_size % tile == 0 ? tile : kRun;
-  const auto describe = [&](const Pool& pool, TensorMap* map) {
+  // In a stage, one group's rows follow another's of the whole tile.
+  const int64_t group = 128 / element;
+  pools.whole_rows = pools.box_positions == tile && problem.head_size % group == 0 &&
+                     problem.value_size % group == 0;
+  const auto describe = [&](const Pool& pool, int64_t columns, TensorMap* map) {
     return Describe(
         {problem.dtype, pool.memory, problem.num_pages * problem.page_size, problem.key_value_heads,
-         pool.size, pool.position_pitch * element, pool.head_pitch * element, pools.box_positions},
+         pool.size, pool.position_pitch * element, pool.head_pitch * element, pools.box_positions,
+         static_cast<int>(pools.whole_rows ? columns / group : 1)},
         map);
   };
-  pools.boxed = has_engine && pools.aligned && describe(pools.key, &pools.key_map) &&
-                describe(pools.value, &pools.value_map);
+  pools.boxed = has_engine && pools.aligned &&
+                describe(pools.key, kernel.head_size, &pools.key_map) &&
+                describe(pools.value, kernel.value_size, &pools.value_map);
   return pools;
 }
 

@@ -49,12 +49,15 @@ inline void CopyBox(uint32_t to, const TensorMap& map, int column, int head, int
   emulated_cuda::Require(column >= 0 && head >= 0 && head < array.heads && position >= 0 &&
                              position + array.box_positions <= array.positions,
                          "a box beyond its array");
-  const int64_t first = int64_t{column} * element, row = array.columns * element;
-  const int64_t exist = max(int64_t{0}, min(int64_t{128}, row - first));
-  const auto* memory = static_cast<const char*>(array.memory) + head * array.head_bytes + first +
-                       position * array.position_bytes;
-  emulated_cuda::CopyBoxLater(
-      to, {memory, array.box_positions, static_cast<int>(exist), array.position_bytes}, barrier);
+  for (int group = 0; group < array.box_groups; ++group) {
+    const int64_t first = int64_t{column} * element + 128 * group, row = array.columns * element;
+    const int64_t exist = max(int64_t{0}, min(int64_t{128}, row - first));
+    const auto* memory = static_cast<const char*>(array.memory) + head * array.head_bytes + first +
+                         position * array.position_bytes;
+    emulated_cuda::CopyBoxLater(
+        to + group * array.box_positions * 128,
+        {memory, array.box_positions, static_cast<int>(exist), array.position_bytes}, barrier);
+  }
 }
 inline void CommitCopies() { emulated_cuda::CommitCopies(); }
 template <int kLater>

@@ -14,7 +14,7 @@ struct BoxedArray {
   const void* memory;
   int64_t positions, heads, columns;
   int64_t position_bytes, head_bytes;
-  int box_positions;
+  int box_positions, box_groups;
 };
 
 struct TensorMap {
@@ -27,6 +27,8 @@ inline bool Describe(const BoxedArray& array, TensorMap* map) {
   const bool aligned = reinterpret_cast<uintptr_t>(array.memory) % 16 == 0 &&
                        array.position_bytes % 16 == 0 && array.head_bytes % 16 == 0;
   if (!exists || !aligned || array.box_positions > 256) return false;
+  const int64_t group = array.dtype == DataType::kFloat32 ? 32 : 64;  // of columns
+  if (array.box_groups > 1 && array.columns % group != 0) return false;
   map->array = array;
   return true;
 }
