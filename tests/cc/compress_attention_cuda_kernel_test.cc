@@ -40,7 +40,7 @@ unsigned first_seed = 0;  // of problems and launches
 // How many launches were of each kind: how the plan splits items, where records lie, how tiles
 // come. A share of whole items cuts none; of the others there are so many kinds.
 std::map<std::string, int> covered;
-constexpr size_t kKinds = 17;
+constexpr size_t kKinds = 19;
 
 class Call {
  public:
@@ -124,7 +124,15 @@ class Call {
     const bool whole_items = emulated_cuda::counts.whole_items_lines > counts.whole_items_lines;
     const bool cut_items = emulated_cuda::counts.cut_items_lines > counts.cut_items_lines;
     const bool boxed = emulated_cuda::counts.boxes > counts.boxes;
-    ++covered[boxed ? "tiles in boxes" : "tiles by the lanes of warps"];
+    const auto whole = [&](int64_t size) { return size * SizeOf(problem_.dtype) % 128 == 0; };
+    const bool whole_rows =
+        problem_.page_size % kTile == 0 && whole(problem_.head_size) && whole(problem_.value_size);
+    ++covered[!boxed       ? "tiles by the lanes of warps"
+              : whole_rows ? "tiles in boxes of whole rows"
+                           : "tiles in boxes of some columns"];
+    if (emulated_cuda::counts.second_boxes > counts.second_boxes) {
+      ++covered["boxes that two threads ask for"];
+    }
     if (whole_items) ++covered["lines discarded, of whole items"];
     if (cut_items) ++covered["lines discarded, of cut items"];
     if (!whole_items && !cut_items) ++covered["no lines discarded"];

@@ -503,6 +503,7 @@ void CopyBoxLater(uint32_t to, const Box& box, uint64_t* barrier) {
   std::memset(pointer, 0xff, size_t{1} * box.rows * kBoxRow);
   current->block->transfers.push_back({current->index, barrier, {}, pointer, box});
   ++counts.boxes;
+  if (threadIdx.x / kLanes == 9) ++counts.second_boxes;
 }
 
 void CommitCopies() {

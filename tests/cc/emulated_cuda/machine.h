@@ -39,6 +39,7 @@ extern uint64_t seed;
 // What launches have done so far.
 struct Counts {
   int64_t launches, blocks, waits, copies, boxes, flags;
+  int64_t second_boxes;  // of these, by the second of the compressed branch's loading warps
   int64_t whole_items_lines, cut_items_lines;  // discarded, by whom and so of what
 };
 extern Counts counts;
