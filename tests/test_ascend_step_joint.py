@@ -193,7 +193,7 @@ class TestTransformations:
     def test_shard_map(self, standin, harness, check):
         """Each device has its own call, and its own wait."""
         run, arrays = step_of(arguments_of(USUAL), DeviceRoute.NAME)
-        mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
         cache = PagedKV(P(), P(), P("x"), P("x"))
         program = jax.jit(
             jax.shard_map(
