@@ -117,6 +117,14 @@ class TestFaults:
         bad = np.isnan(np.asarray(attention, np.float32)).all(axis=(1, 2))
         assert bad.tolist() == [lengths[0] != 300, lengths[1] != 200]
 
+    def test_too_short_for_its_compressed_length_but_not_for_its_blocks(self, standin, harness):
+        """The last block that it may choose begins at 256, past the end; it chose 0 and 3."""
+        step, arrays = self.changed(selected={"lengths": np.array([250, 200], np.int32)})
+        attention, indices = step(*arrays)
+        assert indices[0].tolist() == [[0, 3]]
+        bad = np.isnan(np.asarray(attention, np.float32)).all(axis=(1, 2))
+        assert bad.tolist() == [True, False]
+
     def test_pages_that_are_wrong(self, standin, harness, apart):
         table = arguments_of(USUAL)["selected"].block_table.copy()
         table[1, 0] = 10**6
