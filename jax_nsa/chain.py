@@ -193,8 +193,7 @@ def _batch(operands: Any, dims: Any, *, traced: _Traced) -> Any:
 
 
 def _jvp(primals: Any, tangents: Any, *, traced: _Traced) -> Any:
-    instantiated = list(map(ad.instantiate_zeros, tangents))
-    return jax.jvp(traced, primals, instantiated)
+    return jax.jvp(traced, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
 
 
 _primitive = _compat.Primitive("jax_nsa_chain")
