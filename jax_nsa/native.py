@@ -145,8 +145,6 @@ def custom_call(
         for at, name in enumerate(results)
         if call.operator.is_aliased(name)
     }
-    if call.known_as:
-        attributes["known_as"] = dict(call.known_as)
     outcomes = jax.ffi.ffi_call(
         target_name(backend, call.operator.target),
         [*call.results(), *further.values()],
@@ -189,7 +187,8 @@ def _result_names(call: Call) -> list[str]:
 
 def _attributes(call: Call, further_results: Iterable[str] = ()) -> dict[str, Any]:
     """What every kernel is told of a call."""
-    return {
+    known_as = {"known_as": dict(call.known_as)} if call.known_as else {}
+    return known_as | {
         "operands": " ".join(call.names),
         "results": " ".join([*_result_names(call), *further_results]),
         "problem": _scalars(call.problem),
