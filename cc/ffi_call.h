@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <sstream>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "paged.h"
@@ -61,9 +61,16 @@ class FfiCall {
   template <typename... Parts>
   void Fail(const Parts&... parts) {
     if (!ok()) return;
-    std::ostringstream message;
-    (message << ... << parts);
-    message_ = message.str();
+    message_.emplace();
+    (Append(parts), ...);
+  }
+
+  // Not by streams, which write numbers as a locale has them: in a process with several copies of
+  // the standard library that can be another one's, and crash.
+  void Append(std::string_view text) { *message_ += text; }
+  template <typename Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+  void Append(Integer number) {
+    *message_ += std::to_string(number);
   }
 
   void Name(std::string_view attribute, size_t count, std::initializer_list<std::string_view> known,

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <mutex>
-#include <sstream>
+#include <string_view>
 #include <vector>
 
 namespace jax_nsa::ascend {
@@ -21,9 +21,10 @@ class LibrarySearch {
   LibrarySearch() {
     const char* home = std::getenv(kHomeVariable);
     if (const char* path = std::getenv(kLibraryPathVariable); path != nullptr && *path != '\0') {
-      std::stringstream directories(path);
-      for (std::string directory; std::getline(directories, directory, ':');) {
-        if (!directory.empty()) directories_.push_back(directory);
+      for (std::string_view left = path; !left.empty();) {
+        const size_t end = std::min(left.find(':'), left.size());
+        if (end > 0) directories_.emplace_back(left.substr(0, end));
+        left.remove_prefix(std::min(end + 1, left.size()));
       }
       listed_ = directories_;
     } else {
