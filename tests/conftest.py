@@ -6,6 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
+# For pytest's workers, which share the processors: threads of NumPy's own would wait for them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import jaxlib.version
