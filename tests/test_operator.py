@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_nsa import backends, checks, operator, paged
+from jax_nsa import backends, checks, operator, paged, partition
 from jax_nsa.operator import Array, Operator
 
 # ---- The operator: the largest product of each query with the keys of its sequence. -------------
@@ -187,3 +187,21 @@ def test_messages_name_its_arguments():
 def test_says_why_a_backend_does_not_have_it():
     with pytest.raises(NotImplementedError, match="compiled without its cpu kernel of toy_peak"):
         toy_peak(QUERY, KEY, TABLE, LENGTHS, key_value_heads=HEADS, implementation="cpu")
+
+
+def test_counts_of_tokens_are_cut_as_the_sequences_are():
+    """On a mesh with explicit axes, from whole ones or those of the same devices; else refused."""
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+
+    def put(shape, *spec):
+        return jax.device_put(jnp.ones(shape, jnp.int32), NamedSharding(mesh, PartitionSpec(*spec)))
+
+    batched, packed = put((4, 2, 2, 8), "x", "y"), put((4, 2, 8), "x")
+    for counts in (put(4), put(4, "x")):
+        cut = partition.cut_as_sequences("counts", counts, batched, packed=False)
+        assert jax.typeof(cut).sharding.spec == PartitionSpec("x")
+    whole = partition.cut_as_sequences("counts", put(4), packed, packed=True)
+    assert not any(jax.typeof(whole).sharding.spec)
+    for query, is_packed, axis in ((batched, False, "y"), (packed, True, "x")):
+        with pytest.raises(ValueError, match=r"counts is sharded as .*must be as .* query's"):
+            partition.cut_as_sequences("counts", put(4, axis), query, is_packed)
