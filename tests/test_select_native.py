@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compress_attention.examples import FAILURES
 
 from jax_nsa import native
 
@@ -84,7 +85,7 @@ LIES = {
 
 @pytest.mark.parametrize(("changes", "message"), LIES.values(), ids=LIES)
 def test_kernel_refuses_operands_that_do_not_fit(changes, message):
-    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+    with pytest.raises(FAILURES) as caught:
         call_kernel(**changes)
     assert "INVALID_ARGUMENT" in str(caught.value)
     assert message in str(caught.value)
@@ -95,7 +96,11 @@ def test_kernel_refuses_operands_that_do_not_fit(changes, message):
     [
         {},
         {"window_size": 0, "results": {"window_attention": None, "window_lse": None}},
-        {"operands": {"topk_indices": None}, "results": {"attention": None, "lse": None}},
+        {
+            "operands": {"topk_indices": None},
+            "results": {"attention": None, "lse": None},
+            "window_size": 1,
+        },
         {"window_size": 1, "results": {"lse": None}},
     ],
     ids=["both", "selected", "window", "newest"],
@@ -103,3 +108,29 @@ def test_kernel_refuses_operands_that_do_not_fit(changes, message):
 def test_kernel_takes_the_same_call_unchanged(changes):
     for result in call_kernel(**changes):
         assert not np.isnan(result).any()
+
+
+PACKED = {
+    "query": f32(6, 4, 8), "topk_indices": i32(6, 2, 5), "token_counts": i32(2) + 3,
+    "first_rows": np.array([0, 3], np.int32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operands", "scalars", "at", "place"),
+    [
+        ({}, {}, (1, 2, 1, 4), "[1, 1, 4]"),
+        ({}, {"tokens_apart": 1}, (1, 2, 1, 4), "[1, 2, 1, 4]"),
+        (PACKED, {}, (5, 1, 4), "[5, 1, 4]"),
+    ],
+    ids=["one token", "tokens", "packed"],
+)
+def test_a_bad_block_of_a_sequence_of_whole_blocks_is_named(operands, scalars, at, place):
+    indices = np.array((ARRAYS | operands)["topk_indices"])
+    indices[at] = 2
+    results = {n: f32(6, *a.shape[2:]) for n, a in RESULTS.items()} if operands else {}
+    given = operands | {"topk_indices": indices, "lengths": i32(2) + 32}
+    with pytest.raises(FAILURES) as caught:
+        call_kernel(operands=given, results=results, **scalars)
+    assert f"topk_indices{place} must be in [-1, 1], the blocks of 16" in str(caught.value)
+    assert "that its sequence has, got 2" in str(caught.value)
