@@ -27,6 +27,8 @@ from jax_nsa import nsa_compress_attention_infer, operator
         {"actual_seq_qlen": [1, 1]},
         {"actual_seq_qlen": [2, 0]},
         {"actual_sel_seq_kvlen": ORIGINAL},
+        # Too short for any window.
+        {"actual_cmp_seq_kvlen": [0, 7], "actual_sel_seq_kvlen": [3, 128]},
         {"atten_mask": MASK, "actual_sel_seq_kvlen": jnp.array(ORIGINAL)},
         {"implementation": ["cuda", "reference"]},
         {name: jnp.asarray(ARGUMENTS[name]) for name in ("query", "key", "value")},

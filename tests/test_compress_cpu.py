@@ -193,6 +193,10 @@ LIES = {
     "no_slots": ({"slot_mapping": None}, "needs slot_mapping"),
     "lengths": ({"lengths": np.zeros(3, np.int32)}, "lengths must have shape [2], got [3]"),
     "slots_type": ({"slot_mapping": f32(2)}, "slot_mapping has an unexpected element type"),
+    "table_size": (
+        {"input_0": f32(5, 256, 6), "block_table": np.zeros((1, 2**31 // 256), np.int32)},
+        "block_table names more positions than lengths can count",
+    ),
     "table_rank": ({"block_table": np.zeros(3, np.int32)}, "block_table must have rank 2"),
     "second_pages": (SECOND | {"input_1": f32(4, 16, 8)}, "input_1 must have shape [5, 16, 8]"),
     "second_rows": (SECOND | {"cache_1": f32(6, 8)}, "cache_1 must have 7 rows of 8"),

@@ -134,3 +134,9 @@ def test_a_bad_block_of_a_sequence_of_whole_blocks_is_named(operands, scalars, a
         call_kernel(operands=given, results=results, **scalars)
     assert f"topk_indices{place} must be in [-1, 1], the blocks of 16" in str(caught.value)
     assert "that its sequence has, got 2" in str(caught.value)
+
+
+def test_kernel_refuses_a_call_without_its_problem():
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((2, 3, 4, 6), np.float32))
+    with pytest.raises(FAILURES, match="has no attribute problem"):
+        jax.block_until_ready(call(ARRAYS["query"], operands="query", results="attention"))
