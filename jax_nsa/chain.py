@@ -117,7 +117,7 @@ def _choose(ctx: mlir.LoweringRuleContext, equation: Any) -> tuple[backends.Back
 def _run_joined(jaxpr: Any, joint: Joint, *operands: jax.Array) -> Sequence[jax.Array]:
     """Evaluates twice: for the operands of all calls, and with the results of the joint one.
 
-    The first time results are zeros. What depends on them is not used, and not in the program.
+    The first time results are zeros. The joint call uses nothing that depends on them.
     """
     found: list[Sequence[jax.Array]] = []
 

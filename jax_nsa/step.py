@@ -150,16 +150,6 @@ def nsa_decode_step(
         "select_block_count": select_block_count,
     }
 
-    def choose() -> tuple[jax.Array, ...]:
-        return _told_of("compressed")(nsa_compress_attention_infer)(
-            query, compressed.key, compressed.value, **shared, **of_blocks,
-            page_block_size=_page_size("compressed", compressed),
-            compress_block_size=compress_block_size, compress_stride=compress_stride,
-            atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
-            actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
-            importance=importance, init_blocks=init_blocks, local_blocks=local_blocks,
-        )  # fmt: skip
-
     def original(name: str, cache: PagedKV) -> dict[str, Any]:
         return {
             "page_block_size": _page_size(name, cache), "block_table": cache.block_table,
@@ -167,7 +157,14 @@ def nsa_decode_step(
         }  # fmt: skip
 
     def step() -> tuple[jax.Array, jax.Array]:
-        attention, indices = choose()
+        attention, indices = _told_of("compressed")(nsa_compress_attention_infer)(
+            query, compressed.key, compressed.value, **shared, **of_blocks,
+            page_block_size=_page_size("compressed", compressed),
+            compress_block_size=compress_block_size, compress_stride=compress_stride,
+            atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
+            actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
+            importance=importance, init_blocks=init_blocks, local_blocks=local_blocks,
+        )  # fmt: skip
         # A scan that keeps the indices would otherwise have XLA write them where they are kept by
         # a second call of the compressed branch, beside the one whose indices are used here.
         indices = jax.lax.optimization_barrier(indices)

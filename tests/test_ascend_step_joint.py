@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from dataclasses import replace
 
 import jax
@@ -267,6 +268,7 @@ class TestProgram:
         )  # fmt: skip
         with jax.set_mesh(mesh):
             lowered = jax.jit(run).trace(*placed).lower(lowering_platforms=("ascend",))
+        assert lowered.as_text().count("@CustomSPMDPartitioning(") == 2
         assert "@jax_nsa_step" not in lowered.as_text()
 
     def test_export(self):
@@ -278,10 +280,19 @@ class TestProgram:
         assert "@jax_nsa_step_ascend(" in exported.mlir_module()
 
     def test_without_a_plugin_the_step_is_as_everywhere(self, monkeypatch):
+        run, arrays = self.step()
+        assert "jax_nsa_chain" in str(jax.make_jaxpr(run)(*arrays))
         monkeypatch.undo()
         assert not ascend.joins_here()
         run, arrays = self.step()
         assert "jax_nsa_chain" not in str(jax.make_jaxpr(run)(*arrays))
+
+
+def test_blocks_are_ordered_once(standin, harness):
+    """Those that the trace has before any are chosen are none that the call reads."""
+    run, arrays = step_of(arguments_of(USUAL), DeviceRoute.NAME)
+    program = jax.jit(run).lower(*arrays).compile().as_text()
+    assert len(re.findall(r" sort\(", program)) == 1
 
 
 def test_frames_that_lie(standin, harness, monkeypatch):

@@ -184,10 +184,7 @@ ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArg
   JAX_NSA_RETURN_IF_ERROR(call.Decode(args, rets, attributes));
   return RunOnStream<CompressAttentionApi>(
       stream, ordinal, [&](const CompressAttentionApi& functions, Context& context) -> ffi::Error {
-        std::vector<Integers> integers;
-        call.AddIntegers(&integers);
-        JAX_NSA_RETURN_IF_ERROR(FetchIntegers(integers, context));
-        JAX_NSA_RETURN_IF_ERROR(call.Plan());
+        JAX_NSA_RETURN_IF_ERROR(FetchAndPlan(context, &call));
         return call.Enqueue(functions, /*absent=*/0xFF, context);
       });
 }

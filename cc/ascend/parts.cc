@@ -9,14 +9,23 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// The array lists behind XLA's views of them, which only their heirs see.
+// Takes the first arrays of a list, `count` of them or all that there are.
+template <typename List>
+List Take(List* list, void** List::* arrays, int64_t count) {
+  List taken = *list;
+  taken.size = std::min(list->size, count);
+  list->size -= taken.size;
+  list->types += taken.size;
+  list->*arrays += taken.size;
+  return taken;
+}
+
+// The lists behind XLA's views of them, which only their heirs see.
 struct Args : ffi::RemainingArgs {
   explicit Args(const ffi::RemainingArgs& view) : RemainingArgs(view) {}
   XLA_FFI_Args list() const {
     XLA_FFI_Args rest = *args();
-    rest.size -= offset();
-    rest.types += offset();
-    rest.args += offset();
+    Take(&rest, &XLA_FFI_Args::args, offset());
     return rest;
   }
 };
@@ -25,9 +34,7 @@ struct Rets : ffi::RemainingRets {
   explicit Rets(const ffi::RemainingRets& view) : RemainingRets(view) {}
   XLA_FFI_Rets list() const {
     XLA_FFI_Rets rest = *rets();
-    rest.size -= offset();
-    rest.types += offset();
-    rest.rets += offset();
+    Take(&rest, &XLA_FFI_Rets::rets, offset());
     return rest;
   }
 };
@@ -83,16 +90,8 @@ Part Parts::Next(std::string_view prefix) {
                       frame.values.data()};
   const ffi::Dictionary attributes(&frame.attributes);
 
-  frame.args = args_;
-  frame.args.size = std::min(args_.size, CountNames(attributes, "operands"));
-  args_.size -= frame.args.size;
-  args_.types += frame.args.size;
-  args_.args += frame.args.size;
-  frame.rets = rets_;
-  frame.rets.size = std::min(rets_.size, CountNames(attributes, "results"));
-  rets_.size -= frame.rets.size;
-  rets_.types += frame.rets.size;
-  rets_.rets += frame.rets.size;
+  frame.args = Take(&args_, &XLA_FFI_Args::args, CountNames(attributes, "operands"));
+  frame.rets = Take(&rets_, &XLA_FFI_Rets::rets, CountNames(attributes, "results"));
   return {ffi::RemainingArgs(&frame.args, 0), ffi::RemainingRets(&frame.rets, 0), attributes};
 }
 

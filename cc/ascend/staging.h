@@ -48,6 +48,18 @@ struct Integers {
 // there are none, none. The copies are the context's, until its next call.
 ffi::Error FetchIntegers(const std::vector<Integers>& operands, Context& context);
 
+// Fetches, with one wait, the integers that calls ask for by AddIntegers, and has each Plan with
+// them.
+template <typename... Calls>
+ffi::Error FetchAndPlan(Context& context, Calls*... calls) {
+  std::vector<Integers> integers;
+  (calls->AddIntegers(&integers), ...);
+  JAX_NSA_RETURN_IF_ERROR(FetchIntegers(integers, context));
+  ffi::Error error = ffi::Error::Success();
+  static_cast<void>(((error = calls->Plan()).success() && ...));
+  return error;
+}
+
 }  // namespace jax_nsa::ascend
 
 #endif  // JAX_NSA_ASCEND_STAGING_H_

@@ -3,13 +3,14 @@
 // call, so that their lengths take one wait for the stream.
 
 #include <string>
-#include <vector>
+#include <string_view>
 
 #include "ascend/compress_attention_device.h"
 #include "ascend/handlers.h"
 #include "ascend/parts.h"
 #include "ascend/run.h"
 #include "ascend/select_attention_device.h"
+#include "ascend/staging.h"
 
 namespace jax_nsa::ascend {
 namespace {
@@ -18,7 +19,7 @@ ffi::Error Refused(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "nsa_decode_step: " + message);
 }
 
-// Holds the rows of the chosen blocks' branch to those that choose them.
+// Refuses blocks that are read for other rows than those that choose them.
 ffi::Error CheckRows(const Problem& chooses, const select_attention::Problem& reads) {
   if (reads.rows != chooses.rows || reads.key_value_heads != chooses.key_value_heads ||
       reads.select_count != chooses.select_count) {
@@ -71,14 +72,7 @@ ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArg
       stream, ordinal, [&](const CompressAttentionApi& functions, Context& context) -> ffi::Error {
         const auto select_functions = LoadOperator<SelectAttentionApi>();
         if (select_functions.has_error()) return select_functions.error();
-        std::vector<Integers> integers;
-        compressed.AddIntegers(&integers);
-        chosen.AddIntegers(&integers);
-        window.AddIntegers(&integers);
-        JAX_NSA_RETURN_IF_ERROR(FetchIntegers(integers, context));
-        JAX_NSA_RETURN_IF_ERROR(compressed.Plan());
-        JAX_NSA_RETURN_IF_ERROR(chosen.Plan());
-        JAX_NSA_RETURN_IF_ERROR(window.Plan());
+        JAX_NSA_RETURN_IF_ERROR(FetchAndPlan(context, &compressed, &chosen, &window));
         JAX_NSA_RETURN_IF_ERROR(CheckLengths(compressed, chosen));
         // A row without a token reads block 0, as CANN's kernel would never end at -1.
         JAX_NSA_RETURN_IF_ERROR(compressed.Enqueue(functions, /*absent=*/0, context));

@@ -86,13 +86,12 @@ def _by_sequence(operands: Mapping[str, jax.Array]) -> _Sequences:
     early = operands.get("early_counts", jnp.zeros_like(lengths))
     select_lengths = operands.get("select_lengths", jnp.zeros_like(lengths))
     if "first_rows" not in operands:
-        token = jnp.arange(query.shape[1], dtype=jnp.int32)[None, :]
-        counts = operands.get("token_counts", jnp.full_like(lengths, query.shape[1]))
-        owned = query.shape[1]
+        token, owned = tokens.numbers(operands), query.shape[1]
+        counts = operands.get("token_counts", jnp.full_like(lengths, owned))
         return _Sequences(query, token, counts, owned, block_table, lengths, early, select_lengths)
     first_rows, rows = operands["first_rows"], query.shape[0]
     sequence = tokens.sequence_of_rows(first_rows, rows)
-    token = (jnp.arange(rows, dtype=jnp.int32) - first_rows[sequence])[:, None]
+    token = tokens.numbers(operands)[:, None]
     of_sequences = (
         operands["token_counts"], tokens.owned_rows(first_rows, rows), block_table, lengths, early,
         select_lengths,

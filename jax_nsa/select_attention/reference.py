@@ -92,7 +92,7 @@ def rows_of_query(operands: Mapping[str, jax.Array], problem: Problem) -> dict[s
         counts, first_rows = operands["token_counts"], operands["first_rows"]
         rows = query.shape[0]
         sequence = tokens.sequence_of_rows(first_rows, rows)
-        token = jnp.arange(rows, dtype=jnp.int32) - first_rows[sequence]
+        token = tokens.numbers(operands)
         owned = tokens.owned_rows(first_rows, rows)
     else:
         sequences, each = query.shape[:2]

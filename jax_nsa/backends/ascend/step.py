@@ -14,6 +14,7 @@ as they do, and its rows become NaN.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -62,27 +63,26 @@ def joint(calls: Sequence[Call], operands: Operands, run: Run) -> list[list[jax.
         run: runs the custom call.
     """
     (first, *later), (first_operands, *later_operands) = calls, operands
-    safe: list[Part] = [
-        part
+    safe_of: list[list[Part]] = [
+        [*select_attention.safe_calls(call, its)]
         for call, its in zip(later, later_operands, strict=True)
-        for part in select_attention.safe_calls(call, its)
     ]
     named = dict(zip(later[0].names, later_operands[0], strict=True))
     rows = rows_of_query(named, later[0].problem)
     reach = _reach(first, first_operands, rows["sequence"])
-    safe[0] = _reaching(safe[0], first, reach)
-    (attention, indices), *results = run([(first, first_operands), *safe])
+    safe_of[0][0] = _reaching(safe_of[0][0], first, reach)
+    parts = [(first, first_operands), *itertools.chain.from_iterable(safe_of)]
+    (attention, indices), *results = run(parts)
 
     absent = rows["absent"].reshape(*indices.shape[:-2], 1, 1)
     indices = jnp.where(absent, -1, indices)
     named["topk_indices"] = indices.reshape(named["topk_indices"].shape)
     later_operands[0] = [named[name] for name in later[0].names]
     outcomes = [[attention, indices]]
-    left = [result for (result,) in results]
-    for call, its in zip(later, later_operands, strict=True):
-        count = sum(size > 0 for size in (call.problem.select_block_size, call.problem.window_size))
-        outcomes.append(select_attention.attentions(call, its, left[:count]))
-        del left[:count]
+    left = iter(results)
+    for call, its, safe in zip(later, later_operands, safe_of, strict=True):
+        of_call = [result for (result,) in itertools.islice(left, len(safe))]
+        outcomes.append(select_attention.attentions(call, its, of_call))
     disagrees = (rows["limit"] < reach) & ~rows["absent"]
     chosen = outcomes[1][0]
     outcomes[1][0] = jnp.where(disagrees.reshape(*chosen.shape[:-2], 1, 1), jnp.nan, chosen).astype(
@@ -105,10 +105,14 @@ def _first_of_last(call: Call, lengths: jax.Array | np.ndarray) -> jax.Array | n
 
 
 def _reaching(part: Part, first: Call, reach: jax.Array) -> Part:
-    """The call that reads chosen blocks, its sequences no shorter than `reach`."""
+    """The call that reads chosen blocks, its sequences no shorter than `reach`.
+
+    Of its blocks, which the kernel takes from the first call, nothing is computed here.
+    """
     call, operands = part
     named = dict(zip(call.names, operands, strict=True))
     capacity = named["block_table"].shape[1] * named["key"].shape[1]
+    named["topk_indices"] = jnp.zeros_like(named["topk_indices"])
     named["lengths"] = jnp.minimum(jnp.maximum(named["lengths"], reach), capacity)
     limits = np.asarray(dict(call.constants)["lengths"], np.int64)
     known = np.asarray(dict(first.constants).get("lengths", ()), np.int64)
