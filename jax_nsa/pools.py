@@ -141,14 +141,14 @@ def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None
     if len(shape) not in (3, 4):
         raise ValueError(
             f"{name} must have shape [pages, page_block_size, {heads} * {stated}] or [pages, "
-            f"page_block_size, {heads}, {stated}], got {shape}{remedy(shape)}"
+            f"page_block_size, {heads}, {stated}], got {shape}{remedy(shape, heads)}"
         )
     if any(isinstance(n, int) and n == 0 for n in shape):
         raise ValueError(f"{name} must not be empty, got shape {shape}")
     if shape[1] != page:
         raise ValueError(
             f"{name}'s second axis must be page_block_size ({page}), got shape "
-            f"{shape}{remedy(shape)}"
+            f"{shape}{remedy(shape, heads)}"
         )
     if len(shape) == 4:
         if shape[2] != heads:
@@ -170,11 +170,16 @@ def pool(name: str, array: ArrayLike, *, heads: int, page: int, size: int | None
     return array
 
 
-def remedy(shape: tuple[Any, ...]) -> str:
-    """How an array that lies in another way becomes a pool; the end of a message, or nothing."""
+def remedy(shape: tuple[Any, ...], heads: int) -> str:
+    """How an array that lies in another way becomes a pool; the end of a message, or nothing.
+
+    Args:
+        shape: of the array.
+        heads: key/value heads, by which an axis of heads is known.
+    """
     if len(shape) == 5:
         return "; [sequences, pages, page, heads, size] become pages by reshape(-1, *shape[2:])"
-    if len(shape) == 4 and is_page_size(shape[2]) and not is_page_size(shape[1]):
+    if len(shape) == 4 and shape[1] == heads != shape[2] and is_page_size(shape[2]):
         return "; where heads come before rows, jnp.swapaxes(..., 1, 2) turns them round"
     if len(shape) == 4 and shape[1] > PAGE_MAX:
         return (
@@ -182,9 +187,14 @@ def remedy(shape: tuple[Any, ...]) -> str:
             "size)"
         )
     if len(shape) == 3 and shape[1] > PAGE_MAX:
+        if shape[0] == heads:
+            return (
+                "; [heads, tokens, size] become pages by jnp.swapaxes(..., 0, 1).reshape(-1, "
+                "page, heads, size)"
+            )
         return (
-            "; [heads, tokens, size] become pages by jnp.swapaxes(..., 0, 1).reshape(-1, page, "
-            "heads, size)"
+            "; a dense [sequences, tokens, heads * size] becomes pages by reshape(-1, page, heads "
+            "* size)"
         )
     return ""
 

@@ -152,14 +152,14 @@ def nsa_decode_step(
 
     def original(name: str, cache: PagedKV) -> dict[str, Any]:
         return {
-            "page_block_size": _page_size(name, cache), "block_table": cache.block_table,
-            "actual_seq_kvlen": cache.lengths,
+            "page_block_size": _page_size(name, cache, key_value_head_num),
+            "block_table": cache.block_table, "actual_seq_kvlen": cache.lengths,
         }  # fmt: skip
 
     def step() -> tuple[jax.Array, jax.Array]:
         attention, indices = _told_of("compressed")(nsa_compress_attention_infer)(
             query, compressed.key, compressed.value, **shared, **of_blocks,
-            page_block_size=_page_size("compressed", compressed),
+            page_block_size=_page_size("compressed", compressed, key_value_head_num),
             compress_block_size=compress_block_size, compress_stride=compress_stride,
             atten_mask=_CAUSAL if several else None, block_table=compressed.block_table,
             actual_cmp_seq_kvlen=compressed.lengths, actual_sel_seq_kvlen=selected.lengths,
@@ -271,13 +271,13 @@ def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
         )
 
 
-def _page_size(name: str, cache: PagedKV) -> int:
+def _page_size(name: str, cache: PagedKV, heads: int) -> int:
     """Rows of the cache's pages, which only its pool of keys tells."""
     shape = jnp.shape(cache.key)
     if len(shape) not in (3, 4, 5) or not pools.is_page_size(shape[1]):
         raise ValueError(
             f"{name}.key must have shape [pages, page, heads * size] or [pages, page, heads, "
             f"size], where a page has a multiple of {pools.PAGE_GRANULE} rows up to "
-            f"{pools.PAGE_MAX}, got {shape}{pools.remedy(shape)}"
+            f"{pools.PAGE_MAX}, got {shape}{pools.remedy(shape, heads)}"
         )
     return int(shape[1])
