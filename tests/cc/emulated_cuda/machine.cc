@@ -1,7 +1,7 @@
 // The emulated machine: threads on stacks of their own, of which one runs at a time.
 //
-// One file, and longer than others: barriers, copies and instructions of a whole warp are each a few
-// lines on the state that the choice of the next thread reads, and nobody else may touch it.
+// One file, and longer than others: barriers, copies and instructions of a whole warp are each a
+// few lines on the state that the choice of the next thread reads, and nobody else may touch it.
 
 #undef _FORTIFY_SOURCE  // it forbids longjmp between stacks
 
