@@ -59,6 +59,15 @@ def _heads(random: Random, rows: int) -> dict[str, Any]:
     }
 
 
+def _choice(random: Random) -> dict[str, Any]:
+    """By which rule blocks are chosen, and which always are."""
+    return {
+        "importance": pick(random, "cann", "aligned"),
+        "init_blocks": pick(random, 1, range(5), 2**31 - 1),
+        "local_blocks": pick(random, 2, range(5), 2**31 - 1),
+    }
+
+
 def compress_attention(random: Random) -> problems.Geometry:
     """A call of the compressed branch."""
     sequences = pick(random, range(1, 6))
@@ -69,8 +78,7 @@ def compress_attention(random: Random) -> problems.Geometry:
         lengths=_lengths(random, pick(random, 40, 150, 500), sequences),
         masked=bool(random.integers(2)), page=16 * pick(random, range(1, 17)), window=window,
         slack=_lengths(random, min(window[1] - 1, window[0] - 1), sequences),
-        importance=pick(random, "cann", "aligned"),
-        init_blocks=pick(random, 1, range(5)), local_blocks=pick(random, 2, range(5)),
+        **_choice(random),
         return_lse=bool(random.integers(2)), shared_pages=bool(random.integers(2)),
         spare_slots=pick(random, range(3)), spread=pick(random, 1.0, 1.0, 0.1, 4.0),
     )  # fmt: skip
@@ -137,5 +145,5 @@ def step(random: Random) -> Step:
     return Step(
         original, compress=compress, stride=stride, compressed_page=16 * pick(random, range(1, 17)),
         window_page=pick(random, None, 16 * pick(random, range(1, 17))),
-        gates=pick(random, heads["dtype"], "float32"),
+        gates=pick(random, heads["dtype"], "float32"), **_choice(random),
     )  # fmt: skip

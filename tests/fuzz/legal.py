@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import compress.problems as compress_problems
 import compress_attention.problems as problems
 import jax
+import numpy as np
 import select_attention.problems as select_problems
 from compress.contract import CompressContract
 from compress_attention.contract import CompressAttentionContract
@@ -27,30 +29,48 @@ from jax_nsa import native
 from jax_nsa.backends.cpu import ISA_VARIABLE
 
 
-class OneOrTwoPools:
-    """Hands an attention operator its keys and values in one pool, if so wanted.
+class Given:
+    """Hands an operator its arguments in one of the forms that it takes them in.
 
-    The caller and the oracle know two pools; the product sees one.
+    The caller and the oracle know pools of keys and of values, and int32.
 
     Attributes:
-        rank: the axes of that pool; None: pools as they are.
+        rank: the axes of a pool of keys and values; None: pools of each.
+        integers: makes what the host knows of an array of integers.
     """
 
     rank: int | None = None
+    integers: Callable[[np.ndarray], Any] = staticmethod(np.asarray)
 
     def apply(self, arguments: dict[str, Any], **options: Any) -> Any:
         """Calls the operator as it is, on arrays that may be traced."""
         if self.rank is not None:
             arguments = interleaved(arguments, self.rank)
-        return super().apply(arguments, **options)
+        given = {
+            n: self.integers(a)
+            for n, a in arguments.items()
+            if type(a) is np.ndarray and a.dtype == np.int32
+        }
+        return super().apply(arguments | given, **options)
 
 
-class CompressAttention(OneOrTwoPools, CompressAttentionContract):
-    """The compressed branch with either kind of pools."""
+# Of NumPy's dtypes, those that hold what no one looks at, too.
+INTEGERS = (
+    np.asarray, np.asfortranarray, np.ndarray.tolist, operator.methodcaller("astype", np.int64),
+    operator.methodcaller("astype", ">i8"),
+)  # fmt: skip
 
 
-class SelectAttention(OneOrTwoPools, SelectAttentionContract):
-    """The selected branch and the window with either kind of pools."""
+class CompressAttention(Given, CompressAttentionContract):
+    """The compressed branch."""
+
+
+class SelectAttention(Given, SelectAttentionContract):
+    """The selected branch and the window."""
+
+
+class Compress(Given, CompressContract):
+    """The compression into the cache."""
 
 
 class StepContract:
@@ -107,7 +127,7 @@ OPERATORS = {
         draw.select_attention, select_problems.build, SelectAttention,
         ("query", "topk_indices", *TABLE, "actual_seq_kvlen"),
     ),
-    "compress": Operator(draw.compress, compress_problems.build, CompressContract),
+    "compress": Operator(draw.compress, compress_problems.build, Compress),
     "step": Operator(draw.step, arguments_of, StepContract),
     "cache": Operator(growing.draw_history, growing.replay, growing.Growing),
 }  # fmt: skip
@@ -126,11 +146,11 @@ def with_one_pool(geometry: Any) -> Any:
     return dataclasses.replace(geometry, head_size=size, value_size=size)
 
 
-def check(operator: str, implementation: str, random: Random) -> str:
+def check(name: str, implementation: str, random: Random) -> str:
     """Draws a call, and perhaps a transformation of it, and holds it to the oracle."""
     from fuzz import transformed
 
-    known = OPERATORS[operator]
+    known = OPERATORS[name]
     geometry = known.draw(random)
     form = pick(random, *FORMS)
     isas = native.module().cpu_kernels() if implementation == "cpu" else [""]
@@ -138,15 +158,17 @@ def check(operator: str, implementation: str, random: Random) -> str:
     tester = known.contract()
     tester.implementation = implementation
     told = f"{os.environ[ISA_VARIABLE] or 'default'}, {form}"
-    if operator in INTERLEAVE and random.random() < 0.4:
+    if name not in ("step", "cache") and form.endswith("host values"):
+        tester.integers = pick(random, *INTEGERS)
+    if name in INTERLEAVE and random.random() < 0.4:
         tester.rank = pick(random, *RANKS)
         geometry = with_one_pool(geometry)
         told += f", one pool of {tester.rank} axes"
     told += f", {geometry}"
     try:
         tester.check(geometry, form)
-        if operator in transformed.BY and random.random() < 0.4:
-            transform = pick(random, *transformed.BY[operator])
+        if name in transformed.BY and random.random() < 0.4:
+            transform = pick(random, *transformed.BY[name])
             transform(tester, known, geometry, random)
     except Exception as error:
         error.add_note(told)
