@@ -91,7 +91,7 @@ def select_attention(random: Random) -> select_problems.Geometry:
     sequences = pick(random, range(1, 5))
     several = _tokens(random, ("TND", "BSND", "BSH"), sequences)
     k = pick(random, None, 16, range(1, 20))
-    window = pick(random, None, 512, range(1, 300))
+    window = pick(random, None, 512, range(1, 300), 2**31 - 1)
     return select_problems.Geometry(
         **several, **_heads(random, sum(several["token_counts"] or (2,) * sequences) or 1),
         lengths=_lengths(random, pick(random, 60, 200, 700), sequences),
@@ -139,7 +139,7 @@ def step(random: Random) -> Step:
         **heads, layout=layout, tokens=1 if layout == "TND" else tokens, token_counts=counts,
         lengths=_lengths(random, pick(random, 60, 300, 700), sequences, least=tokens),
         page=16 * pick(random, range(1, 17)), block=block, k=pick(random, range(1, 17)),
-        window=pick(random, 512, range(1, 300)), pool_rank=pick(random, 3, 4),
+        window=pick(random, 512, range(1, 300), 2**31 - 1), pool_rank=pick(random, 3, 4),
         spare_slots=pick(random, range(3)),
     )  # fmt: skip
     return Step(

@@ -11,6 +11,7 @@ from typing import Any
 import compress.problems as compress_problems
 import compress_attention.problems as problems
 import jax
+import jax.numpy as jnp
 import numpy as np
 import select_attention.problems as select_problems
 from compress.contract import CompressContract
@@ -19,7 +20,7 @@ from contract import FORMS
 from interleaved.pools import LARGEST, RANKS, interleaved, interleaved_step
 from select_attention.contract import SelectAttentionContract
 from step.agreement import assert_is_the_sum
-from step.calls import step_of
+from step.calls import ARRAYS
 from step.problems import Step, arguments_of
 
 import jax_nsa
@@ -79,25 +80,33 @@ class StepContract:
     Attributes:
         implementation: its name.
         rank: the axes of the caches' pools of keys and values; None: pools of each.
+        step: what was checked last.
     """
 
     implementation: str
     rank: int | None = None
+    step: Step
 
     def apply(self, arguments: dict[str, Any]) -> Any:
-        """Calls the step as it is."""
+        """Calls the step as it is, on arrays that may be traced."""
+        if self.rank is not None:
+            arguments = interleaved_step(arguments, self.rank)
         return jax_nsa.nsa_decode_step(**arguments, implementation=self.implementation)
+
+    def assert_agrees(self, results: Any, arguments: dict[str, Any]) -> None:
+        """Asserts that results are what the parts are by the oracles."""
+        assert_is_the_sum(*results, self.step, arguments)
 
     def check(self, step: Step, form: str) -> None:
         """Asserts that a legal step is what its parts are by the oracles."""
+        self.step = step
         arguments = arguments_of(step)
-        given = arguments if self.rank is None else interleaved_step(arguments, self.rank)
-        run, arrays = step_of(given, self.implementation)
+        traced = {n: jax.tree.map(jnp.asarray, arguments[n]) for n in ARRAYS if n in arguments}
         if form == "eager, host values":
-            results = self.apply(given)
-        else:
-            results = (jax.jit(run) if form.startswith("jit") else run)(*arrays)
-        assert_is_the_sum(*results, step, arguments)
+            traced = {}
+        run = jax.jit if form.startswith("jit") else lambda function: function
+        results = run(lambda arrays: self.apply(arguments | arrays))(traced)
+        self.assert_agrees(results, arguments)
 
 
 @dataclasses.dataclass(frozen=True)
