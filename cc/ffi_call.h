@@ -65,8 +65,8 @@ class FfiCall {
     (Append(parts), ...);
   }
 
-  // Not by streams: on Ubuntu 24.04 (GCC 13.3, JAX 0.11.2) those that wrote a number crashed, perhaps
-  // by the locale of another copy of the standard library.
+  // Not by streams: on Ubuntu 24.04 (GCC 13.3, JAX 0.11.2) those that wrote a number crashed,
+  // perhaps by the locale of another copy of the standard library.
   void Append(std::string_view text) { *message_ += text; }
   template <typename Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
   void Append(Integer number) {
