@@ -49,5 +49,5 @@ def block_positions(
 def _positions(ids: jax.Array, lengths: jax.Array, size: int) -> jax.Array:
     ids, end = ids[..., None], lengths.reshape(-1, *(1,) * ids.ndim)
     there = (ids >= 0) & (ids < -(-end // size))
-    positions = jnp.where(there, ids, 0) * size + jnp.arange(size, dtype=jnp.int32)
-    return jnp.where(there & (positions < end), positions, -1)
+    first, after = jnp.where(there, ids, 0) * size, jnp.arange(size, dtype=jnp.int32)
+    return jnp.where(there & (after < end - first), first + after, -1)

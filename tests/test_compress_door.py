@@ -244,6 +244,14 @@ class TestWindows:
             window_slots(window, table, page_block_size=16), [48, -1, 2 * 16 + 1, -1, 1]
         )
 
+    @pytest.mark.parametrize("page", [16, 48, 256])
+    def test_pages_past_any_pool_do_not_wrap(self, page):
+        """Times the rows of a page, their ids are small again in 32 bits."""
+        window = completed_window([32] * 3, compress_block_size=32, compress_stride=16)
+        table = np.array([[2**32 // page + 1], [2**31 // page], [2**31 - 1]])
+        slots = window_slots(window, np.minimum(table, 2**31 - 1), page_block_size=page)
+        assert np.all(np.asarray(slots) >= 2**31 - 2 * page)
+
     def test_lengths_that_cannot_be(self):
         window = completed_window(
             np.array([-(2**31), 48, 48]), np.array([1, 17, -1]), compress_block_size=32,

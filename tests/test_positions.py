@@ -39,6 +39,14 @@ def test_ids_whose_positions_no_int32_holds():
     np.testing.assert_array_equal(positions, -1)
 
 
+def test_the_last_block_of_the_longest_sequence():
+    """What int32 does not hold is past its end."""
+    last = (2**31 - 2) // 48
+    positions = block_positions([[last]], [2**31 - 1], select_block_size=48)
+    want = last * 48 + np.arange(48)
+    np.testing.assert_array_equal(positions, np.where(want < 2**31 - 1, want, -1)[None, None])
+
+
 def test_dtype_does_not_depend_on_x64():
     with jax.enable_x64(True):
         ids, lengths = jnp.array([[0, -1]]), jnp.array([20])

@@ -67,10 +67,10 @@ def split_over_devices(arguments, devices):
         GEOMETRY,
         Geometry(lengths=(100, 37, 128, 3), token_counts=(3, 0, 4, 1), page=16, k=5, window=100,
                  return_lse=True, spare_slots=0),
-        Geometry(lengths=(100, 0, 128), token_counts=(1, 1, 2), page=16, k=5, window=100,
+        Geometry(lengths=(100, 0, 128), token_counts=(1, 1, 2), page=16, k=5, window=2**31 - 1,
                  return_lse=True, spare_slots=0),
     ],
-    ids=["padded", "packed", "an empty sequence"],
+    ids=["padded", "packed", "an empty sequence, a window without end"],
 )  # fmt: skip
 @pytest.mark.parametrize("faulty", [False, True])
 def test_context_parallel(implementation, geometry, faulty):

@@ -44,18 +44,18 @@ SELECT_MUTANTS = {
         "usual",
     ),
     "positions past the limit of a chosen block": (
-        "jnp.where(positions < limit, positions, capacity)",
-        "positions",
+        'reads["attention"] = jnp.where(positions < limit, positions, capacity)',
+        'reads["attention"] = positions',
         "usual",
     ),
     "a window of one more": (
-        "first = newest[:, None] - problem.window_size + 1",
-        "first = newest[:, None] - problem.window_size",
+        "problem.window_size + 1, 0, limit)",
+        "problem.window_size, 0, limit)",
         "usual",
     ),
     "a window without the current token": (
-        'seen = (positions < rows["limit"][:, None]) & (positions <= newest[:, None])',
-        'seen = (positions < rows["limit"][:, None]) & (positions < newest[:, None])',
+        "positions = jnp.where(positions < limit, positions, capacity)",
+        "positions = jnp.where(positions < limit - 1, positions, capacity)",
         "usual",
     ),
     "garbage that is not read is not cleared": (

@@ -106,6 +106,8 @@ def window_slots(window: Window, block_table: ArrayLike, *, page_block_size: int
     table = checks.Integers("block_table", block_table, rank=2).array()
     column = window.position // page_block_size
     pages = pages_of(table, column[:, None])[:, 0]
+    # A page past the pool stays past it, also where its rows are beyond int32.
+    pages = jnp.minimum(pages, np.iinfo(np.int32).max // page_block_size - 1)
     slots = pages * page_block_size + window.position % page_block_size
     return jnp.where(window.completes & (pages >= 0), slots, -1)
 

@@ -50,14 +50,24 @@ def check_chosen(
 
 
 def sequences_of_rows(
-    counts: checks.Integers | None, query_shape: tuple[Any, ...], sequences: Any, *, packed: bool
+    counts: checks.Integers | None, leading: tuple[Any, ...], *, packed: bool
 ) -> np.ndarray | None:
-    """The sequence of each of query's leading indices; None where only the program knows."""
-    if not isinstance(sequences, int):
+    """The sequence of each row, -1 where it holds no token; None where only the program knows.
+
+    Args:
+        counts: tokens of each sequence, where they are given.
+        leading: the axes of rows that `topk_indices` has: `[T]` packed, else `[B, S]` or `[B]`.
+        packed: whether rows are packed.
+    """
+    known = counts is None or counts.host is not None
+    if not known or not all(isinstance(size, int) for size in leading):
         return None
-    if not packed or counts is None:
-        return np.arange(sequences)
-    return None if counts.host is None else np.repeat(np.arange(sequences), counts.host.astype(int))
+    sequence, token = np.indices((*leading, 1) if len(leading) == 1 else leading)
+    if counts is None or counts.host is None:
+        return sequence.reshape(leading)
+    if packed:
+        return np.repeat(np.arange(len(counts.host)), counts.host.astype(int))
+    return np.where(token < counts.host[sequence], sequence, -1).reshape(leading)
 
 
 def check_window_pages(

@@ -279,7 +279,7 @@ def _attend(
     indices = None
     if chosen is not None:
         indices = arguments.check_chosen(chosen, query, problem, layout)
-        rows = arguments.sequences_of_rows(counted, query.shape, sequences, packed=packed)
+        rows = arguments.sequences_of_rows(counted, indices.shape[:-2], packed=packed)
         check_indices(indices, kv_lengths, rows, block=problem.select_block_size)
     if context_axis is None and indices is None:
         arguments.check_window_pages(

@@ -61,22 +61,22 @@ def check_indices(
     Args:
         indices: `[rows, ..., Nkv, k]`.
         lengths: original tokens of each sequence.
-        sequence_of_row: int[rows], the sequence of each leading index; None where it is not known.
+        sequence_of_row: int[rows, ...], the sequence of each row, -1 where it holds no token, so
+            that nobody looks at its ids; None where only the running program knows.
         block: tokens in a block.
     """
-    if indices.host is None:
+    if indices.host is None or sequence_of_row is None:
         return
-    host = indices.host
-    most = np.full(host.shape[:1], np.iinfo(np.int64).max)
-    if lengths.host is not None and sequence_of_row is not None:
-        most = -(-lengths.host[sequence_of_row] // block) - 1
-    most = most.reshape(-1, *(1,) * (host.ndim - 1))
-    bad = (host < -1) | (host > most)
+    host, sequence = indices.host, sequence_of_row[..., None, None]
+    most = np.full(sequence.shape, np.iinfo(np.int64).max)
+    if lengths.host is not None:
+        most = -(-lengths.host[sequence] // block) - 1
+    bad = (sequence >= 0) & ((host < -1) | (host > most))
     if bad.any():
         at = tuple(int(i) for i in np.argwhere(bad)[0])
         place = f"topk_indices[{', '.join(map(str, at))}]"
         limit = int(np.broadcast_to(most, host.shape)[at])
         legal = "at least -1"
-        if limit < np.iinfo(np.int64).max:
+        if lengths.host is not None:
             legal = f"in [-1, {limit}], the blocks of {block} tokens that its sequence has"
         raise ValueError(f"{place} must be {legal}, got {int(host[at])}")

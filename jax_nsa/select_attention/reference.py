@@ -42,13 +42,10 @@ def select_attention(operands: Mapping[str, jax.Array], problem: Problem) -> dic
             bad = bad | (jnp.any(is_bad, axis=-1) & ~rows["absent"][:, None])
     if problem.window_size:
         width = min(problem.window_size, capacity)
-        # The token itself may lie on another device, but no further than matters here.
-        newest = jnp.minimum(rows["newest"], rows["limit"] - 1 + problem.window_size)
-        first = newest[:, None] - problem.window_size + 1
-        start = jnp.maximum(first, 0)
+        # The token itself may lie on another device, and no window begins past what is here.
+        start = jnp.clip(rows["newest"][:, None, None] - problem.window_size + 1, 0, limit)
         positions = start + jnp.arange(width, dtype=jnp.int32)
-        seen = (positions < rows["limit"][:, None]) & (positions <= newest[:, None])
-        positions = jnp.where(seen, positions, capacity)[:, None]
+        positions = jnp.where(positions < limit, positions, capacity)
         shape = (positions.shape[0], heads, width)
         reads["window_attention"] = jnp.broadcast_to(positions, shape)
 

@@ -57,10 +57,18 @@ inline std::vector<Case> Cases() {
       Case c = {name, dtype, 2, 1, 4, 2, head, value, 16, 10, usual, 8, kRagged, 1};
       c.wants_scores = head % 2 != 0;
       cases.push_back(c);
-      if (head != 64) continue;
-      c.name += ", unaligned";
-      c.aligned_rows = c.wants_lse = false;
-      cases.push_back(c);
+      Case other = c;
+      if (head == 64) {
+        other.name += ", unaligned";
+        other.aligned_rows = other.wants_lse = false;
+        cases.push_back(other);
+      }
+      if (head == 192) {  // whole tiles lie in a page
+        other.name += ", longer pages";
+        other.page_size = 64;
+        other.pages = 3;
+        cases.push_back(other);
+      }
     }
   }
   for (int group : {1, 2, 4, 8, 16, 32, 64, 128}) {

@@ -45,8 +45,8 @@ inline std::vector<Case> Cases() {
     cases.push_back(c);
   };
   // Each kernel with its own sizes, with smaller ones, and with some that leave nothing aligned.
-  const std::pair<int, int> sizes[] = {{64, 64}, {40, 24},   {33, 7},    {128, 128}, {72, 96},
-                                       {65, 65}, {192, 128}, {136, 128}, {191, 127}};
+  const std::pair<int, int> sizes[] = {{64, 64}, {40, 24}, {33, 7},    {128, 128}, {128, 40},
+                                       {72, 96}, {65, 65}, {192, 128}, {136, 128}, {191, 127}};
   for (DataType dtype : {kBf16, kF16, kF32}) {
     for (const auto& [head, value] : sizes) {
       const int head_size = head, value_size = value;

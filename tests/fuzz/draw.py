@@ -59,6 +59,15 @@ def _heads(random: Random, rows: int) -> dict[str, Any]:
     }
 
 
+def _choice(random: Random) -> dict[str, Any]:
+    """By which rule blocks are chosen, and which always are."""
+    return {
+        "importance": pick(random, "cann", "aligned"),
+        "init_blocks": pick(random, 1, range(5), 2**31 - 1),
+        "local_blocks": pick(random, 2, range(5), 2**31 - 1),
+    }
+
+
 def compress_attention(random: Random) -> problems.Geometry:
     """A call of the compressed branch."""
     sequences = pick(random, range(1, 6))
@@ -69,8 +78,7 @@ def compress_attention(random: Random) -> problems.Geometry:
         lengths=_lengths(random, pick(random, 40, 150, 500), sequences),
         masked=bool(random.integers(2)), page=16 * pick(random, range(1, 17)), window=window,
         slack=_lengths(random, min(window[1] - 1, window[0] - 1), sequences),
-        importance=pick(random, "cann", "aligned"),
-        init_blocks=pick(random, 1, range(5)), local_blocks=pick(random, 2, range(5)),
+        **_choice(random),
         return_lse=bool(random.integers(2)), shared_pages=bool(random.integers(2)),
         spare_slots=pick(random, range(3)), spread=pick(random, 1.0, 1.0, 0.1, 4.0),
     )  # fmt: skip
@@ -83,7 +91,7 @@ def select_attention(random: Random) -> select_problems.Geometry:
     sequences = pick(random, range(1, 5))
     several = _tokens(random, ("TND", "BSND", "BSH"), sequences)
     k = pick(random, None, 16, range(1, 20))
-    window = pick(random, None, 512, range(1, 300))
+    window = pick(random, None, 512, range(1, 300), 2**31 - 1)
     return select_problems.Geometry(
         **several, **_heads(random, sum(several["token_counts"] or (2,) * sequences) or 1),
         lengths=_lengths(random, pick(random, 60, 200, 700), sequences),
@@ -131,11 +139,11 @@ def step(random: Random) -> Step:
         **heads, layout=layout, tokens=1 if layout == "TND" else tokens, token_counts=counts,
         lengths=_lengths(random, pick(random, 60, 300, 700), sequences, least=tokens),
         page=16 * pick(random, range(1, 17)), block=block, k=pick(random, range(1, 17)),
-        window=pick(random, 512, range(1, 300)), pool_rank=pick(random, 3, 4),
+        window=pick(random, 512, range(1, 300), 2**31 - 1), pool_rank=pick(random, 3, 4),
         spare_slots=pick(random, range(3)),
     )  # fmt: skip
     return Step(
         original, compress=compress, stride=stride, compressed_page=16 * pick(random, range(1, 17)),
         window_page=pick(random, None, 16 * pick(random, range(1, 17))),
-        gates=pick(random, heads["dtype"], "float32"),
+        gates=pick(random, heads["dtype"], "float32"), **_choice(random),
     )  # fmt: skip

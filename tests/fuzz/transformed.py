@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from step.problems import Step
 
 from fuzz.draw import Random, pick
+from jax_nsa import PagedKV
 
 if TYPE_CHECKING:
     from fuzz.legal import Operator
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 def check_vmap(tester: Any, known: Operator, geometry: Any, random: Random) -> None:
     """Two calls of one geometry under `jax.vmap`; all that tells them apart is mapped."""
-    both = [known.build(dataclasses.replace(geometry, seed=geometry.seed + i)) for i in range(2)]
+    both = [known.build(_other(geometry, i)) for i in range(2)]
     names = _arrays(both[0])
     same = {n for n in names if jax.tree.all(jax.tree.map(np.array_equal, both[0][n], both[1][n]))}
     mapped = {n for n in names if n not in same or random.random() < 0.5}
@@ -85,6 +87,40 @@ def check_context(tester: Any, known: Operator, geometry: Any, random: Random) -
     tester.assert_agrees(jax.jit(run)(arrays), arguments)
 
 
+def check_context_of_step(tester: Any, known: Operator, step: Step, random: Random) -> None:
+    """A step whose caches are split as in `check_context`."""
+    arguments = known.build(step)
+    devices = len(jax.devices())
+    block = step.original.block
+    multiples = {"compressed": block // step.stride, "selected": block, "window": 1}
+    of_cache = PagedKV(
+        PartitionSpec("x"), PartitionSpec("x"), PartitionSpec(None, "x"), PartitionSpec()
+    )
+    arrays, specs = {}, {}
+    for name in _arrays(arguments):
+        arrays[name], specs[name] = arguments[name], PartitionSpec()
+        if name in multiples:
+            cache = arguments[name]
+            whole = {n: getattr(cache, n) for n in ("key", "value", "block_table")}
+            whole["page_block_size"] = cache.key.shape[1]
+            parts = _split(whole, devices, multiples[name], random)
+            arrays[name], specs[name] = dataclasses.replace(cache, **parts), of_cache
+
+    def part(arrays: dict[str, Any]) -> tuple[Any, ...]:
+        return tester.apply({**arguments, **arrays, "context_axis": "x"})
+
+    mesh = jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec())
+    tester.assert_agrees(jax.jit(run)(arrays), arguments)
+
+
+def _other(geometry: Any, number: int) -> Any:
+    """A call of the same geometry with other contents; the same for 0."""
+    if isinstance(geometry, Step):
+        return dataclasses.replace(geometry, original=_other(geometry.original, number))
+    return dataclasses.replace(geometry, seed=geometry.seed + number)
+
+
 def _split(
     arguments: dict[str, Any], devices: int, step: int, random: Random
 ) -> dict[str, np.ndarray]:
@@ -133,4 +169,5 @@ BY = {
     "compress_attention": (check_vmap, check_mesh, check_context),
     "select_attention": (check_vmap, check_mesh, check_context),
     "compress": (check_vmap,),
+    "step": (check_vmap, check_context_of_step),
 }

@@ -86,6 +86,8 @@ def _in_python(source: str) -> Iterator[Change]:
             yield begin + found.start(), begin + found.end(), OPERATORS[found[0]]
 
     def walk(node: ast.AST) -> Iterator[Change]:
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            return  # it tells of what is not so anywhere
         begin_end = span(node) if hasattr(node, "lineno") else (0, 0)
         begin, end = begin_end
         match node:
@@ -119,7 +121,7 @@ def _in_python(source: str) -> Iterator[Change]:
             case ast.Attribute(attr=name) if name in NAMES:
                 yield end - len(name), end, NAMES[name]
         if isinstance(node, ast.Call):
-            for keyword in node.keywords:
+            for keyword in (k for k in node.keywords if k.arg != "strict"):
                 where = span(keyword)
                 comma = re.match(r"\s*,", source[where[1] :])
                 yield where[0], where[1] + (comma.end() if comma else 0), ""

@@ -136,6 +136,10 @@ class SelectAttentionContract(Faults):
     def test_short_sequences(self, lengths):
         self.check(self.usual(USUAL, lengths=lengths, window=500, return_lse=True))
 
+    @pytest.mark.parametrize("window", [2**31 - 100, 2**31 - 1])
+    def test_a_window_that_no_sequence_fills(self, window):
+        self.check(self.usual(USUAL, token_counts=(3, 1), window=window, return_lse=True))
+
     def test_more_tokens_than_length(self):
         """The first tokens see nothing."""
         self.check(self.usual(USUAL, lengths=(2, 40), token_counts=(4, 4), return_lse=True))

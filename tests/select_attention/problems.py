@@ -1,7 +1,8 @@
 """Legal calls over the operator's whole domain: described in a few integers, drawn, and built.
 
 Hostile wherever the operator promises not to look: unused slots of the block table hold illegal
-page ids, and rows past a sequence's length NaN and infinities.
+page ids, rows past a sequence's length NaN and infinities, and rows of query that hold no token NaN
+and illegal blocks.
 """
 
 from __future__ import annotations
@@ -56,9 +57,10 @@ def build(g: Geometry) -> dict[str, Any]:
     """The arguments of `nsa_select_attention_infer`, or with k None of the window's operator."""
     random = np.random.default_rng(g.seed)
     dtype, heads = DTYPES[g.dtype], g.key_value_heads * g.group
-    needed = [-(-length // g.page) for length in g.lengths]
+    # A sequence without a token needs none of its pages.
+    needed = [-(-n // g.page) if c else 0 for n, c in zip(g.lengths, g.counts, strict=True)]
     pages = sum(needed) + 2
-    slots = max([1, *needed]) + g.spare_slots
+    slots = max([1, *(-(-length // g.page) for length in g.lengths)]) + g.spare_slots
     order = random.permutation(pages)
     garbage = [-7, pages, pages + 5, 2**31 - 1, -(2**31)]
     table = random.choice(garbage if g.hostile else [0], (len(g.lengths), slots)).astype(np.int32)
@@ -82,9 +84,12 @@ def build(g: Geometry) -> dict[str, Any]:
         rows = [(r, b) for r, b in enumerate(np.repeat(np.arange(len(g.counts)), g.counts))]
     else:
         leading = (len(g.lengths), g.tokens)
-        rows = [((b, t), b) for b in range(len(g.lengths)) for t in range(g.tokens)]
+        rows = [((b, t), b) for b, count in enumerate(g.counts) for t in range(count)]
+    query = random.normal(size=(*leading, heads, g.head_size))
+    if g.layout != "TND" and g.hostile:
+        query[np.arange(g.tokens) >= np.array(g.counts)[:, None]] = np.nan
     arguments: dict[str, Any] = {
-        "query": random.normal(size=(*leading, heads, g.head_size)).astype(dtype),
+        "query": query.astype(dtype),
         **{name: pool.astype(dtype) for name, pool in pools.items()},
         "scale_value": g.scale,
         "head_num": heads,
@@ -106,9 +111,10 @@ def build(g: Geometry) -> dict[str, Any]:
     if g.return_lse:
         arguments["return_lse"] = True
     if g.k is not None:
-        ids = np.full((*leading, g.key_value_heads, g.k), -1, np.int32)
-        for row, b in rows if g.ids == "any" else ():
-            blocks = -(-g.lengths[b] // g.block)
+        shape = (*leading, g.key_value_heads, g.k)
+        ids = random.choice(garbage if g.hostile else [-1], shape).astype(np.int32)
+        for row, b in rows:
+            blocks = -(-g.lengths[b] // g.block) if g.ids == "any" else 0
             ids[row] = random.integers(-1, blocks, ids[row].shape) if blocks else -1
         arguments |= {
             "topk_indices": ids, "select_block_size": g.block, "select_block_count": g.k,

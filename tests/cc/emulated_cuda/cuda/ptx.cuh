@@ -49,8 +49,11 @@ inline void CopyBox(uint32_t to, const TensorMap& map, int column, int head, int
   emulated_cuda::Require(column >= 0 && head >= 0 && head < array.heads && position >= 0 &&
                              position + array.box_positions <= array.positions,
                          "a box beyond its array");
+  // To boxes of several groups of columns, columns that fill no group do not exist.
+  const int64_t unit = array.box_groups > 1 ? 128 : 1;
+  const int64_t row = array.columns * element / unit * unit;
   for (int group = 0; group < array.box_groups; ++group) {
-    const int64_t first = int64_t{column} * element + 128 * group, row = array.columns * element;
+    const int64_t first = int64_t{column} * element + 128 * group;
     const int64_t exist = max(int64_t{0}, min(int64_t{128}, row - first));
     const auto* memory = static_cast<const char*>(array.memory) + head * array.head_bytes + first +
                          position * array.position_bytes;

@@ -27,8 +27,6 @@ inline bool Describe(const BoxedArray& array, TensorMap* map) {
   const bool aligned = reinterpret_cast<uintptr_t>(array.memory) % 16 == 0 &&
                        array.position_bytes % 16 == 0 && array.head_bytes % 16 == 0;
   if (!exists || !aligned || array.box_positions > 256) return false;
-  const int64_t group = array.dtype == DataType::kFloat32 ? 32 : 64;  // of columns
-  if (array.box_groups > 1 && array.columns % group != 0) return false;
   map->array = array;
   return true;
 }
