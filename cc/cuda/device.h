@@ -43,8 +43,9 @@ struct Device {
   std::once_flag once;
   cudaError_t error = cudaSuccess;
   int multiprocessors = 0;
-  int shared_bytes = 0;     // that a thread block can have
-  bool has_engine = false;  // that copies boxes (tensor_map.h)
+  int shared_bytes = 0;       // that a thread block can have
+  bool has_engine = false;    // that copies boxes (tensor_map.h)
+  bool starts_early = false;  // kernels before the one queued before them ends
 };
 
 // The current device, these kernels allowed all shared memory that there is.
@@ -65,7 +66,7 @@ cudaError_t FindDevice(const Kernel (&kernels)[kCount], const Device** found) {
     check(
         cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
-    device.has_engine = major >= 9;
+    device.has_engine = device.starts_early = major >= 9;
     for (const Kernel& kernel : kernels) {
       check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  device.shared_bytes));

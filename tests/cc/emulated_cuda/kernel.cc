@@ -34,6 +34,6 @@ cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 bloc
   const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
   const Params& params = *static_cast<const Params*>(arguments[0]);
   emulated_cuda::Launch(grid.x, block.x, jax_nsa::cuda::compressed::memory,
-                        static_cast<int>(shared_bytes), true, [&] { function(params); });
+                        static_cast<int>(shared_bytes), true, false, [&] { function(params); });
   return cudaSuccess;
 }
