@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 namespace jax_nsa {
 namespace {
@@ -58,12 +59,24 @@ std::vector<std::string_view> Names(const ffi::Dictionary& attributes, std::stri
   }
 }
 
-// The result of that name; null if there is none.
-void* FindResult(const Part& part, std::string_view name) {
+using Named = std::vector<std::pair<std::string_view, void*>>;
+
+Named ResultsOf(const Part& part) {
   const std::vector<std::string_view> names = Names(part.attributes, "results");
   const XLA_FFI_Rets rets = Rets(part.rets).list();
-  const auto found = std::find(names.begin(), names.end(), name) - names.begin();
-  return found < std::min<int64_t>(names.size(), rets.size) ? rets.rets[found] : nullptr;
+  Named results;
+  for (int64_t i = 0; i < std::min<int64_t>(names.size(), rets.size); ++i) {
+    results.emplace_back(names[i], rets.rets[i]);
+  }
+  return results;
+}
+
+// What has the name; null if nothing has.
+void* Find(const Named& among, std::string_view name) {
+  for (const auto& [other, found] : among) {
+    if (other == name) return found;
+  }
+  return nullptr;
 }
 
 }  // namespace
@@ -104,8 +117,9 @@ Part Parts::Next(std::string_view prefix, const Part* earlier) {
                       frame.values.data()};
   const ffi::Dictionary attributes(&frame.attributes);
 
+  const Named results = earlier == nullptr ? Named() : ResultsOf(*earlier);
   for (const std::string_view name : Names(attributes, "operands")) {
-    if (void* const result = earlier == nullptr ? nullptr : FindResult(*earlier, name)) {
+    if (void* const result = Find(results, name)) {
       frame.operands.push_back(result);
       frame.operand_types.push_back(XLA_FFI_ArgType_BUFFER);
     } else if (const XLA_FFI_Args next = Take(&args_, &XLA_FFI_Args::args, 1); next.size == 1) {
@@ -115,8 +129,8 @@ Part Parts::Next(std::string_view prefix, const Part* earlier) {
   }
   frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(frame.operands.size()),
                 frame.operand_types.data(), frame.operands.data()};
-  const auto results = static_cast<int64_t>(Names(attributes, "results").size());
-  frame.rets = Take(&rets_, &XLA_FFI_Rets::rets, results);
+  const auto count = static_cast<int64_t>(Names(attributes, "results").size());
+  frame.rets = Take(&rets_, &XLA_FFI_Rets::rets, count);
   return {ffi::RemainingArgs(&frame.args, 0), ffi::RemainingRets(&frame.rets, 0), attributes};
 }
 

@@ -21,10 +21,9 @@ namespace ffi = xla::ffi;
 
 constexpr char kName[] = "nsa_decode_step";
 
-// Beginning early pays where the compressed branch's thread blocks end at different times: where
-// each multiprocessor has so many bytes of keys and values to read. Otherwise it costs a little, as
-// what begins early gathers on few multiprocessors.
-constexpr int64_t kLongBytes = 512 << 10;
+// Beginning early pays where each multiprocessor has so many bytes of compressed keys and values to
+// read that some are through long before others. Where they have less it costs a little.
+constexpr int64_t kLongBytes = 256 << 10;
 
 ffi::Error Refused(const std::string& message) {
   return InvalidArgument(std::string(kName) + ": " + message);
