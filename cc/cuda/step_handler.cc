@@ -5,13 +5,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
-#include <optional>
-#include <string>
 
 #include "cuda/handlers.h"
 #include "cuda/started.h"
-#include "ffi_call.h"
-#include "parts.h"
+#include "step_call.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cuda {
@@ -19,17 +16,17 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr char kName[] = "nsa_decode_step";
-
 // Beginning early pays where each multiprocessor has so many bytes of compressed keys and values to
 // read that some are through long before others. Where they have less it costs a little.
 constexpr int64_t kLongBytes = 256 << 10;
 
-ffi::Error Refused(const std::string& message) {
-  return InvalidArgument(std::string(kName) + ": " + message);
+cudaError_t FindMultiprocessors(int* count) {
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
-bool IsLong(const compress_attention::Problem& problem, int multiprocessors) {
+bool IsLong(const PagedProblem& problem, int multiprocessors) {
   const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
   const int64_t position =
       problem.key_value_heads * (problem.head_size + problem.value_size) * element;
@@ -38,39 +35,19 @@ bool IsLong(const compress_attention::Problem& problem, int multiprocessors) {
 
 ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                ffi::Dictionary attributes) {
-  Parts parts(args, rets, attributes);
-  const auto decode_reading = [&parts](const char* prefix, const Part* earlier) {
-    const Part part = parts.Next(prefix, earlier);
-    return select_attention::Decode(part.args, part.rets, part.attributes);
-  };
-  const Part first = parts.Next("compressed_");
-  const auto compressed = compress_attention::Decode(first.args, first.rets, first.attributes);
-  if (compressed.has_error()) return compressed.error();
-  const auto chosen = decode_reading("chosen_", &first);
-  if (chosen.has_error()) return chosen.error();
-  if (chosen->arrays.topk_indices != compressed->arrays.topk_indices) {
-    return Refused("the blocks that are read are not those that are chosen");
+  const ffi::ErrorOr<step::Call> call = step::Decode(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  int multiprocessors = 0;
+  if (cudaError_t error = FindMultiprocessors(&multiprocessors); error != cudaSuccess) {
+    return Started("nsa_decode_step", error);
   }
-  std::optional<select_attention::Call> window;  // where it has pools of its own
-  if (!parts.Done()) {
-    const auto decoded = decode_reading("window_", nullptr);
-    if (decoded.has_error()) return decoded.error();
-    window = *decoded;
+  ffi::Error error = Queue(call->compressed, stream);
+  if (error.success()) {
+    const bool early = IsLong(call->compressed.problem, multiprocessors);
+    error = Queue(call->chosen, early, stream);
   }
-  if (!parts.Done()) return Refused("there are arrays that belong to none of its branches");
-
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return Started(kName, error);
-  ffi::Error failed = Queue(*compressed, stream);
-  if (failed.success()) {
-    failed = Queue(*chosen, /*early=*/IsLong(compressed->problem, multiprocessors), stream);
-  }
-  if (failed.success() && window) failed = Queue(*window, /*early=*/false, stream);
-  return failed;
+  if (error.success() && call->window) error = Queue(*call->window, /*early=*/false, stream);
+  return error;
 }
 
 }  // namespace

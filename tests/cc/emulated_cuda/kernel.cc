@@ -13,6 +13,11 @@ alignas(1024) char memory[232448];
 
 #include "cuda/compress_attention_kernel.cu"
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* device) {
   *device = emulated_cuda::current_device;
   return cudaSuccess;
