@@ -185,7 +185,7 @@ def joint_call(
         for attribute, value in {**_attributes(call, further[name]), **own}.items()
     }
     outcomes = iter(jax.ffi.ffi_call(target_name(backend, target), shapes)(*arrays, **attributes))
-    results = []
+    results: list[Sequence[jax.Array]] = []
     for name, (call, _, _) in parts.items():
         results.append([next(outcomes) for _ in _result_names(call)])
         for _ in further[name]:

@@ -155,6 +155,17 @@ class TestProgram:
         assert text.count("@CustomSPMDPartitioning(") == 2
         assert STEP not in text
 
+    @pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+    def test_a_mesh_of_one_device(self, axis):
+        run, arrays = step_of(arguments_of(USUAL), None)
+        mesh = jax.make_mesh((1,), ("x",), axis_types=(axis,), devices=jax.devices()[:1])
+        placed = jax.tree.map(
+            lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
+            tuple(arrays), (P("x"), P("x"), CACHE, CACHE),
+        )  # fmt: skip
+        with jax.set_mesh(mesh):
+            assert [c for c in calls_in(lowered(run, placed)) if "nsa" in c] == [STEP]
+
     def test_derivative(self):
         def loss(implementation):
             run, arrays = step_of(arguments_of(USUAL), implementation)
