@@ -35,6 +35,7 @@ XLA_FFI_Error* jax_nsa_select_attention_cpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_attention_cuda(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_cuda(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_select_attention_cuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* jax_nsa_step_cuda(XLA_FFI_CallFrame*);
 #endif
 XLA_FFI_Error* jax_nsa_compress_attention_ascend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* jax_nsa_compress_attention_ascend_host(XLA_FFI_CallFrame*);
@@ -76,6 +77,7 @@ py::dict Registrations() {
   cuda["jax_nsa_compress_attention_cuda"] = Target("CUDA", jax_nsa_compress_attention_cuda);
   cuda["jax_nsa_compress_cuda"] = Target("CUDA", jax_nsa_compress_cuda);
   cuda["jax_nsa_select_attention_cuda"] = Target("CUDA", jax_nsa_select_attention_cuda);
+  cuda["jax_nsa_step_cuda"] = Target("CUDA", jax_nsa_step_cuda);
   all["cuda"] = cuda;
 #endif
   all["ascend"] = ascend;

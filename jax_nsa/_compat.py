@@ -59,6 +59,11 @@ def tell_devices(primitive: Primitive) -> None:
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
+def is_tracing() -> bool:
+    """Whether a function is being traced, as under `jax.jit`."""
+    return not core.trace_state_clean()
+
+
 def num_devices(ctx: mlir.LoweringRuleContext) -> int:
     """Devices of the program that is being lowered."""
     context: Any = ctx.module_context.axis_context

@@ -60,7 +60,8 @@ def bind(function: Callable[[], Any], implementation: str | Sequence[str] | None
     """
     names = backends.parse(implementation) or tuple(backends.ALL)
     of = [backends.ALL[name] for name in names]
-    if not any(isinstance(backend, Joins) and backend.joins_here() for backend in of):
+    joins = any(isinstance(backend, Joins) and backend.joins_here() for backend in of)
+    if not joins or not _compat.is_tracing():
         return function()
     closed, shapes = jax.make_jaxpr(function, return_shape=True)()
     results = _bind(closed.jaxpr, closed.consts)
@@ -71,18 +72,24 @@ def _bind(jaxpr: Any, operands: Iterable[jax.Array]) -> Sequence[jax.Array]:
     return _primitive.bind(*operands, traced=_Traced(jaxpr))
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, traced: _Traced) -> Sequence[Any]:
-    joined = _joined(ctx, traced.jaxpr) if _compat.automatic_devices(ctx) <= 1 else None
+def _lower(
+    platform: str | None, ctx: mlir.LoweringRuleContext, *operands: Any, traced: _Traced
+) -> Sequence[Any]:
+    joined = None
+    if _compat.automatic_devices(ctx) <= 1:
+        joined = _joined(ctx, platform or _compat.single_platform(ctx), traced.jaxpr)
     if joined is None:
         return mlir.lower_fun(traced, multiple_results=True)(ctx, *operands)
     return primitive.lower_function(ctx, joined, operands)
 
 
-def _joined(ctx: mlir.LoweringRuleContext, jaxpr: Any) -> Callable[..., Sequence[jax.Array]] | None:
+def _joined(
+    ctx: mlir.LoweringRuleContext, platform: str, jaxpr: Any
+) -> Callable[..., Sequence[jax.Array]] | None:
     """The function with one call in place of all, if there is a backend that has it."""
     equations = [e for e in jaxpr.eqns if e.primitive in _operators()]
     try:
-        chosen = [_choose(ctx, equation) for equation in equations]
+        chosen = [_choose(ctx, platform, equation) for equation in equations]
     except NotImplementedError:
         return None  # the call that has no implementation says so when it is lowered
     if not chosen:
@@ -96,7 +103,7 @@ def _joined(ctx: mlir.LoweringRuleContext, jaxpr: Any) -> Callable[..., Sequence
         for name, operand in zip(call.names, equation.invars, strict=True):
             if name in results and not _is_handed_on(jaxpr, results[name], operand):
                 return None
-    joint = backend.joint([call for _, call in chosen], _compat.single_platform(ctx))
+    joint = backend.joint([call for _, call in chosen], platform)
     return None if joint is None else functools.partial(_run_joined, jaxpr, joint)
 
 
@@ -104,14 +111,16 @@ def _operators() -> Mapping[Any, operator.Operator]:
     return {o.primitive: o for o in operator.ALL.values()}
 
 
-def _choose(ctx: mlir.LoweringRuleContext, equation: Any) -> tuple[backends.Backend, Call]:
+def _choose(
+    ctx: mlir.LoweringRuleContext, platform: str, equation: Any
+) -> tuple[backends.Backend, Call]:
     """The call of an equation, and the implementation that it gets."""
     params = dict(equation.params)
     implementation = params.pop("implementation")
     params["on_fault"] = primitive.default_on_fault(ctx, params["on_fault"])
     avals = tuple(variable.aval for variable in equation.invars)
     call = Call(_operators()[equation.primitive], avals, **params)
-    return backends.choose(_compat.single_platform(ctx), implementation, call), call
+    return backends.choose(platform, implementation, call), call
 
 
 def _run_joined(jaxpr: Any, joint: Joint, *operands: jax.Array) -> Sequence[jax.Array]:
@@ -201,6 +210,6 @@ _primitive.multiple_results = True
 _primitive.def_impl(lambda *operands, traced: traced(*operands))
 _primitive.def_abstract_eval(lambda *_, traced: [v.aval for v in traced.jaxpr.outvars])
 _compat.tell_devices(_primitive)
-mlir.register_lowering(_primitive, _lower)
+primitive.register_lowering(_primitive, _lower)
 ad.primitive_jvps[_primitive] = _jvp
 batching.primitive_batchers[_primitive] = _batch

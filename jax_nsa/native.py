@@ -156,7 +156,8 @@ def custom_call(
 def joint_call(
     backend: str,
     target: str,
-    parts: Mapping[str, tuple[Call, Sequence[jax.Array], Mapping[str, Any]]],
+    parts: Mapping[str, tuple[Call, Sequence[jax.Array | None], Mapping[str, Any]]],
+    further_results: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]] | None = None,
 ) -> list[Sequence[jax.Array]]:
     """Calls a kernel that serves several calls at once.
 
@@ -164,21 +165,32 @@ def joint_call(
         backend: which kernel, as targets spell it.
         target: its target.
         parts: by the name that the attributes of each begin with: a call, its operands, and
-            attributes of this kernel alone. Arrays lie one call after the other.
+            attributes of this kernel alone. Arrays lie one call after the other. An operand that
+            the kernel takes from an earlier call's results is None.
+        further_results: of some parts, results that only the kernel knows of, by name.
 
     Returns:
         The results of each.
     """
-    calls = [call for call, _, _ in parts.values()]
-    shapes = [shape for call in calls for shape in call.results()]
-    arrays = [array for _, operands, _ in parts.values() for array in operands]
+    further = {name: (further_results or {}).get(name, {}) for name in parts}
+    shapes = [
+        shape
+        for name, (call, _, _) in parts.items()
+        for shape in (*call.results(), *further[name].values())
+    ]
+    arrays = [array for _, operands, _ in parts.values() for array in operands if array is not None]
     attributes = {
         f"{name}_{attribute}": value
         for name, (call, _, own) in parts.items()
-        for attribute, value in {**_attributes(call), **own}.items()
+        for attribute, value in {**_attributes(call, further[name]), **own}.items()
     }
     outcomes = iter(jax.ffi.ffi_call(target_name(backend, target), shapes)(*arrays, **attributes))
-    return [[next(outcomes) for _ in _result_names(call)] for call in calls]
+    results: list[Sequence[jax.Array]] = []
+    for name, (call, _, _) in parts.items():
+        results.append([next(outcomes) for _ in _result_names(call)])
+        for _ in further[name]:
+            next(outcomes)
+    return results
 
 
 def _result_names(call: Call) -> list[str]:

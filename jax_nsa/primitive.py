@@ -31,15 +31,21 @@ def of(operator: Operator) -> _compat.Primitive:
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
     primitive.def_abstract_eval(functools.partial(_abstract_eval, operator))
     _compat.tell_devices(primitive)
-    # JAX takes rules only for platforms it has heard of; an Ascend plugin's is not, so that one
-    # goes through the rule without a platform.
-    mlir.register_lowering(primitive, functools.partial(_lower, operator, None))
-    for platform in ("cpu", "cuda"):
-        rule = functools.partial(_lower, operator, platform)
-        mlir.register_lowering(primitive, rule, platform=platform)
+    register_lowering(primitive, functools.partial(_lower, operator))
     ad.primitive_jvps[primitive] = functools.partial(_jvp, operator)
     batching.primitive_batchers[primitive] = functools.partial(_batch, operator)
     return primitive
+
+
+def register_lowering(primitive: _compat.Primitive, rule: Callable[..., Sequence[Any]]) -> None:
+    """Registers a lowering rule whose first argument is the platform, where it is known by itself.
+
+    JAX takes rules only for platforms it has heard of; an Ascend plugin's is not, so that one goes
+    through the rule without a platform, None.
+    """
+    mlir.register_lowering(primitive, functools.partial(rule, None))
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(primitive, functools.partial(rule, platform), platform=platform)
 
 
 def _abstract_eval(

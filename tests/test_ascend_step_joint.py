@@ -20,8 +20,7 @@ from step.problems import arguments_of
 from test_ascend_step import DEVICE
 
 from jax_nsa import PagedKV, export_disabled_checks
-from jax_nsa.backends import ascend
-from jax_nsa.backends.ascend import step as joint_step
+from jax_nsa.backends import ascend, decode_step
 
 pytest_plugins = ("ascend.fixtures",)
 
@@ -230,7 +229,7 @@ class TestProgram:
         text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("ascend",)).as_text()
         assert text.count("stablehlo.custom_call @jax_nsa") == 1
         assert "@jax_nsa_step_ascend(" in text
-        for part in joint_step.PARTS:
+        for part in decode_step.PARTS:
             assert f"{part}_host_lengths = dense<> : tensor<0xi64>" in text
             assert f"{part}_release" in text
 

@@ -7,10 +7,10 @@
 
 #include "ascend/compress_attention_device.h"
 #include "ascend/handlers.h"
-#include "ascend/parts.h"
 #include "ascend/run.h"
 #include "ascend/select_attention_device.h"
 #include "ascend/staging.h"
+#include "parts.h"
 
 namespace jax_nsa::ascend {
 namespace {

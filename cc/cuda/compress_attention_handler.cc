@@ -7,6 +7,7 @@
 #include "compress_attention_call.h"
 #include "cuda/compress_attention_launch.h"
 #include "cuda/compress_attention_plan.h"
+#include "cuda/handlers.h"
 #include "cuda/started.h"
 #include "cuda/workspace.h"
 #include "xla/ffi/api/ffi.h"
@@ -19,19 +20,22 @@ namespace ffi = xla::ffi;
 ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                ffi::Dictionary attributes) {
   ffi::ErrorOr<compress_attention::Call> call = compress_attention::Decode(args, rets, attributes);
-  if (call.has_error()) return call.error();
-  if (const char* reason = Refuses(call->problem)) {
-    return ffi::Error(
-        ffi::ErrorCode::kInvalidArgument,
-        std::string("nsa_compress_attention_infer: the CUDA kernel cannot serve ") + reason);
-  }
-  return Started(
-      "nsa_compress_attention_infer",
-      Launch(call->problem, call->arrays, call->workspace, call->workspace_bytes, stream));
+  return call.has_error() ? call.error() : Queue(*call, stream);
 }
 
 }  // namespace
 }  // namespace jax_nsa::cuda::compressed
+
+xla::ffi::Error jax_nsa::cuda::Queue(const compress_attention::Call& call, cudaStream_t stream) {
+  if (const char* reason = compressed::Refuses(call.problem)) {
+    return xla::ffi::Error(
+        xla::ffi::ErrorCode::kInvalidArgument,
+        std::string("nsa_compress_attention_infer: the CUDA kernel cannot serve ") + reason);
+  }
+  return Started(
+      "nsa_compress_attention_infer",
+      compressed::Launch(call.problem, call.arrays, call.workspace, call.workspace_bytes, stream));
+}
 
 int64_t jax_nsa::cuda::CompressAttentionWorkspace(const Sizes& sizes) {
   compressed::Problem problem = {};

@@ -118,7 +118,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const WorkList work(params, shared.share);
   if (threadIdx.x / 32 >= kConsumers) {
     ShrinkRegisters<72>();
-    if (Load<T, kHeadSize, kValueSize>(params, ring, work)) {
+    const bool has_last = Load<T, kHeadSize, kValueSize>(params, ring, work);
+    // The first of these threads has now asked for the share's last tiles.
+    if (threadIdx.x == kComputeThreads) LetNextKernelBegin();
+    if (has_last) {
       BarrierWait(&ring.barriers->norms, 0);
       const Part& last = shared.cut[0];
       FinishAttention<T>(params, last, kJoint && last.IsJoint(), shared.state,

@@ -43,8 +43,9 @@ struct Device {
   std::once_flag once;
   cudaError_t error = cudaSuccess;
   int multiprocessors = 0;
-  int shared_bytes = 0;     // that a thread block can have
-  bool has_engine = false;  // that copies boxes (tensor_map.h)
+  int shared_bytes = 0;       // that a thread block can have
+  bool has_engine = false;    // that copies boxes (tensor_map.h)
+  bool starts_early = false;  // kernels before those queued before them end
 };
 
 // The current device, these kernels allowed all shared memory that there is.
@@ -60,12 +61,15 @@ cudaError_t FindDevice(const Kernel (&kernels)[kCount], const Device** found) {
     const auto check = [&](cudaError_t error) {
       if (device.error == cudaSuccess) device.error = error;
     };
-    int major = 0;
+    int major = 0, driver = 0;
+    check(cudaDriverGetVersion(&driver));
     check(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, id));
     check(
         cudaDeviceGetAttribute(&device.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
     device.has_engine = major >= 9;
+    // Drivers before CUDA 12.3 cannot record such a start in a graph.
+    device.starts_early = major >= 9 && driver >= 12030;
     for (const Kernel& kernel : kernels) {
       check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  device.shared_bytes));

@@ -24,6 +24,14 @@ __device__ inline int ThreadIndex() {
   return thread;
 }
 
+// Lets a kernel that may begin early (select_launch.h) take the place of thread blocks that end,
+// once a thread of each has come here.
+__device__ inline void LetNextKernelBegin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Barriers in shared memory.
 
 __device__ inline void BarrierInit(uint64_t* barrier, int arrivals) {

@@ -9,6 +9,7 @@
 #include "cuda/attend.cuh"
 #include "cuda/select_item.cuh"
 #include "cuda/select_params.cuh"
+#include "cuda/select_ptx.cuh"
 #include "cuda/select_ring.cuh"
 
 namespace jax_nsa::cuda::select {
@@ -117,16 +118,17 @@ class TeamTiles {
   Tile own_ = {0, 0, 0};
 };
 
-// Goes through the tiles of a part. Tells, too, whether anything that the row needs is wrong.
+// Goes through the tiles of a part. Tells, too, whether anything that the row needs is wrong; with
+// `ids_later` it looks at chosen blocks at the end, when the kernel that chooses them is through.
 template <typename T, int kHeadSize, int kValueSize>
 __device__ inline WarpRows<T, kHeadSize, kValueSize> AttendPart(
     const Params& params, const Item& item, const Row& row, const Team& team, TeamTiles& tiles,
-    Faults& faults, const Queries<T, kHeadSize>& queries, char* memory, uint64_t* full,
-    bool* faulty) {
+    Faults& faults, bool ids_later, const Queries<T, kHeadSize>& queries, char* memory,
+    uint64_t* full, bool* faulty) {
   Ring<T, kHeadSize, kValueSize> ring(params, item, team, memory, full);
   const int stages = params.stages;
   tiles.Find(row);
-  faults.LoadPages(row);
+  if (!ids_later) faults.LoadPages(row);
   // Of each tile in the ring, which positions count: 8 bits for the begin and 8 for the end.
   uint64_t ranges = 0;
   int next = 0;
@@ -138,7 +140,7 @@ __device__ inline WarpRows<T, kHeadSize, kValueSize> AttendPart(
   }
   queries.Load(params, item);
   ring.Clear();
-  *faulty = faults.Any(row);
+  if (!ids_later) *faulty = faults.Any(row);
   WarpRows<T, kHeadSize, kValueSize> rows(params, item, team.member * kRowTile, queries);
   WaitForCopies<0>();
   __syncthreads();  // the queries are there
@@ -157,6 +159,12 @@ __device__ inline WarpRows<T, kHeadSize, kValueSize> AttendPart(
     slot = slot + 1 == stages ? 0 : slot + 1;
   }
   WaitForCopies<0>();
+  if (ids_later) {
+    AwaitKernelBefore();
+    faults.LoadIds();
+    faults.LoadPages(row);
+    *faulty = faults.Any(row);
+  }
   return rows;
 }
 

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "cuda/handlers.h"
 #include "cuda/select_launch.h"
 #include "cuda/select_plan.h"
 #include "cuda/started.h"
@@ -19,18 +20,23 @@ namespace ffi = xla::ffi;
 ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                ffi::Dictionary attributes) {
   ffi::ErrorOr<select_attention::Call> call = select_attention::Decode(args, rets, attributes);
-  if (call.has_error()) return call.error();
-  if (const char* reason = Refuses(call->problem)) {
-    return ffi::Error(
-        ffi::ErrorCode::kInvalidArgument,
-        std::string("nsa_select_attention_infer: the CUDA kernel cannot serve ") + reason);
-  }
-  return Started("nsa_select_attention_infer", Launch(call->problem, call->arrays, call->workspace,
-                                                      call->workspace_bytes, stream));
+  return call.has_error() ? call.error() : Queue(*call, /*early=*/false, stream);
 }
 
 }  // namespace
 }  // namespace jax_nsa::cuda::select
+
+xla::ffi::Error jax_nsa::cuda::Queue(const select_attention::Call& call, bool early,
+                                     cudaStream_t stream) {
+  if (const char* reason = select::Refuses(call.problem)) {
+    return xla::ffi::Error(
+        xla::ffi::ErrorCode::kInvalidArgument,
+        std::string("nsa_select_attention_infer: the CUDA kernel cannot serve ") + reason);
+  }
+  return Started("nsa_select_attention_infer",
+                 select::Launch(call.problem, call.arrays, call.workspace, call.workspace_bytes,
+                                early, stream));
+}
 
 int64_t jax_nsa::cuda::SelectAttentionWorkspace(const Sizes& sizes) {
   select::Problem problem = {};

@@ -20,14 +20,25 @@ struct Item {
 
 __device__ inline Item FindItem(const Params& params) {
   Item item;
-  const int block = static_cast<int>(blockIdx.x);
+  int block = static_cast<int>(blockIdx.x);
+  if (params.early) {
+    // All windows come first: they need no chosen blocks.
+    const int windows = static_cast<int>(params.plan.items) * params.plan.parts[kWindow];
+    item.kind = block < windows ? kWindow : kSelected;
+    if (block >= windows) block -= windows;
+  }
   const int rest = params.by_head_items(block);
   const int head_item = block - rest * params.head_items;
-  item.row = params.by_parts(rest);
-  const int part = rest - item.row * params.plan.all_parts();
-  const int selected = params.plan.parts[kSelected];
-  item.kind = part < selected ? kSelected : kWindow;
-  item.part = part < selected ? part : part - selected;
+  if (params.early) {
+    item.row = params.by_parts_of[item.kind](rest);
+    item.part = rest - item.row * params.plan.parts[item.kind];
+  } else {
+    item.row = params.by_parts(rest);
+    const int part = rest - item.row * params.plan.all_parts();
+    const int selected = params.plan.parts[kSelected];
+    item.kind = part < selected ? kSelected : kWindow;
+    item.part = part < selected ? part : part - selected;
+  }
   item.head = params.by_chunks(head_item);
   item.first_head =
       item.head * params.group + (head_item - item.head * params.plan.chunks) * params.plan.rows;
@@ -149,7 +160,9 @@ __device__ inline Tile FindTile(const Params& params, const Item& item, const Ro
 class Faults {
  public:
   __device__ Faults(const Params& params, const Item& item)
-      : params_(params), item_(item), pages_(params.select_count * params.pages_each) {
+      : params_(params), item_(item), pages_(params.select_count * params.pages_each) {}
+
+  __device__ void LoadIds() {
     if (own() < pages_) id_ = IdOf(own());
   }
 

@@ -30,8 +30,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
   if (threadIdx.x == 0) PrefetchMaps(params.pools);
   const Item item = FindItem(params);
   const Team team(params);
+  // A window waits at its end; all others do here, and so the kernel before is through when this
+  // is.
+  const bool ids_later = params.early && item.kind == kWindow;
+  if (!ids_later) AwaitKernelBefore();
   TeamTiles tiles(params, item, team);
   Faults faults(params, item);
+  if (!ids_later) faults.LoadIds();
   const Row row = FindRow(params, item.row);
   if (row.state != Row::kSound) {
     FillResults<T>(params, item, row.state == Row::kFaulty);
@@ -41,8 +46,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
   char* const rings = queries.memory + (queries.kTileBytes << team.warps_log2);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   bool faulty;
-  auto rows = AttendPart<T, kHeadSize, kValueSize>(params, item, row, team, tiles, faults, queries,
-                                                   rings, shared.full, &faulty);
+  auto rows = AttendPart<T, kHeadSize, kValueSize>(params, item, row, team, tiles, faults,
+                                                   ids_later, queries, rings, shared.full, &faulty);
   Finish(params, item, team, rows, faulty, shared, rings);
 }
 
@@ -91,7 +96,7 @@ const char* Refuses(const Problem& problem) {
 }
 
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
-                   int64_t workspace_bytes, cudaStream_t stream) {
+                   int64_t workspace_bytes, bool early, cudaStream_t stream) {
   const Device* device = nullptr;
   if (cudaError_t error = FindDevice(kKernels, &device); error != cudaSuccess) return error;
 
@@ -145,9 +150,19 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   while (params.stages > 1 && shared_bytes(params.stages) > device->shared_bytes) --params.stages;
   if (shared_bytes(params.stages) > device->shared_bytes) return cudaErrorInvalidConfiguration;
 
+  params.early = early && device->starts_early;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes(params.stages));
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = params.early ? 1 : 0;
   void* arguments[] = {&params};
-  return cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                          arguments, static_cast<size_t>(shared_bytes(params.stages)), stream);
+  return cudaLaunchKernelExC(&config, kernel.function, arguments);
 }
 
 }  // namespace jax_nsa::cuda::select

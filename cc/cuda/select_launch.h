@@ -20,8 +20,11 @@ const char* Refuses(const Problem& problem);
 // Queues the computation on `stream` of the current device: one kernel, nothing else. `workspace`
 // lies on the device and may hold anything; select_plan.h's WorkspaceBytes says how large it must
 // be.
+//
+// `early` lets the kernel begin while the one queued before it still runs, where the device can. It
+// then attends to windows until that one is through: only topk_indices may be of its results.
 cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace,
-                   int64_t workspace_bytes, cudaStream_t stream);
+                   int64_t workspace_bytes, bool early, cudaStream_t stream);
 
 }  // namespace jax_nsa::cuda::select
 

@@ -21,6 +21,7 @@ struct Params {
   char* workspace;
   float scale_log2;    // makes powers of two of scores
   bool aligned_query;  // whether rows of query start at multiples of 16 bytes
+  bool early;          // whether the kernel before, which chooses blocks, may still run
   int32_t stages;      // tiles in flight for each team of warps
   int32_t heads, key_value_heads, head_size, value_size, value_columns;
   int32_t group, page_size, capacity, num_pages, pages_per_sequence;

@@ -24,6 +24,14 @@ __device__ inline uint64_t LoadAcquire(const uint64_t* from) {
   return found;
 }
 
+// Waits until the kernel queued before this one is through and its results are seen, if this one
+// may begin before.
+__device__ inline void AwaitKernelBefore() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Loads what other thread blocks have stored in this launch: never from the first-level cache.
 __device__ inline float LoadShared(const float* from) { return __ldcg(from); }
 __device__ inline float4 LoadShared(const float4* from) { return __ldcg(from); }

@@ -21,7 +21,7 @@ import numpy as np
 from ascend.standin import StandIn
 
 from jax_nsa import chain, native
-from jax_nsa.backends import Call, ascend
+from jax_nsa.backends import Call, ascend, decode_step
 from jax_nsa.backends.ascend import step
 from jax_nsa.operator import Operator
 
@@ -210,17 +210,17 @@ class DeviceRoute:
     def joint(self, calls: Sequence[Call], platform: str) -> chain.Joint | None:
         """As the Ascend platform has it, with a callback to the harness."""
         del platform
-        if not step.serves(calls):
+        if not decode_step.is_one(calls):
             return None
 
         def run(parts: Sequence[step.Part]) -> Sequence[Sequence[jax.Array]]:
-            prefixes = [f"{name}_" for name in step.PARTS]
+            prefixes = [f"{name}_" for name in decode_step.PARTS]
             inner = [call for call, _ in parts]
 
             def handle(*operands: Any) -> list[list[np.ndarray]]:
                 arrays = [list(map(np.asarray, its)) for its in operands]
                 part_of = zip(prefixes, zip(inner, arrays, strict=True), strict=True)
-                return self.harness.run_joint(step.TARGET, dict(part_of))
+                return self.harness.run_joint(decode_step.TARGET, dict(part_of))
 
             results = [call.results() for call in inner]
             return jax.pure_callback(handle, results, *(list(its) for _, its in parts))

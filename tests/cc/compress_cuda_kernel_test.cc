@@ -23,7 +23,8 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** a
   const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
   const Params& params = *static_cast<const Params*>(arguments[0]);
   static char unused[16];  // shared memory
-  emulated_cuda::Launch(grid.x, block.x, unused, sizeof unused, false, [&] { function(params); });
+  emulated_cuda::Launch(grid.x, block.x, unused, sizeof unused, false, false,
+                        [&] { function(params); });
   return cudaSuccess;
 }
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from jax_nsa import native
-from jax_nsa.backends import Call
+from jax_nsa.backends import Call, decode_step
 from jax_nsa.backends.ascend import compress, compress_attention, select_attention, step
 
 if TYPE_CHECKING:
@@ -138,16 +138,16 @@ def joint(
     calls: Sequence[Call], platform: str
 ) -> Callable[[step.Operands], Sequence[Sequence[jax.Array]]] | None:
     """The calls of a step as one, where arrays are on the NPU."""
-    if platform != "ascend" or not step.serves(calls):
+    if platform != "ascend" or not decode_step.is_one(calls):
         return None
 
     def run(parts: Sequence[step.Part]) -> Sequence[Sequence[jax.Array]]:
         return native.joint_call(
             NAME,
-            step.TARGET,
+            decode_step.TARGET,
             {
                 name: (*part, configuration(part[0]))
-                for name, part in zip(step.PARTS, parts, strict=True)
+                for name, part in zip(decode_step.PARTS, parts, strict=True)
             },
         )
 

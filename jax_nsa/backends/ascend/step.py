@@ -26,30 +26,11 @@ from jax_nsa.backends import Call
 from jax_nsa.backends.ascend import select_attention
 from jax_nsa.select_attention.reference import rows_of_query
 
-TARGET = "step"
-PARTS = ("compressed", "chosen", "window")
-
 # A call and its operands.
 Part = tuple[Call, Sequence[jax.Array]]
 # From the parts of one custom call to the results of each.
 Run = Callable[[Sequence[Part]], Sequence[Sequence[jax.Array]]]
 Operands = Sequence[Sequence[jax.Array]]
-
-
-def serves(calls: Sequence[Call]) -> bool:
-    """Whether the calls are those of a step, which CANN's operators serve one by one."""
-    targets = [call.operator.target for call in calls]
-    if targets not in (["compress_attention", *["select_attention"] * n] for n in (1, 2)):
-        return False
-    results = [result for call in calls for result in call.results()]
-    branches = [
-        bool(size)
-        for call in calls[1:]
-        for size in (call.problem.select_block_size, call.problem.window_size)
-    ]
-    return branches in ([True, True], [True, False, False, True]) and all(
-        isinstance(size, int) and size > 0 for result in results for size in result.shape
-    )
 
 
 @with_usual_promotion

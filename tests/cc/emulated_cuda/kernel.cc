@@ -13,6 +13,11 @@ alignas(1024) char memory[232448];
 
 #include "cuda/compress_attention_kernel.cu"
 
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* device) {
   *device = emulated_cuda::current_device;
   return cudaSuccess;
@@ -34,6 +39,6 @@ cudaError_t cudaLaunchCooperativeKernel(const void* kernel, dim3 grid, dim3 bloc
   const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
   const Params& params = *static_cast<const Params*>(arguments[0]);
   emulated_cuda::Launch(grid.x, block.x, jax_nsa::cuda::compressed::memory,
-                        static_cast<int>(shared_bytes), true, [&] { function(params); });
+                        static_cast<int>(shared_bytes), true, false, [&] { function(params); });
   return cudaSuccess;
 }

@@ -33,6 +33,7 @@ const int kNumDevices = sizeof kDevices / sizeof kDevices[0];
 int current_device = 0;
 uint64_t seed = 1;
 Counts counts;
+std::function<void()> kernel_before;
 
 namespace {
 
@@ -130,10 +131,18 @@ char* shared_memory;
 size_t shared_size;
 const std::function<void()>* body;
 jmp_buf host;
+uint32_t end_odds;   // that the kernel before is not yet through is so much more likely
 uint32_t stay_odds;  // that a warp goes on is so much more likely than that it doesn't
 int slow_agent;      // a warp, or num_warps for the copies, that goes on when no other can
 Block* in_place;     // whose shared memory is
 Thread* current;
+uint64_t before_is_through;  // 1 when it is
+
+void EndKernelBefore() {
+  if (kernel_before) kernel_before();
+  kernel_before = nullptr;
+  before_is_through = 1;
+}
 
 [[noreturn]] void Report(const char* what) {
   std::fprintf(stderr, "emulated CUDA: %s (seed %llu)\n", what,
@@ -253,6 +262,7 @@ int ChooseWarp(Block* block) {
 }
 
 Thread* Choose(bool other_block) {
+  if (!before_is_through && Random(end_odds) == 0) EndKernelBefore();
   Block* block = current->block;
   const bool is_resident = block->running > 0;
   if (is_resident && !other_block && Random(stay_odds) != 0) {
@@ -268,6 +278,10 @@ Thread* Choose(bool other_block) {
     Block* candidate = resident[(first + i) % count];
     const int w = ChooseWarp(candidate);
     if (w != kNoWarp) return ChooseLane(candidate, w);
+  }
+  if (!before_is_through) {
+    EndKernelBefore();
+    return Choose(other_block);
   }
   Report("no thread can go on");
 }
@@ -380,7 +394,7 @@ void FillWithGarbage(void* memory, size_t bytes) {
   }
 }
 
-void Launch(int grid, int threads, char* shared, int shared_bytes, bool cooperative,
+void Launch(int grid, int threads, char* shared, int shared_bytes, bool cooperative, bool early,
             const std::function<void()>& kernel) {
   random_state = seed * 0x9e3779b97f4a7c15u ^ 0xd1b54a32d192ed03u;
   for (int i = 0; i < 16; ++i) Random();
@@ -390,6 +404,10 @@ void Launch(int grid, int threads, char* shared, int shared_bytes, bool cooperat
   shared_memory = shared;
   shared_size = shared_bytes;
   body = &kernel;
+  before_is_through = 0;
+  if (early) ++counts.early_launches;
+  if (!early) EndKernelBefore();
+  end_odds = 1u << 4 * Random(7);
   stay_odds = 4u << 3 * Random(4);
   slow_agent = static_cast<int>(Random(num_warps + 4));
   next_block = 0;
@@ -419,6 +437,7 @@ void Launch(int grid, int threads, char* shared, int shared_bytes, bool cooperat
   current = &resident[0]->threads[0];
   if (_setjmp(host) == 0) Resume(Choose(true));
   current = nullptr;
+  Require(before_is_through, "a kernel ends before the one before it");
 }
 
 uint32_t SharedOffset(const void* pointer) {
@@ -485,6 +504,8 @@ void WaitForValue(const uint64_t* from, uint64_t value) {
   WarpOf(*current).at_value |= LaneBit(*current);
   Suspend();
 }
+
+void AwaitKernelBefore() { WaitForValue(&before_is_through, 1); }
 
 void CopyLater(uint32_t to, const void* from) {
   Require(to % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "a copy is not aligned");

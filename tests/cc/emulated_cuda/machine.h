@@ -38,19 +38,25 @@ extern uint64_t seed;
 
 // What launches have done so far.
 struct Counts {
-  int64_t launches, blocks, waits, copies, boxes, flags;
+  int64_t launches, early_launches, blocks, waits, copies, boxes, flags;
   int64_t second_boxes;  // of these, by the second of the compressed branch's loading warps
   int64_t whole_items_lines, cut_items_lines;  // discarded, by whom and so of what
 };
 extern Counts counts;
+
+// What a kernel that was queued before the next launch does at its end; none if empty. Where that
+// launch may begin early, the kernel is through at some moment before AwaitKernelBefore returns,
+// otherwise before the launch.
+extern std::function<void()> kernel_before;
 
 // Fills memory with what `seed` has for uninitialised memory.
 void FillWithGarbage(void* memory, size_t bytes);
 
 // Runs `kernel`, which is one thread's, on a grid, whose thread blocks are there all at a time if
 // it is cooperative. Thread blocks have their dynamic shared memory at `shared`, one after the
-// other. Ends the program if the kernel is at fault.
-void Launch(int blocks, int threads, char* shared, int shared_bytes, bool cooperative,
+// other. With `early` it may begin before the kernel before is through, and must wait for it. Ends
+// the program if the kernel is at fault.
+void Launch(int blocks, int threads, char* shared, int shared_bytes, bool cooperative, bool early,
             const std::function<void()>& kernel);
 
 // Ends the program unless the condition holds.
@@ -77,6 +83,8 @@ void WaitForPhase(uint64_t* barrier, uint32_t parity);
 
 // Waits for another thread to store a value.
 void WaitForValue(const uint64_t* from, uint64_t value);
+
+void AwaitKernelBefore();
 
 // Copies 16 bytes, some time before ArriveAfterCopies arrives. Until then they are garbage.
 void CopyLater(uint32_t to, const void* from);

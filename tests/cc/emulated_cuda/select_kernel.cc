@@ -13,12 +13,13 @@ alignas(1024) char memory[232448];
 
 #include "cuda/select_kernel.cu"
 
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments) {
   using jax_nsa::cuda::select::Params;
   const auto function = reinterpret_cast<void (*)(Params)>(const_cast<void*>(kernel));
   const Params& params = *static_cast<const Params*>(arguments[0]);
-  emulated_cuda::Launch(grid.x, block.x, jax_nsa::cuda::select::memory,
-                        static_cast<int>(shared_bytes), false, [&] { function(params); });
+  emulated_cuda::Launch(config->gridDim.x, config->blockDim.x, jax_nsa::cuda::select::memory,
+                        static_cast<int>(config->dynamicSmemBytes), false, config->numAttrs > 0,
+                        [&] { function(params); });
   return cudaSuccess;
 }

@@ -15,6 +15,8 @@ void SyncSome(int threads) {
   emulated_cuda::Sync(kBarrier, threads);
 }
 
+inline void AwaitKernelBefore() { emulated_cuda::AwaitKernelBefore(); }
+
 // Stores are seen at once here.
 inline void FenceStoresAndLoads() { emulated_cuda::MaybeYield(2); }
 

@@ -2,8 +2,8 @@
 //
 // Arrays lie one call after the other. An attribute belongs to the call whose prefix its name has.
 
-#ifndef JAX_NSA_ASCEND_PARTS_H_
-#define JAX_NSA_ASCEND_PARTS_H_
+#ifndef JAX_NSA_PARTS_H_
+#define JAX_NSA_PARTS_H_
 
 #include <cstddef>
 #include <deque>
@@ -12,7 +12,7 @@
 
 #include "xla/ffi/api/ffi.h"
 
-namespace jax_nsa::ascend {
+namespace jax_nsa {
 
 struct Part {
   xla::ffi::RemainingArgs args;
@@ -28,8 +28,9 @@ class Parts {
   Parts(const Parts&) = delete;
   Parts& operator=(const Parts&) = delete;
 
-  // The next call: of what is left as many arrays as its attributes name.
-  Part Next(std::string_view prefix);
+  // The next call: of what is left as many arrays as its attributes name. With `earlier`, an
+  // operand that has the name of one of that call's results is this result, and not among them.
+  Part Next(std::string_view prefix, const Part* earlier = nullptr);
   // Whether no array is left.
   bool Done() const { return args_.size == 0 && rets_.size == 0; }
 
@@ -38,6 +39,8 @@ class Parts {
     XLA_FFI_Args args;
     XLA_FFI_Rets rets;
     XLA_FFI_Attrs attributes;
+    std::vector<void*> operands;
+    std::vector<XLA_FFI_ArgType> operand_types;
     std::vector<XLA_FFI_ByteSpan> names;
     std::vector<XLA_FFI_ByteSpan*> name_pointers;
     std::vector<XLA_FFI_AttrType> types;
@@ -50,6 +53,6 @@ class Parts {
   std::deque<Frame> frames_;
 };
 
-}  // namespace jax_nsa::ascend
+}  // namespace jax_nsa
 
-#endif  // JAX_NSA_ASCEND_PARTS_H_
+#endif  // JAX_NSA_PARTS_H_

@@ -1,10 +1,11 @@
-#include "ascend/parts.h"
+#include "parts.h"
 
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
-namespace jax_nsa::ascend {
+namespace jax_nsa {
 namespace {
 
 namespace ffi = xla::ffi;
@@ -45,31 +46,57 @@ struct AnyAttribute {
   void* value;
 };
 
-// How many arrays an attribute names; none where it is not there, which decoding refuses.
-int64_t CountNames(const ffi::Dictionary& attributes, std::string_view attribute) {
-  const ffi::ErrorOr<std::string_view> names = attributes.get<std::string_view>(attribute);
-  if (names.has_error() || names->empty()) return 0;
-  return std::count(names->begin(), names->end(), ' ') + 1;
+// The arrays that an attribute names; none where it is not there, which decoding refuses.
+std::vector<std::string_view> Names(const ffi::Dictionary& attributes, std::string_view attribute) {
+  std::vector<std::string_view> names;
+  const ffi::ErrorOr<std::string_view> list = attributes.get<std::string_view>(attribute);
+  if (list.has_error() || list->empty()) return names;
+  for (std::string_view rest = *list;;) {
+    const size_t end = rest.find(' ');
+    names.push_back(rest.substr(0, end));
+    if (end == std::string_view::npos) return names;
+    rest.remove_prefix(end + 1);
+  }
+}
+
+using Named = std::vector<std::pair<std::string_view, void*>>;
+
+Named ResultsOf(const Part& part) {
+  const std::vector<std::string_view> names = Names(part.attributes, "results");
+  const XLA_FFI_Rets rets = Rets(part.rets).list();
+  Named results;
+  for (int64_t i = 0; i < std::min<int64_t>(names.size(), rets.size); ++i) {
+    results.emplace_back(names[i], rets.rets[i]);
+  }
+  return results;
+}
+
+// What has the name; null if nothing has.
+void* Find(const Named& among, std::string_view name) {
+  for (const auto& [other, found] : among) {
+    if (other == name) return found;
+  }
+  return nullptr;
 }
 
 }  // namespace
-}  // namespace jax_nsa::ascend
+}  // namespace jax_nsa
 
 template <>
-struct xla::ffi::AttrDecoding<jax_nsa::ascend::AnyAttribute> {
-  using Type = jax_nsa::ascend::AnyAttribute;
+struct xla::ffi::AttrDecoding<jax_nsa::AnyAttribute> {
+  using Type = jax_nsa::AnyAttribute;
   static std::optional<Type> Decode(XLA_FFI_AttrType type, void* value, DiagnosticEngine&) {
     return Type{type, value};
   }
 };
 
-namespace jax_nsa::ascend {
+namespace jax_nsa {
 
 Parts::Parts(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
              const ffi::Dictionary& attributes)
     : args_(Args(args).list()), rets_(Rets(rets).list()), attributes_(attributes) {}
 
-Part Parts::Next(std::string_view prefix) {
+Part Parts::Next(std::string_view prefix, const Part* earlier) {
   Frame& frame = frames_.emplace_back();
   // In the order of their names, which a prefix that they share leaves.
   for (auto it = attributes_.begin(); it != attributes_.end(); ++it) {
@@ -90,9 +117,21 @@ Part Parts::Next(std::string_view prefix) {
                       frame.values.data()};
   const ffi::Dictionary attributes(&frame.attributes);
 
-  frame.args = Take(&args_, &XLA_FFI_Args::args, CountNames(attributes, "operands"));
-  frame.rets = Take(&rets_, &XLA_FFI_Rets::rets, CountNames(attributes, "results"));
+  const Named results = earlier == nullptr ? Named() : ResultsOf(*earlier);
+  for (const std::string_view name : Names(attributes, "operands")) {
+    if (void* const result = Find(results, name)) {
+      frame.operands.push_back(result);
+      frame.operand_types.push_back(XLA_FFI_ArgType_BUFFER);
+    } else if (const XLA_FFI_Args next = Take(&args_, &XLA_FFI_Args::args, 1); next.size == 1) {
+      frame.operands.push_back(*next.args);
+      frame.operand_types.push_back(*next.types);
+    }
+  }
+  frame.args = {XLA_FFI_Args_STRUCT_SIZE, nullptr, static_cast<int64_t>(frame.operands.size()),
+                frame.operand_types.data(), frame.operands.data()};
+  const auto count = static_cast<int64_t>(Names(attributes, "results").size());
+  frame.rets = Take(&rets_, &XLA_FFI_Rets::rets, count);
   return {ffi::RemainingArgs(&frame.args, 0), ffi::RemainingRets(&frame.rets, 0), attributes};
 }
 
-}  // namespace jax_nsa::ascend
+}  // namespace jax_nsa

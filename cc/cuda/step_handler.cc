@@ -1,0 +1,63 @@
+// The XLA FFI handler of a whole decode step: the compressed branch and the branch that reads the
+// blocks which that one chooses, in one custom call, so that XLA has nothing to do in between, and
+// the second kernel may begin before the first one is through.
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/handlers.h"
+#include "cuda/started.h"
+#include "step_call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_nsa::cuda {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Beginning early pays where each multiprocessor has so many bytes of compressed keys and values to
+// read that some are through long before others. Where they have less it costs a little.
+constexpr int64_t kLongBytes = 256 << 10;
+
+cudaError_t FindMultiprocessors(int* count) {
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+}
+
+bool IsLong(const PagedProblem& problem, int multiprocessors) {
+  const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
+  const int64_t position =
+      problem.key_value_heads * (problem.head_size + problem.value_size) * element;
+  return problem.sequences * problem.capacity() * position >= kLongBytes * multiprocessors;
+}
+
+ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+               ffi::Dictionary attributes) {
+  const ffi::ErrorOr<step::Call> call = step::Decode(args, rets, attributes);
+  if (call.has_error()) return call.error();
+  int multiprocessors = 0;
+  if (cudaError_t error = FindMultiprocessors(&multiprocessors); error != cudaSuccess) {
+    return Started("nsa_decode_step", error);
+  }
+  ffi::Error error = Queue(call->compressed, stream);
+  if (error.success()) {
+    const bool early = IsLong(call->compressed.problem, multiprocessors);
+    error = Queue(call->chosen, early, stream);
+  }
+  if (error.success() && call->window) error = Queue(*call->window, /*early=*/false, stream);
+  return error;
+}
+
+}  // namespace
+}  // namespace jax_nsa::cuda
+
+// Kernels on the given stream and nothing else, so XLA may record them in command buffers.
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_step_cuda, jax_nsa::cuda::Run,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attrs(),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
