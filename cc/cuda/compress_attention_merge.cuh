@@ -83,6 +83,12 @@ __device__ inline FromWarps LoadFromWarps(const float (&row)[kConsumers]) {
   return *reinterpret_cast<const FromWarps*>(row);
 }
 
+__device__ inline bool AnyFaulty(const ConsumerState& state) {
+  const int4* of_warps = reinterpret_cast<const int4*>(state.warp_faulty);
+  const int4 a = of_warps[0], b = of_warps[1];
+  return (a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) != 0;
+}
+
 // Adds up the sums of the warps that have the same rows: to the results if the part is the whole
 // item, otherwise into its region. All warps wait for each other here, so it is kept short.
 template <typename T, int kHeadSize, int kValueSize>
@@ -158,9 +164,7 @@ __device__ void MergeWarps(const Params& params, const Part& part,
       }
     }
     if (chunk == 0 && thread < num_rows) {
-      const int4* of_warps = reinterpret_cast<const int4*>(state.warp_faulty);
-      const int4 a = of_warps[0], b = of_warps[1];
-      const bool any_faulty = (a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) != 0;
+      const bool any_faulty = AnyFaulty(state);
       const float maximum = LoadFromWarps(state.warp_max[thread]).Max(members);
       const float total = LoadFromWarps(state.warp_total[thread]).Sum(members);
       if (part.is_cut()) {
@@ -215,55 +219,67 @@ __device__ inline void FillTokens(const Params& params, const Part& part, int fi
   }
 }
 
-// Merges the parts' maxima and sums: as many lanes for each row as there are parts, if a warp has
-// them. Calls `meanwhile` while it waits for memory.
+// Merges the parts' maxima and sums: a thread has one row of some of the parts, as neighbouring
+// rows lie side by side. Calls `meanwhile` while it waits for memory.
 template <typename Function>
 __device__ inline void MergeNorms(const Params& params, const Part& part, ConsumerState& state,
                                   Function meanwhile) {
-  const int thread = ThreadIndex(), lane = thread % 32, rows = part.rows(params);
-  const int lanes_log2 = part.parts >= 32 ? 5 : 32 - __clz(part.parts - 1);
-  const int lanes = 1 << lanes_log2, per_warp = 32 >> lanes_log2;
-  const auto own_row = [&](int first) { return first + (lane >> lanes_log2); };
+  const int thread = ThreadIndex(), lane = thread % 32, warp = thread / 32;
+  const int rows = part.rows(params);
+  const int rows_log2 = 32 - __clz(rows - 1), row = thread & ((1 << rows_log2) - 1);
+  const int step = kComputeThreads >> rows_log2;
   // What a part found; nothing if there is no such part.
   struct Found {
     float maximum, sum;
   };
-  const auto load = [&](int row, int p) -> Found {
+  const auto load = [&](int p) -> Found {
     const int region = part.Region(min(p, part.parts - 1)), at = min(row, rows - 1);
     const Found found = {params.part_max(region)[at], params.part_sum(region)[at]};
     return p < part.parts ? found : Found{-INFINITY, 0.0f};
   };
-  const int first_part = lane & (lanes - 1);
-  int first = thread / 32 * per_warp;
-  Found next = load(own_row(first), first_part);
+  int p = thread >> rows_log2;
+  Found next = load(p);
   meanwhile();
+  float maximum = -INFINITY, total = 0.0f;
+  bool faulty = false;
 #pragma unroll 1
-  for (; first < rows; first += kConsumers * per_warp) {
-    const int row = own_row(first);
-    float maximum = next.maximum, total = next.sum;
-    bool faulty = total < 0.0f;
+  do {
+    const Found found = next;
+    next = load(p + step);
+    const float larger = fmaxf(maximum, found.maximum);
+    total = total * Shrink(maximum, larger) + found.sum * Shrink(found.maximum, larger);
+    maximum = larger;
+    faulty |= found.sum < 0.0f;
+    p += step;
+  } while (p < part.parts);
+  // Lanes of the warp that have the same row.
+  float largest = maximum;
 #pragma unroll 1
-    for (int p = first_part + lanes; p < part.parts; p += lanes) {
-      const Found found = load(row, p);
-      const float larger = fmaxf(maximum, found.maximum);
-      total = total * Shrink(maximum, larger) + found.sum * Shrink(found.maximum, larger);
-      maximum = larger;
-      faulty |= found.sum < 0.0f;
-    }
-    next = load(row + kConsumers * per_warp, first_part);
-    float largest = maximum;
+  for (int other = 1 << rows_log2; other < 32; other *= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, other));
+  }
+  total *= Shrink(maximum, largest);
 #pragma unroll 1
-    for (int step = 1; step < lanes; step *= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    }
-    total *= Shrink(maximum, largest);
-#pragma unroll 1
-    for (int step = 1; step < lanes; step *= 2) total += __shfl_xor_sync(~0u, total, step);
-    faulty = __any_sync(~0u, faulty);
-    if (first_part == 0 && row < rows) {
-      StoreNorm(params, part, row, largest, total, state.norms);
-      if (row == 0) state.faulty = faulty;
-    }
+  for (int other = 1 << rows_log2; other < 32; other *= 2) {
+    total += __shfl_xor_sync(~0u, total, other);
+  }
+  // Warps that have the same rows.
+  const int row_warps_log2 = max(rows_log2 - 5, 0), members = kConsumers >> row_warps_log2;
+  if (lane >> rows_log2 == 0) {
+    state.warp_max[row][warp >> row_warps_log2] = largest;
+    state.warp_total[row][warp >> row_warps_log2] = total;
+  }
+  faulty = __any_sync(~0u, faulty);
+  if (lane == 0) state.warp_faulty[warp] = faulty;
+  SyncConsumers();
+  if (thread < rows) {
+    const FromWarps maxima = LoadFromWarps(state.warp_max[thread]);
+    FromWarps totals = LoadFromWarps(state.warp_total[thread]);
+    largest = maxima.Max(members);
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) totals.x[w] *= Shrink(maxima.x[w], largest);
+    StoreNorm(params, part, thread, largest, totals.Sum(members), state.norms);
+    if (thread == 0) state.faulty = AnyFaulty(state);
   }
 }
 

@@ -49,8 +49,11 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
                                       const RowNorms& norms, float* importances) {
   const int thread = ThreadIndex(), tiles = batch.end - batch.first;
   const int group = params.group(), row = batch.token * group;
-  // So many threads share a tile, each with its own blocks.
-  const int sharers_log2 = tiles <= 16 ? 4 : tiles <= 32 ? 3 : tiles <= 64 ? 2 : 1;
+  // Half of the threads have the blocks all of whose positions are in one tile, so many of them
+  // sharing a tile; the other half, at the same time, those that have positions in two.
+  constexpr int kHalf = kComputeThreads / 2;
+  const int own = thread % kHalf, ones = thread < kHalf ? tiles : 0, twos = tiles - ones;
+  const int sharers_log2 = tiles <= 16 ? 3 : tiles <= 32 ? 2 : tiles <= 64 ? 1 : 0;
   const int sharers = 1 << sharers_log2;
   const int slot_floats = records.slot_floats();
   const auto load = [](const float* from, int step) {
@@ -78,9 +81,8 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
       return float4{Exp2(own.x - maximum.x), Exp2(own.y - maximum.y), Exp2(own.z - maximum.z),
                     Exp2(own.w - maximum.w)};
     };
-    // Blocks all of whose positions are in one tile.
 #pragma unroll 1
-    for (int i = thread >> sharers_log2; i < tiles; i += kComputeThreads >> sharers_log2) {
+    for (int i = own >> sharers_log2; i < ones; i += kHalf >> sharers_log2) {
       const int tile = batch.first + i, position = tile * kTile;
       const float* record = records.Read(batch, tile) + head;
       float4 factors[kSteps];
@@ -94,7 +96,7 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
       const int end = min(num_blocks, is_last ? first_block + params.plan.slots
                                               : params.FirstBlock(position + kTile));
 #pragma unroll 2
-      for (int block = begin + (thread & (sharers - 1)); block < end; block += sharers) {
+      for (int block = begin + (own & (sharers - 1)); block < end; block += sharers) {
         const float* sums = record + (1 + block - first_block) * slot_floats;
         float4 terms = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -104,7 +106,7 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
         add(block, head, terms);
       }
       // By the aligned rule a sequence may have a block more, to which no position adds.
-      if (is_last && (thread & (sharers - 1)) == 0) {
+      if (is_last && (own & (sharers - 1)) == 0) {
         for (int block = max(begin, end); block < num_blocks; ++block) importances[block] = 0.0f;
       }
     }
@@ -112,13 +114,13 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
     // sums are added before they are divided by the row's total, as sums over one tile are, so that
     // blocks whose sums are equal stay equal.
 #pragma unroll 1
-    for (int i = thread / 2; i < tiles; i += kComputeThreads / 2) {
+    for (int i = own / 2; i < twos; i += kHalf / 2) {
       const int tile = batch.first + i, position = tile * kTile;
-      const int first_block = params.FirstBlock(position), block = first_block + thread % 2;
+      const int first_block = params.FirstBlock(position), block = first_block + own % 2;
       if (tile == 0 || params.FirstPosition(block) >= position) continue;
       const float* here = records.Read(batch, tile) + head;
       const float* before = records.Read(batch, tile - 1) + head;
-      const float* sums_here = here + (1 + thread % 2) * slot_floats;
+      const float* sums_here = here + (1 + own % 2) * slot_floats;
       const float* sums_before =
           before + (1 + block - params.FirstBlock(position - kTile)) * slot_floats;
       float4 terms = {0.0f, 0.0f, 0.0f, 0.0f};
