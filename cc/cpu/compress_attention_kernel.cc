@@ -40,7 +40,7 @@ Functions By(const Plan& plan) {
   return {Attend<Type, Multiplier>, same_type ? Merge<Words, Type> : Merge<Words, Float32>};
 }
 
-Functions Find(const Plan& plan) {
+Functions Find(const Plan& plan, [[maybe_unused]] const Unit& unit) {
   switch (plan.problem.dtype) {
     case DataType::kBFloat16:
       // Weights are rounded for products of pairs; short rows of values would not average that
@@ -49,10 +49,10 @@ Functions Find(const Plan& plan) {
         return By<BFloat16, Vectors<BFloat16, BFloat16Products, FloatProducts>>(plan);
       }
 #if defined(JAX_NSA_TILES)
-      return By<BFloat16, AmxTiles>(plan);
-#else
-      return By<BFloat16, Vectors<BFloat16, BFloat16Products, BFloat16Products>>(plan);
+      // One row or two leave most of a tile empty: vectors take no longer, mostly less.
+      if (unit.padded_rows > 2) return By<BFloat16, AmxTiles>(plan);
 #endif
+      return By<BFloat16, Vectors<BFloat16, BFloat16Products, BFloat16Products>>(plan);
     case DataType::kFloat16:
       return By<Float16, Vectors<Float16, FloatProducts, FloatProducts>>(plan);
     case DataType::kFloat32:
@@ -64,13 +64,14 @@ Functions Find(const Plan& plan) {
 
 void AttendAny(const Plan& plan, const Unit& unit, const Upcoming& upcoming,
                const Partial* partials, void* scratch) {
-  Find(plan).attend(plan, unit, upcoming, partials, scratch);
+  Find(plan, unit).attend(plan, unit, upcoming, partials, scratch);
 }
 
 void MergeAny(const Plan& plan, const Unit& unit, int64_t head, int64_t splits,
               int64_t pages_per_split, const Partial* partials, float* importance, float* peak,
               float* total) {
-  Find(plan).merge(plan, unit, head, splits, pages_per_split, partials, importance, peak, total);
+  Find(plan, unit)
+      .merge(plan, unit, head, splits, pages_per_split, partials, importance, peak, total);
 }
 
 }  // namespace

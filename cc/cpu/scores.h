@@ -81,8 +81,7 @@ class Scores {
   }
 
  private:
-  static constexpr int kMostKeys = 8;   // multiplied at once: their addresses fill registers
-  static constexpr int kMostHeads = 8;  // read in the order of memory
+  static constexpr int kMostKeys = 8;  // multiplied at once: their addresses fill registers
   // Rows that meet keys one after the other, at most.
   static constexpr int64_t kMostWhole = kAccumulators / 2 < kLanes ? kAccumulators / 2 : kLanes;
 
@@ -149,36 +148,50 @@ class Scores {
     }
   }
 
-  // For panels of few rows, or no wider than a vector: the `repeat` lanes of each row are summed at
-  // last. Inlined, it would have too few registers.
+  // For panels of few rows, or no wider than a vector. Inlined, it would have too few registers.
   template <bool in_place, int repeat, int vectors, class Ahead>
   [[gnu::noinline]] static void Narrow(const char* const* keys, const Queries& queries,
                                        float* scores, Ahead& ahead) {
     constexpr bool kWhole = repeat == kLanes, kConverts = kWhole && in_place && !Key::kInPlace;
     constexpr int kKeys = kWhole ? WholeKeysAtOnce(vectors) : KeysAtOnce(vectors);
-    // Keys whose sums fill vectors.
-    constexpr int kFolded = repeat / vectors > kKeys ? repeat / vectors : kKeys;
-    constexpr int kSums = kFolded * vectors;
-    const int64_t head_words = queries.row_words * queries.rows;
-    for (int64_t first = 0; first < queries.heads; first += kMostHeads) {
-      const int64_t end = Least(first + kMostHeads, queries.heads);
-      for (int64_t p = 0; p < kGranule; p += kFolded) {
-        Float sums[kMostHeads][kSums];
-        for (int64_t i = 0; i < kFolded; i += kKeys) {
-          for (int64_t h = first; h < end; ++h) {
-            MultiplyKeys<repeat, vectors, kKeys, kConverts>(
-                keys, h * queries.head_bytes, p + i, queries.words + h * head_words,
-                vectors * kLanes, queries.row_words, ahead, sums[h - first] + i * vectors);
-          }
-        }
-        for (int64_t h = first; h < end; ++h) {
-          float* const target = scores + h * queries.head_scores + p * queries.rows;
-          for (int64_t i = 0; i < kSums; i += repeat) {
-            Store(target + i / repeat * kLanes,
-                  TransposeRuns<repeat>(FoldRuns<repeat>(sums[h - first] + i)));
-          }
-        }
+    for (int64_t p = 0; p < kGranule; p += kKeys) {
+      // Two heads have code of their own: measured to bring more lines from memory.
+      int64_t h = 0;
+      for (; h + 2 <= queries.heads; h += 2) {
+        NarrowHeads<2, repeat, vectors, kKeys, kConverts>(keys, p, queries, h, scores, ahead);
       }
+      if (h < queries.heads) {
+        NarrowHeads<1, repeat, vectors, kKeys, kConverts>(keys, p, queries, h, scores, ahead);
+      }
+    }
+  }
+
+  // `count` keys from key p, of some heads from head h.
+  template <int heads, int repeat, int vectors, int count, bool converts, class Ahead>
+  static inline void NarrowHeads(const char* const* keys, int64_t p, const Queries& queries,
+                                 int64_t h, float* scores, Ahead& ahead) {
+    const uint32_t* words = queries.words + h * queries.row_words * queries.rows;
+#pragma GCC unroll 2
+    for (int i = 0; i < heads; ++i, ++h, words += queries.row_words * queries.rows) {
+      Float sums[count * vectors];
+      MultiplyKeys<repeat, vectors, count, converts>(
+          keys, h * queries.head_bytes, p, words, vectors * kLanes, queries.row_words, ahead, sums);
+      StoreSums<repeat, count * vectors>(sums, scores + h * queries.head_scores + p * queries.rows);
+    }
+  }
+
+  // Stores the sum of each run of `repeat` lanes of each vector.
+  template <int repeat, int vectors>
+  static inline void StoreSums(const Float* sums, float* target) {
+    if constexpr (vectors >= repeat) {
+#pragma GCC unroll 8
+      for (int i = 0; i < vectors; i += repeat) {
+        Store(target + i / repeat * kLanes, TransposeRuns<repeat>(FoldRuns<repeat>(sums + i)));
+      }
+    } else {
+      static_assert(repeat == kLanes);
+      const Float sum = SumOfRuns<vectors>(FoldRuns<vectors>(sums));
+      __builtin_memcpy(target, &sum, 4 * vectors);
     }
   }
 

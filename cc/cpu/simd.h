@@ -177,6 +177,22 @@ inline Float FoldRuns(const Float* vectors) {
   }
 }
 
+template <int h, int... lane>
+inline Float Rotate(Float a, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, a, ((lane + h) % kLanes)...);
+}
+
+// The sum of all runs of `size` lanes, in each of them.
+template <int size>
+inline Float SumOfRuns(Float a) {
+  if constexpr (size >= kLanes) {
+    return a;
+  } else {
+    const Float sum = SumOfRuns<2 * size>(a);
+    return sum + Rotate<size>(sum, AllLanes{});
+  }
+}
+
 template <int size, int... lane>
 inline Float TransposeRuns(Float a, std::integer_sequence<int, lane...>) {
   constexpr int runs = kLanes / size;
