@@ -11,7 +11,7 @@ from ascend.standin import CC, HERE, INCLUDES, build, compile_cc, compiler
 
 SOURCES = [
     *sorted((CC / "ascend").glob("*.cc")),
-    *sorted(CC.glob("*_call.cc")),
+    *sorted({*CC.glob("*.cc")} - {CC / "module.cc"}),  # all but what Python sees of them
 ]
 
 
