@@ -19,9 +19,10 @@ constexpr int64_t kLine = 64;  // bytes
 // Rows that are worked on at once.
 constexpr int64_t kGranule = 16;
 
-// A compiler keeps assembly where it is written, and moves other fetches together into bursts. It
-// drops calls of a function that does nothing but these.
-inline void FetchLine(const char* at) {
+// A compiler keeps assembly where it is written, and moves other fetches together into bursts. A
+// function that does nothing but such fetches is pure to it, and calls of it are dropped: they are
+// always inlined.
+[[gnu::always_inline]] inline void FetchLine(const char* at) {
 #if defined(__x86_64__)
   asm volatile("prefetcht0 %0" : : "m"(*at));
 #else

@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T>)
   if (threadIdx.x == 0) PrefetchMaps(params.pools);
   const Item item = FindItem(params);
   const Team team(params);
-  // A window waits at its end; all others do here, and so the kernel before is through when this
-  // is.
+  // A window waits at its end, chosen blocks do here. A kernel that begins early has some of them,
+  // so that it never ends before the kernel that chooses them.
   const bool ids_later = params.early && item.kind == kWindow;
   if (!ids_later) AwaitKernelBefore();
   TeamTiles tiles(params, item, team);
@@ -150,7 +150,8 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
   while (params.stages > 1 && shared_bytes(params.stages) > device->shared_bytes) --params.stages;
   if (shared_bytes(params.stages) > device->shared_bytes) return cudaErrorInvalidConfiguration;
 
-  params.early = early && device->starts_early;
+  // Without chosen blocks nobody would wait for the kernel before.
+  params.early = early && device->starts_early && params.plan.parts[kSelected] > 0;
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -68,7 +68,7 @@ def _workspace(call: Call) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def joins_here() -> bool:
-    """Whether a program of this process may have the kernels, be it to run elsewhere."""
+    """Whether this library has the kernels, so that programs for a GPU may call them."""
     return native.unavailable(NAME, decode_step.TARGET) is None
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from jax_nsa.backends import Call
 
 TARGET = "step"
-# What the attributes of each branch begin with; a window with the chosen blocks' pools is theirs.
+# What the attributes of each call begin with. A window that reads the same pools as the chosen
+# blocks is part of their call.
 PARTS = ("compressed", "chosen", "window")
 
 
