@@ -44,6 +44,23 @@ def call_from_a_new_thread(target):
         return pool.submit(call, target).result()
 
 
+def failure(standin, target, function, nth, *, null, call):
+    """What a call says where CANN fails the nth call of a function; "" where that is no matter."""
+    for _ in range(20):
+        native.module().ascend_release()
+        standin.plan_fault(function, STATUS, call=nth, null=null)
+        text = ""
+        try:
+            call(target)
+        except ERRORS as error:
+            text = str(error)
+        if standin.clear_faults() == 0:
+            return text
+        # XLA may run a call on a thread of its own, which has its device from an earlier call.
+        assert (function, text) == ("aclrtSetDevice", "")
+    raise AssertionError(f"{function} is called no {nth} times any more")
+
+
 def assert_nothing_leaked(standin: StandIn, streams: int) -> None:
     native.module().ascend_release()
     live = standin.live()
@@ -84,12 +101,8 @@ class TestHostRoute:
         calls = standin.counter(function) - before
         assert calls > 0
         for nth in range(1, calls + 1):
-            native.module().ascend_release()
-            standin.plan_fault(function, STATUS, call=nth, null=null)
-            try:
-                call(target)
-            except ERRORS as error:
-                text = str(error)
+            text = failure(standin, target, function, nth, null=null, call=call)
+            if text:
                 assert f"injected fault in {function}" in text
                 said = f"{function} returned null" if null else f"{function} failed with status"
                 if function in ("aclCreateTensor", "aclCreateIntArray"):
@@ -99,7 +112,6 @@ class TestHostRoute:
             else:
                 # Putting back the caller's device comes after the results.
                 assert function in ANSWERS or (function == "aclrtSetDevice" and nth == calls > 1)
-            assert standin.clear_faults() == 0
             assert_nothing_leaked(standin, streams)
             assert_same(call(target), expected)
 
