@@ -8,7 +8,7 @@
 #include "cuda/compress_attention_launch.h"
 #include "cuda/compress_attention_plan.h"
 #include "cuda/handlers.h"
-#include "cuda/started.h"
+#include "cuda/queue.h"
 #include "cuda/workspace.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -53,11 +53,4 @@ int64_t jax_nsa::cuda::CompressAttentionWorkspace(const Sizes& sizes) {
   return compressed::WorkspaceBytes(problem);
 }
 
-// One kernel on the given stream and nothing else, so XLA may record it in command buffers.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_attention_cuda, jax_nsa::cuda::compressed::Run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs(),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+JAX_NSA_CUDA_HANDLER(compress_attention, jax_nsa::cuda::compressed::Run);

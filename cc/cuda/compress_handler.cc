@@ -4,7 +4,7 @@
 
 #include "compress_call.h"
 #include "cuda/compress_launch.h"
-#include "cuda/started.h"
+#include "cuda/handlers.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_nsa::cuda::compress {
@@ -23,11 +23,4 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
 }  // namespace
 }  // namespace jax_nsa::cuda::compress
 
-// One kernel on the given stream and nothing else, so XLA may record it in command buffers.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_compress_cuda, jax_nsa::cuda::compress::Run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs(),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+JAX_NSA_CUDA_HANDLER(compress, jax_nsa::cuda::compress::Run);

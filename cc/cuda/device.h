@@ -35,8 +35,7 @@ const Kernel& ChooseKernel(const Kernel (&kernels)[kCount], const PagedProblem& 
 }
 
 inline bool IsAligned(const void* array, int64_t row_size, DataType dtype) {
-  const int64_t element = dtype == DataType::kFloat32 ? 4 : 2;
-  return reinterpret_cast<uintptr_t>(array) % 16 == 0 && row_size * element % 16 == 0;
+  return reinterpret_cast<uintptr_t>(array) % 16 == 0 && row_size * ElementSize(dtype) % 16 == 0;
 }
 
 struct Device {

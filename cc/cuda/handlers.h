@@ -1,20 +1,34 @@
-// Decoded calls to kernels on a stream, for handlers of one call and for that of a whole step.
+// What the XLA FFI handlers of all kernels on GPUs share.
 
 #ifndef JAX_NSA_CUDA_HANDLERS_H_
 #define JAX_NSA_CUDA_HANDLERS_H_
 
 #include <cuda_runtime_api.h>
 
-#include "compress_attention_call.h"
-#include "select_attention_call.h"
+#include <string>
+
 #include "xla/ffi/api/ffi.h"
+
+// Defines a handler under the name that custom calls know. It queues kernels on the given stream
+// and nothing else, so XLA may record it in command buffers.
+#define JAX_NSA_CUDA_HANDLER(target, run)                                          \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_##target##_cuda, run,                      \
+                                xla::ffi::Ffi::Bind()                              \
+                                    .Ctx<xla::ffi::PlatformStream<cudaStream_t>>() \
+                                    .RemainingArgs()                               \
+                                    .RemainingRets()                               \
+                                    .Attrs(),                                      \
+                                {xla::ffi::Traits::kCmdBufferCompatible})
 
 namespace jax_nsa::cuda {
 
-// Queues the kernel of a call; each defined beside its operator's handler.
-xla::ffi::Error Queue(const compress_attention::Call& call, cudaStream_t stream);
-// `early`: as select_launch.h's Launch takes it.
-xla::ffi::Error Queue(const select_attention::Call& call, bool early, cudaStream_t stream);
+// What a handler says of the start of its operator's kernel.
+inline xla::ffi::Error Started(const std::string& operator_name, cudaError_t error) {
+  if (error == cudaSuccess) return xla::ffi::Error::Success();
+  return xla::ffi::Error(
+      xla::ffi::ErrorCode::kInternal,
+      operator_name + ": the CUDA kernel cannot start: " + cudaGetErrorString(error));
+}
 
 }  // namespace jax_nsa::cuda
 

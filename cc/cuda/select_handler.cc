@@ -5,9 +5,9 @@
 #include <string>
 
 #include "cuda/handlers.h"
+#include "cuda/queue.h"
 #include "cuda/select_launch.h"
 #include "cuda/select_plan.h"
-#include "cuda/started.h"
 #include "cuda/workspace.h"
 #include "select_attention_call.h"
 #include "xla/ffi/api/ffi.h"
@@ -52,11 +52,4 @@ int64_t jax_nsa::cuda::SelectAttentionWorkspace(const Sizes& sizes) {
   return select::WorkspaceBytes(problem);
 }
 
-// One kernel on the given stream and nothing else, so XLA may record it in command buffers.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_select_attention_cuda, jax_nsa::cuda::select::Run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs(),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+JAX_NSA_CUDA_HANDLER(select_attention, jax_nsa::cuda::select::Run);

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "cuda/handlers.h"
-#include "cuda/started.h"
+#include "cuda/queue.h"
 #include "step_call.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -27,9 +27,8 @@ cudaError_t FindMultiprocessors(int* count) {
 }
 
 bool IsLong(const PagedProblem& problem, int multiprocessors) {
-  const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
-  const int64_t position =
-      problem.key_value_heads * (problem.head_size + problem.value_size) * element;
+  const int64_t position = problem.key_value_heads * (problem.head_size + problem.value_size) *
+                           ElementSize(problem.dtype);
   return problem.sequences * problem.capacity() * position >= kLongBytes * multiprocessors;
 }
 
@@ -53,11 +52,4 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
 }  // namespace
 }  // namespace jax_nsa::cuda
 
-// Kernels on the given stream and nothing else, so XLA may record them in command buffers.
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_nsa_step_cuda, jax_nsa::cuda::Run,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs(),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+JAX_NSA_CUDA_HANDLER(step, jax_nsa::cuda::Run);

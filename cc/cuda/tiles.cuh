@@ -188,7 +188,7 @@ __device__ inline void CopyRun(const Pools& pools, const Stage& stage, int to, i
 // the engine or not.
 inline Pools MakePools(const PagedProblem& problem, const PagedArrays& arrays,
                        const KernelOf& kernel, int tile, bool has_engine) {
-  const int64_t element = problem.dtype == DataType::kFloat32 ? 4 : 2;
+  const int64_t element = ElementSize(problem.dtype);
   const auto pool = [&](const void* memory, int64_t size, const Pitch& pitch) {
     return Pool{memory, static_cast<int32_t>(size), static_cast<int32_t>(pitch.row),
                 static_cast<int32_t>(pitch.head)};
