@@ -120,11 +120,14 @@ def steps_taken(function):
         return trace
 
     before = sys.gettrace()
+    # Python 3.12 tells of no instruction unless a frame has asked for them before it is traced.
+    sys._getframe().f_trace_opcodes = True
     sys.settrace(trace)
     try:
         function()
     finally:
         sys.settrace(before)
+    assert count, "nothing was traced"
     return count
 
 
