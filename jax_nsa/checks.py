@@ -112,7 +112,9 @@ def described(value: Any) -> str:
     return f"{type(value).__name__}{length}"
 
 
-def floats(name: str, value: Any, *, like: tuple[str, Any] | None = None) -> ArrayLike:
+def floats(
+    name: str, value: Any, *, like: tuple[str, Any] | None = None, or_float32: bool = False
+) -> ArrayLike:
     """Returns an array of one of the dtypes that operators compute with.
 
     Args:
@@ -120,6 +122,7 @@ def floats(name: str, value: Any, *, like: tuple[str, Any] | None = None) -> Arr
         value: a JAX or NumPy array, or an object that holds one and says so by `__jax_array__`,
             as variables of neural network libraries do.
         like: the name of an argument whose dtype this one must have, and that argument.
+        or_float32: whether it may be float32 instead, as what is small may.
     """
     array = _held_array(value)
     if not isinstance(array, (jax.Array, np.ndarray)) or isinstance(array, np.ma.MaskedArray):
@@ -127,10 +130,16 @@ def floats(name: str, value: Any, *, like: tuple[str, Any] | None = None) -> Arr
     if array.dtype.name not in FLOATS or not array.dtype.isnative:
         raise TypeError(f"{name} must have dtype {', '.join(FLOATS)}, got {array.dtype}")
     if like is not None and array.dtype != like[1].dtype:
-        raise TypeError(
-            f"{like[0]} and {name} must have the same dtype, got {like[1].dtype.name} and "
-            f"{array.dtype.name}"
-        )
+        if or_float32 and array.dtype != jnp.float32:
+            own = "" if like[1].dtype == jnp.float32 else f"{like[1].dtype.name} or "
+            raise TypeError(
+                f"{name} must have {like[0]}'s dtype {own}float32, got {array.dtype.name}"
+            )
+        if not or_float32:
+            raise TypeError(
+                f"{like[0]} and {name} must have the same dtype, got {like[1].dtype.name} and "
+                f"{array.dtype.name}"
+            )
     _check_memory(name, array)
     return array
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nsa import chain, checks, pools
-from jax_nsa._compat import with_usual_promotion
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
+from jax_nsa.gates import checked_gates, gated_sum
 from jax_nsa.operator import arguments_known_as
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 
@@ -127,16 +127,12 @@ def nsa_decode_step(
         NotImplementedError: no implementation can serve the call.
     """
     checks.choice("layout", layout, LAYOUTS)
-    for name, cache in (("compressed", compressed), ("selected", selected), ("window", window)):
-        if not isinstance(cache, PagedKV) and (cache is not None or name != "window"):
-            raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
-        if cache is not None:
-            pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
+    _check_caches(kv_layout, compressed=compressed, selected=selected, window=window)
     query = checks.floats("query", query)
     checks.floats("compressed.key", compressed.key, like=("query", query))
-    gates = checks.floats("gates", gates)
-    _check_gates(gates, query)
+    gates = checked_gates(gates, query)
     _check_tokens(actual_seq_qlen, query, layout, compress_stride)
+    window_size = checks.count("window_size", window_size)
     shared: dict[str, Any] = {
         "scale_value": scale_value, "head_num": head_num,
         "key_value_head_num": key_value_head_num, "layout": layout,
@@ -183,32 +179,19 @@ def nsa_decode_step(
                     **original("window", window),
                 ),
             )  # fmt: skip
-        return _gated_sum(gates, *branches), indices
+        return gated_sum(gates, *branches, dtype=query.dtype), indices
 
     # Parts of sequences that lie on several devices are merged between the calls.
     return step() if context_axis is not None else chain.bind(step, implementation)
 
 
-@jax.jit
-@with_usual_promotion
-def _gated_sum(gates: jax.Array, *branches: jax.Array) -> jax.Array:
-    """Adds the branches up in float32, and rounds once.
-
-    Where a branch is 0 it adds 0, whatever its gate: so are all branches of a row that holds no
-    token, whose gates may be anything.
-
-    Args:
-        gates: `[..., N, 3]`, query's dtype or float32.
-        *branches: `[..., N, Dv]`, the attention of each.
-
-    Returns:
-        `[..., N, Dv]`, the dtype of the attentions.
-    """
-    terms = (
-        jnp.where(branch == 0, 0, gates[..., i, None].astype(jnp.float32) * branch)
-        for i, branch in enumerate(branches)
-    )
-    return jnp.asarray(sum(terms), branches[0].dtype)
+def _check_caches(kv_layout: str, **caches: PagedKV | None) -> None:
+    for name, cache in caches.items():
+        if cache is None and name == "window":
+            continue
+        if not isinstance(cache, PagedKV):
+            raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
+        pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
 
 
 @contextlib.contextmanager
@@ -257,18 +240,6 @@ def _check_tokens(
         "as a token ignores one compressed position that ends after it, and not two (compute a "
         f"prompt with nsa_attention); got {most}"
     )
-
-
-def _check_gates(gates: ArrayLike, query: ArrayLike) -> None:
-    if gates.dtype not in (query.dtype, jnp.float32):
-        own = "" if query.dtype == jnp.float32 else f" {query.dtype.name} or"
-        raise TypeError(f"gates must have query's dtype{own} float32, got {gates.dtype.name}")
-    expected = (*query.shape[:-1], 3)
-    if tuple(gates.shape) != expected:
-        raise ValueError(
-            f"gates must have shape {expected}, query's without the head size and one for each of "
-            f"three branches, got {tuple(gates.shape)}"
-        )
 
 
 def _page_size(name: str, cache: PagedKV, heads: int) -> int:

@@ -21,6 +21,7 @@ from jax_nsa.blocks import Blocks, check_block_size, check_stride
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention import reference
 from jax_nsa.compress_attention.problem import IMPORTANCES, Problem
+from jax_nsa.gates import checked_gates, gated_sum
 
 _EXACT = lax.Precision.HIGHEST
 
@@ -74,11 +75,7 @@ def nsa_compress(
 
 
 def _parameter(name: str, array: Any, shape: tuple[int, ...], input: jax.Array) -> jax.Array:
-    array = jnp.asarray(checks.floats(name, array))
-    if array.dtype not in (input.dtype, jnp.float32):
-        raise TypeError(
-            f"{name} must have input's dtype {input.dtype.name} or float32, got {array.dtype.name}"
-        )
+    array = jnp.asarray(checks.floats(name, array, like=("input", input), or_float32=True))
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
     return array
@@ -190,13 +187,13 @@ def nsa_attention(
         name: jnp.asarray(checks.floats(name, array, like=("query", query)))
         for name, array in arrays.items()
     }
-    checked["gates"] = jnp.asarray(checks.floats("gates", gates))
     blocks = Blocks(
         checks.integer("compress_block_size", compress_block_size),
         checks.integer("compress_stride", compress_stride),
         checks.integer("select_block_size", select_block_size),
     )
     _check_shapes(checked, blocks)
+    checked["gates"] = jnp.asarray(checked_gates(gates, checked["query"]))
     problem = Problem(
         blocks=blocks,
         scale=checks.scale(scale_value),
@@ -231,7 +228,6 @@ def _check_shapes(arrays: dict[str, jax.Array], blocks: Blocks) -> None:
         ("value", (batch, tokens, key_value_heads, value_size)),
         ("compressed_key", (batch, windows, key_value_heads, head_size)),
         ("compressed_value", (batch, windows, key_value_heads, value_size)),
-        ("gates", (batch, tokens, heads, 3)),
     ):
         if arrays[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {arrays[name].shape}")
@@ -291,13 +287,11 @@ def _rows(
     newest = ((age >= 0) & (age < window_size))[None, :, None, None]
     of_window = _weigh(_softmax(scores, newest), arrays["value"])
 
-    weights = gates.astype(jnp.float32)
     branches = (compressed, _weigh(selected, arrays["value"]), of_window)
-    total = sum(
-        weights[..., i, None] * branch.reshape(batch, chunk, heads, -1)
-        for i, branch in enumerate(branches)
+    attention = gated_sum(
+        gates, *(b.reshape(batch, chunk, heads, -1) for b in branches), dtype=query.dtype
     )
-    return jnp.asarray(total, query.dtype), chosen
+    return attention, chosen
 
 
 def _scores(grouped: jax.Array, key: jax.Array, problem: Problem) -> jax.Array:

@@ -188,26 +188,26 @@ class TestCuda(StepContract):
 
 # The contract can fail: each wrong sum turns it red.
 
-RIGHT = step_module._gated_sum
+RIGHT = step_module.gated_sum
 
 
-def without_zeros(gates, *branches):
+def without_zeros(gates, *branches, dtype):
     terms = (gates[..., i, None].astype(jnp.float32) * b for i, b in enumerate(branches))
-    return jnp.asarray(sum(terms), branches[0].dtype)
+    return jnp.asarray(sum(terms), dtype)
 
 
 WRONG_SUMS = {
-    "gates in another order": lambda g, c, s, w: RIGHT(g[..., ::-1], c, s, w),
-    "gates of another head": lambda g, c, s, w: RIGHT(jnp.roll(g, 1, -2), c, s, w),
-    "no window": lambda g, c, s, w: RIGHT(g, c, s, 0 * w),
-    "selected for compressed": lambda g, c, s, w: RIGHT(g, s, s, w),
+    "gates in another order": lambda g, c, s, w, **d: RIGHT(g[..., ::-1], c, s, w, **d),
+    "gates of another head": lambda g, c, s, w, **d: RIGHT(jnp.roll(g, 1, -2), c, s, w, **d),
+    "no window": lambda g, c, s, w, **d: RIGHT(g, c, s, 0 * w, **d),
+    "selected for compressed": lambda g, c, s, w, **d: RIGHT(g, s, s, w, **d),
     "rows without a token by their gates": without_zeros,
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG_SUMS)
 def test_wrong_sum_is_caught(monkeypatch, wrong):
-    monkeypatch.setattr(step_module, "_gated_sum", WRONG_SUMS[wrong])
+    monkeypatch.setattr(step_module, "gated_sum", WRONG_SUMS[wrong])
     with pytest.raises(AssertionError):
         TestReference().check(TOKENS)
 
@@ -223,6 +223,8 @@ def test_wrong_sum_is_caught(monkeypatch, wrong):
         ({"compressed": None}, TypeError, "compressed must be a PagedKV"),
         ({"window": ()}, TypeError, "window must be a PagedKV"),
         ({"window_size": 0}, ValueError, "window_size must be"),
+        ({"window_size": None}, TypeError, "window_size must be a Python integer, got None"),
+        ({"window_size": True}, TypeError, "window_size must be a Python integer, got True"),
         ({"layout": "BSH"}, ValueError, "layout must be one of"),
         ({"query": np.ones((2, 4, 24), np.float16)}, TypeError, "query and compressed.key must"),
     ],

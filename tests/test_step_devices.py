@@ -40,6 +40,25 @@ def test_gradient_is_that_of_the_composition():
     assert slope == pytest.approx(float(jnp.vdot(together[1], direction)), rel=1e-2)
 
 
+@pytest.mark.parametrize("cache", [2, 3], ids=["compressed", "selected"])
+def test_gradient_where_values_are_zero(cache):
+    """Attention is linear in the values, so a step of any size along the gradient is exact."""
+    arguments = arguments_of(Step(replace(USUAL.original, hostile=False)))
+    run, arrays = step_of(arguments, "reference")
+    zero = [
+        replace(a, value=jnp.zeros_like(a.value)) if isinstance(a, PagedKV) else a for a in arrays
+    ]
+
+    def loss(value):
+        return run(*zero[:cache], replace(zero[cache], value=value), *zero[cache + 1 :])[0].sum()
+
+    value = jnp.nan_to_num(arrays[cache].value)
+    gradient = jax.grad(loss)(zero[cache].value)
+    moved = float(loss(value))
+    assert abs(moved) > 0.1
+    assert float(jnp.vdot(gradient, value)) == pytest.approx(moved, rel=1e-4)
+
+
 SHARDINGS = {
     "sequences": {"query": ("x",), "gates": ("x",), "cache": ((), (), ("x",), ("x",))},
     "heads": {

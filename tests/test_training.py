@@ -129,6 +129,16 @@ def test_gradients_are_those_of_small_steps(setting):
         assert slope == pytest.approx(expected, rel=0.02, abs=0.1), name
 
 
+def test_a_branch_without_positions_adds_nothing_whatever_its_gate():
+    geometry = (32, 16, 64)
+    arrays = sequences(100, geometry)
+    right = nsa_attention(**arrays, **options(geometry))
+    before_a_window = arrays["gates"].at[:, : geometry[0] - 1, :, 0].set(jnp.nan)
+    np.testing.assert_array_equal(
+        nsa_attention(**arrays | {"gates": before_a_window}, **options(geometry)), right
+    )
+
+
 def test_a_planted_peak_selects_the_block_that_holds_it():
     geometry = (16, 16, 16)
     arrays = sequences(640, geometry, batch=1)
@@ -203,7 +213,13 @@ def test_compress_refuses(changes, error, message):
     ("name", "value", "error", "message"),
     [
         ("compressed_key", np.ones((2, 9, 2, 16), np.float32), ValueError, "compressed_key must"),
-        ("gates", np.ones((2, 100, 4), np.float32), ValueError, "gates must have rank 4"),
+        (
+            "gates",
+            np.ones((2, 100, 4), np.float32),
+            ValueError,
+            r"gates must have shape \(2, 100, 4",
+        ),
+        ("gates", np.ones((2, 100, 4, 3), np.float16), TypeError, "gates must have query's dtype"),
         ("key", np.ones((2, 100, 3, 16), np.float32), ValueError, "multiple of key's"),
         ("importance", "fla", ValueError, "importance must be one of"),
         ("window_size", 0, ValueError, "window_size must be in"),

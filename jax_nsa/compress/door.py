@@ -140,9 +140,12 @@ def nsa_compress_infer(
     size = checks.integer("compress_block_size", compress_block_size)
     stride = checks.integer("compress_stride", compress_stride)
     pairs, several = _pairs(input, weight, cache, bias)
-    heads = _heads(pairs[0])
+    places = [f"[{i}]" for i in range(len(pairs))] if several else [""]
+    heads = _heads(pairs[0], places[0])
     problem = Problem(size, stride, heads, pairs=len(pairs))
-    pairs = [_check_pair(pair, pairs[0], problem, page=page) for pair in pairs]
+    pairs = [
+        _check_pair(pair, problem, at, page=page) for pair, at in zip(pairs, places, strict=True)
+    ]
     pages = [pair["input"].shape[0] for pair in pairs]
     shapes = [pair["cache"].shape for pair in pairs]
     rows = [
@@ -216,32 +219,24 @@ def _pairs(input: Any, weight: Any, cache: Any, bias: Any) -> tuple[list[dict[st
                 pair[name] = checks.floats(
                     f"{name}{at}",
                     lists[name][i],
-                    like=("input", array) if name == "cache" else None,
-                )
-        for name in ("weight", "bias"):
-            if name in pair and pair[name].dtype not in (array.dtype, jnp.float32):
-                raise TypeError(
-                    f"{name}{at} must have input's dtype {array.dtype.name} or float32, "
-                    f"got {pair[name].dtype.name}"
+                    like=("input", array),
+                    or_float32=name != "cache",
                 )
         pairs.append(pair)
     return pairs, several
 
 
-def _heads(pair: dict[str, Any]) -> Any:
+def _heads(pair: dict[str, Any], at: str) -> Any:
     """N, which only the weights' shape tells."""
     shape = tuple(pair["weight"].shape)
     if len(shape) != 2 or shape[1] == 0:
-        raise ValueError(f"weight must have shape [compress_block_size, heads], got {shape}")
+        raise ValueError(f"weight{at} must have shape [compress_block_size, heads], got {shape}")
     return shape[1]
 
 
-def _check_pair(
-    pair: dict[str, Any], first: dict[str, Any], problem: Problem, *, page: int
-) -> dict[str, Any]:
+def _check_pair(pair: dict[str, Any], problem: Problem, at: str, *, page: int) -> dict[str, Any]:
     """An input and what goes with it, the input as the operator takes it: `[p, r, N * D]`."""
     heads, block = problem.key_value_heads, problem.compress_block_size
-    at = "" if problem.pairs == 1 else "[0]" if pair is first else "[1]"
     array, weight, cache = pair["input"], pair["weight"], pair["cache"]
     if tuple(weight.shape) != (block, heads):
         raise ValueError(
