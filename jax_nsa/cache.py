@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nsa import checks, pools
+from jax_nsa import checks, paged, pools
 from jax_nsa._compat import updates_bfloat16_in_place, with_usual_promotion
 from jax_nsa.blocks import BLOCK_GRANULE
 from jax_nsa.checks import ArrayLike, IntegersLike
@@ -72,7 +72,7 @@ class PagePools:
         Args:
             tables: what tells how many pages there are, and how large.
             key_value_head_num: `Nkv`.
-            head_size: `D`.
+            head_size: `D`, at most 192.
             value_size: `Dv`, at most 128 and `D`; None: `D`.
             dtype: bfloat16, float16 or float32.
             kv_layout: "separate" or "interleaved", as `nsa_decode_step` then takes the views.
@@ -81,15 +81,18 @@ class PagePools:
             TypeError: an argument of the wrong type.
             ValueError: an argument out of its range.
         """
+        _check_are_tables(tables)
         heads = checks.count("key_value_head_num", key_value_head_num)
         sizes = [checks.count("head_size", head_size)]
+        if sizes[0] > paged.HEAD_SIZE_MAX:
+            raise ValueError(f"head_size must be at most {paged.HEAD_SIZE_MAX}, got {sizes[0]}")
         sizes += sizes if value_size is None else [checks.count("value_size", value_size)]
         if not pools.is_value_size(sizes[-1], sizes[0]):
             raise ValueError(
                 f"value_size must be at most {VALUE_SIZE_MAX} and at most head_size ({sizes[0]}), "
                 f"got {sizes[-1]}{' as head_size' if value_size is None else ''}"
             )
-        name = checks.choice("dtype", jnp.dtype(dtype).name, checks.FLOATS)
+        name = checks.choice("dtype", _dtype_name(dtype), checks.FLOATS)
         rows: list[tuple[int, int] | None] = [(heads, size) for size in sizes]
         if checks.choice("kv_layout", kv_layout, pools.KV_LAYOUTS) == "interleaved":
             if sizes[0] != sizes[1]:
@@ -117,7 +120,8 @@ class PagePools:
     ) -> PagePools:
         """Writes the rows of the tokens that `tables.allocate` brought, and the windows they end.
 
-        Nothing else changes. Pools that the program owns, as under `jax.jit(...,
+        Nothing else changes; the rows of a slot that got more tokens than `key` has are NaN. Pools
+        that the program owns, as under `jax.jit(...,
         donate_argnames=...)` or in the carry of `jax.lax.scan`, are updated in place.
 
         Args:
@@ -196,8 +200,7 @@ class PagePools:
         )  # fmt: skip
 
     def _check(self, tables: PageTables) -> None:
-        if not isinstance(tables, PageTables):
-            raise TypeError(f"tables must be a PageTables, got {type(tables).__name__}")
+        _check_are_tables(tables)
         for field in dataclasses.fields(self):
             pages = tables.compressed if field.name.startswith("compressed") else tables.original
             expected = (len(pages.free), tables.page_block_size)
@@ -212,6 +215,19 @@ class PagePools:
                     f"has, and shape [pages, page, heads * size] or [pages, page, heads, size], "
                     f"got {shape}"
                 )
+
+
+def _check_are_tables(tables: Any) -> None:
+    if not isinstance(tables, PageTables):
+        raise TypeError(f"tables must be a PageTables, got {type(tables).__name__}")
+
+
+def _dtype_name(dtype: Any) -> str:
+    """The name of what JAX takes for a dtype; of all else, what it is."""
+    try:
+        return str(jnp.dtype(dtype).name)
+    except TypeError:
+        return checks.shown(dtype)
 
 
 def _check_rows(
@@ -288,13 +304,15 @@ def _rows_of(tables: PageTables, slots: jax.Array) -> PageTables:
 
 @with_usual_promotion
 def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any) -> jax.Array:
-    """Writes each slot's newest tokens; the pool."""
+    """Writes each slot's newest tokens; the pool. Where rows are missing, nobody knows which."""
     token = jnp.arange(rows.shape[1], dtype=jnp.int32)
     position = (tables.lengths - tables.counts)[:, None] + token
     pages = pages_of(tables.original.block_table, position // tables.page_block_size)
     row = position % tables.page_block_size
     there = token < tables.counts[:, None]
-    new = jnp.asarray(rows).reshape(*rows.shape[:2], *pool.shape[2:])
+    missing = (tables.counts > rows.shape[1])[:, None, None, None]
+    new = jnp.where(missing, jnp.full((), jnp.nan, rows.dtype), jnp.asarray(rows))
+    new = new.reshape(*rows.shape[:2], *pool.shape[2:])
     at = jnp.where(there & (pages >= 0), pages * tables.page_block_size + row, -1)
 
     def scatter(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
@@ -319,7 +337,7 @@ def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options
     # Flat rows have any heads that are small enough.
     heads = pool.shape[2] if pool.ndim == 4 else width // math.gcd(width, HEAD_SIZE_MAX)
     windows = jnp.pad(rows.reshape(count, 1, width), ((0, 0), (size - 1, 0), (0, 0)))
-    weight = np.zeros((size, heads), np.float32)
+    weight = np.zeros((size, heads), pool.dtype)  # CANN takes no other; 0 and 1 are exact in all
     weight[-1] = 1
     written = nsa_compress_infer(
         windows, weight, at.reshape(-1), size, size, size,

@@ -144,6 +144,19 @@ def floats(
     return array
 
 
+def bools(name: str, values: Any) -> jax.Array:
+    """Returns bools, of an array or a list, as a JAX array."""
+    array = _held_array(values)
+    if not isinstance(array, jax.Array):
+        try:
+            array = np.asarray(array)
+        except ValueError:  # rows of several lengths
+            array = np.asarray(None)
+    if isinstance(array, np.ma.MaskedArray) or array.dtype != bool:
+        raise TypeError(f"{name} must hold bools, got {shown(values)}")
+    return jnp.asarray(array)
+
+
 class Integers:
     """An integer argument that is known now (`host`, a copy) or only when the program runs.
 
@@ -240,6 +253,8 @@ def _host_array(name: str, values: Any, rank: str) -> np.ndarray:
         raise TypeError(f"{name} must not be a masked array")
     try:
         array = np.array(values)
+        if array.dtype.kind == "V" and jnp.issubdtype(array.dtype, jnp.integer):
+            return array.astype(np.int32)  # such as int4, of which NumPy knows no limits
         return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     except jax.errors.JAXTypeError as error:
         raise TypeError(

@@ -137,33 +137,34 @@ def sequences(table: Integers, query_shape: tuple[Any, ...], *, packed: bool) ->
     return table.shape[0]
 
 
-def page_ids(
-    table: Integers, lengths: np.ndarray, *, page: int, pages: int, first: np.ndarray | None = None
-) -> None:
+def page_ids(table: Integers, needed: Callable[[], np.ndarray], *, pages: int) -> None:
     """Refuses entries of a known block table that sequences need and the pools do not have.
 
     Args:
         table: the block table.
-        lengths: rows of each sequence.
-        page: rows in a page.
+        needed: gives bool `[B, P]`, which entries are needed; asked where some are bad.
         pages: pages in the pools.
-        first: the first row of each sequence that is needed; None: all are.
     """
     if table.host is None:
         return
-    # As unsigned integers, negative ones are beyond all pages too.
-    bad = table.host.view(f"u{table.host.itemsize}") >= pages
-    column = np.arange(table.host.shape[1], dtype=np.int32)
+    # As unsigned integers, negative ones are beyond all pages too, if their type reaches so far.
+    ids = table.host if table.host.itemsize >= 4 else table.host.astype(np.int32)
+    bad = ids.view(f"u{ids.itemsize}") >= pages
     if bad.any():
-        bad &= column < -(-lengths[:, None] // page)
-    if first is not None and bad.any():
-        bad &= column >= first[:, None] // page
+        bad &= needed()
     if bad.any():
         b, p = (int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
             f"{table.name}[{b}, {p}] must be in [0, {pages}), the pages of key and value, "
             f"got {int(table.host[b, p])}"
         )
+
+
+def pages_between(first: Any, end: np.ndarray, columns: int, *, page: int) -> np.ndarray:
+    """Which pages of each sequence hold its rows `[first, end)`: bool `[B, columns]`."""
+    column = np.arange(columns, dtype=np.int32)
+    first = np.asarray(first)[..., None] // page
+    return (column >= first) & (column < -(-end[..., None] // page))
 
 
 def page_size(value: Any) -> int:

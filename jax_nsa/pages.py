@@ -163,9 +163,7 @@ class PageTables:
             TypeError: slots that are not bools.
             ValueError: slots of another shape.
         """
-        leaving = jnp.asarray(slots)
-        if leaving.dtype != bool:
-            raise TypeError(f"slots must hold bools, got dtype {leaving.dtype}")
+        leaving = checks.bools("slots", slots)
         if leaving.shape != self.lengths.shape:
             raise ValueError(f"slots must have shape {self.lengths.shape}, got {leaving.shape}")
         return _truncate(self, jnp.where(leaving, jnp.int32(0), self.lengths))

@@ -42,12 +42,13 @@ def block_positions(
             "lengths must have an entry for each of topk_indices' first axis, "
             f"got shapes {tokens.shape} and {ids.shape}"
         )
+    tokens.check_range(None)
     return _positions(ids.array(), tokens.array(), size)
 
 
 @with_usual_promotion
 def _positions(ids: jax.Array, lengths: jax.Array, size: int) -> jax.Array:
-    ids, end = ids[..., None], lengths.reshape(-1, *(1,) * ids.ndim)
+    ids, end = ids[..., None], jnp.maximum(lengths, 0).reshape(-1, *(1,) * ids.ndim)
     there = (ids >= 0) & (ids < -(-end // size))
     first, after = jnp.where(there, ids, 0) * size, jnp.arange(size, dtype=jnp.int32)
     return jnp.where(there & (after < end - first), first + after, -1)

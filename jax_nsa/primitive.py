@@ -178,7 +178,7 @@ def _batch(
         names,
         params["problem"],
         [
-            jax.ShapeDtypeStruct(np.delete(x.shape, [] if d is None else d), x.dtype)
+            jax.ShapeDtypeStruct(tuple(n for i, n in enumerate(x.shape) if i != d), x.dtype)
             for x, d in zip(operands, dims, strict=True)
         ],
     )

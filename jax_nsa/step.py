@@ -127,9 +127,8 @@ def nsa_decode_step(
         NotImplementedError: no implementation can serve the call.
     """
     checks.choice("layout", layout, LAYOUTS)
-    _check_caches(kv_layout, compressed=compressed, selected=selected, window=window)
     query = checks.floats("query", query)
-    checks.floats("compressed.key", compressed.key, like=("query", query))
+    _check_caches(query, kv_layout, compressed=compressed, selected=selected, window=window)
     gates = checked_gates(gates, query)
     _check_tokens(actual_seq_qlen, query, layout, compress_stride)
     window_size = checks.count("window_size", window_size)
@@ -185,12 +184,13 @@ def nsa_decode_step(
     return step() if context_axis is not None else chain.bind(step, implementation)
 
 
-def _check_caches(kv_layout: str, **caches: PagedKV | None) -> None:
+def _check_caches(query: ArrayLike, kv_layout: str, **caches: PagedKV | None) -> None:
     for name, cache in caches.items():
         if cache is None and name == "window":
             continue
         if not isinstance(cache, PagedKV):
             raise TypeError(f"{name} must be a PagedKV, got {type(cache).__name__}")
+        checks.floats(f"{name}.key", cache.key, like=("query", query))
         pools.is_interleaved(kv_layout, cache.value, f"{name}.value")
 
 

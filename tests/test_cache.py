@@ -264,6 +264,18 @@ def test_pools_may_be_flat_and_compression_ones_own(flat, dtype):
     assert not np.any(both.compressed_value)
 
 
+def test_rows_that_are_missing_are_nan():
+    """Slot 1 got three tokens, of which there are two; which, nobody knows."""
+    tables, pools = empty(16, 16)
+    tables, _ = tables.allocate([2, 3, 0])
+    key = np.ones((3, 2, KEY_VALUE_HEADS, HEAD_SIZE), np.float32)
+    pools = pools.append(tables, key, key[..., :VALUE_SIZE], None)
+    for pool in (pools.key, pools.value):
+        of_slot = np.asarray(pool)[np.asarray(tables.original.block_table)[:2, 0]]
+        assert np.all(of_slot[0, :2] == 1)
+        assert np.all(np.isnan(of_slot[1, :2]))
+
+
 @pytest.mark.parametrize("slots", [[-1, 1], [-5, 1], [3, 1], [2**31 - 1, 1]])
 def test_padding_and_slots_that_are_not_there_write_nothing(slots):
     tables, pools = empty(32, 16)

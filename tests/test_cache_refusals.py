@@ -53,7 +53,10 @@ def test_append_refuses(changes, error, message):
         ("allocate", None, ValueError, "counts is required"),
         ("truncate", [[1], [2], [3]], ValueError, "lengths must have rank 1"),
         ("truncate", [-1, 0, 0], ValueError, r"lengths\[0\] must be at least 0"),
-        ("free", [0, 1, 2], TypeError, "slots must hold bools, got dtype int32"),
+        ("free", [0, 1, 2], TypeError, r"slots must hold bools, got \[0, 1, 2\]"),
+        ("free", None, TypeError, "slots must hold bools, got None"),
+        ("free", [[True], [True, False]], TypeError, "slots must hold bools, got"),
+        ("free", [2**31, 0, 0], TypeError, "slots must hold bools, got"),
         ("free", [True], ValueError, r"slots must have shape \(3,\), got \(1,\)"),
     ],
 )
@@ -88,8 +91,16 @@ def test_empty_tables_refuse(changes, error, message):
         ((0, 8), ValueError, "key_value_head_num must be in"),
         ((2, 8, 4, "float64"), ValueError, "dtype must be one of"),
         ((2, 8.5), TypeError, "head_size must be a Python integer"),
+        ((2, 193, 64), ValueError, "head_size must be at most 192, got 193"),
+        ((2, 8, 4, "abc"), ValueError, "dtype must be one of .* got .*abc"),
+        ((2, 8, 4, 1), ValueError, "dtype must be one of"),
     ],
 )
 def test_empty_pools_refuse(arguments, error, message):
     with pytest.raises(error, match=message):
         PagePools.empty(empty(32, 16)[0], *arguments)
+
+
+def test_empty_pools_need_tables():
+    with pytest.raises(TypeError, match="tables must be a PageTables, got NoneType"):
+        PagePools.empty(None, 2, 8)

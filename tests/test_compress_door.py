@@ -290,6 +290,19 @@ class TestWindowHelpers:
         with pytest.raises((TypeError, ValueError), match="actual_seq_len"):
             completed_window(lengths, **self.SIZES)
 
+    def test_as_many_counts_as_lengths(self):
+        with pytest.raises(
+            ValueError, match=r"actual_seq_qlen must have an entry for each of .* 3"
+        ):
+            completed_window(np.array([16, 17, 18]), np.array([1]), **self.SIZES)
+
+    @pytest.mark.parametrize("page", [0, 7])
+    def test_pages_are_pages(self, page):
+        window = completed_window(np.array([16]), **self.SIZES)
+        with pytest.raises(ValueError, match=f"page_block_size must .* got {page}"):
+            gather_window(np.ones((2, page, 2), np.float32), [[0]], window,
+                key_value_head_num=1, compress_block_size=16)  # fmt: skip
+
     def test_no_length_wraps(self):
         assert not completed_window(np.array([2**32 + 16]), **self.SIZES).completes[0]
 
@@ -304,6 +317,8 @@ class TestWindowHelpers:
             ({"window": (True, 0, 0)}, TypeError, "window must be what completed_window returns"),
             ({"block_table": [0]}, ValueError, "block_table must have rank 2"),
             ({"block_table": [[0.5]]}, TypeError, "block_table must hold integers"),
+            ({"block_table": [[0], [1]]}, ValueError, "a row of pages for each of window's 1 seq"),
+            ({"block_table": [[]]}, ValueError, r"a row of pages .* got shape \(1, 0\)"),
             ({"pool": np.ones((2, 16, 3), np.int32)}, TypeError, "pool must have dtype"),
             ({"pool": np.ones((2, 16, 3), np.float32)}, ValueError, r"pool must have .*\(2, 16, 3"),
             ({"pool": np.ones((2, 16, 4, 3), np.float32)}, ValueError, "pool must have shape"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,9 +102,25 @@ def test_a_bad_page_is_found(name, dtype):
     operator, arguments = CALLS[name]
     given = integers(arguments, dtype)
     given["block_table"][0, 2] = 6
-    # The selected operator's needed pages depend on its ids: the kernel finds the bad one.
+    # Where the host does not know all that decides which pages are read, the kernel finds it.
     with pytest.raises(FAILURES, match=r"block_table\[0, 2\] must be in \[0, 6\), .* got 6"):
         jax.block_until_ready(operator(**arguments | given))
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "int4"])
+def test_a_bad_page_is_found_in_pools_of_more_than_the_type_has(name):
+    pool = np.zeros((300, 16, 32), np.float32)
+    table = np.zeros((1, 2)).astype(jnp.dtype(name))
+    call = functools.partial(
+        nsa_window_attention_infer, np.zeros((1, 2, 16), np.float32), pool, pool, 1.0, 2, 2, 5, 16,
+        layout="TND", actual_seq_kvlen=[32],
+    )  # fmt: skip
+    assert not np.any(call(block_table=table))
+    if name == "uint8":
+        return
+    table[0, 1] = -1
+    with pytest.raises(ValueError, match=r"block_table\[0, 1\] must be in \[0, 300\), .* got -1"):
+        call(block_table=table)
 
 
 @pytest.mark.parametrize("page", [2**32 + 4, -(2**32) + 4])

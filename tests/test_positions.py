@@ -47,6 +47,12 @@ def test_the_last_block_of_the_longest_sequence():
     np.testing.assert_array_equal(positions, np.where(want < 2**31 - 1, want, -1)[None, None])
 
 
+def test_negative_lengths_that_only_the_program_knows():
+    length = jnp.array([-(2**31)], jnp.int32)
+    positions = block_positions(jnp.array([[0, 1]]), length, select_block_size=16)
+    np.testing.assert_array_equal(positions, -1)
+
+
 def test_dtype_does_not_depend_on_x64():
     with jax.enable_x64(True):
         ids, lengths = jnp.array([[0, -1]]), jnp.array([20])
@@ -61,6 +67,7 @@ def test_dtype_does_not_depend_on_x64():
         (([[0]], [3.0]), 16, TypeError, "lengths must hold integers"),
         (([0], [3]), 16, ValueError, "topk_indices must have rank 2 or 3 or 4"),
         (([[0]], [3, 4]), 16, ValueError, "lengths must have an entry for each"),
+        (([[0]], [-1]), 16, ValueError, r"lengths\[0\] must be at least 0, got -1"),
         (([[0]], [3]), 20, ValueError, "select_block_size must be a multiple of 16"),
     ],
 )

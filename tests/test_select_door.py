@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from select_attention.calls import USUAL
 from select_attention.oracle import select_attention
 from select_attention.problems import build
 
-from jax_nsa import nsa_select_attention_infer
+from jax_nsa import nsa_select_attention_infer, nsa_window_attention_infer
 
 # Sequences of four and of two blocks.
 PACKED = replace(USUAL, token_counts=(2, 1))
@@ -93,3 +94,83 @@ def test_ids_of_rows_without_a_token_may_be_anything(known, squeezed):
     arrays = {n: jnp.asarray(arguments[n]) for n in traced[known]}
     attention, _ = jax.jit(lambda arrays: call(arguments, **arrays))(arrays)
     np.testing.assert_allclose(attention, truth.attention, rtol=1e-4, atol=1e-5)
+
+
+# Page ids that are known.
+
+
+def pages_read(rows, lengths, ids, window, *, block, page, columns):
+    """Which pages the tokens of a call read, by a loop over everything.
+
+    Args:
+        rows: sequence and row of each token, and how many come after it.
+        lengths: of each sequence.
+        ids: of each row, or None.
+        window: its size, or 0.
+        block: tokens in a block.
+        page: rows in a page.
+        columns: of the table.
+    """
+    read = np.zeros((len(lengths), columns), bool)
+    for sequence, row, later in rows:
+        limit = lengths[sequence] - later
+        positions = set(range(max(0, limit - window), limit)) if window else set()
+        for i in () if ids is None else ids[row].ravel():
+            positions |= set(range(i * block, min((i + 1) * block, limit)) if i >= 0 else ())
+        for position in positions:
+            read[sequence, position // page] = True
+    return read
+
+
+def drawn(random):
+    """A call of which the host knows all, where it has a bad page id, and which ids are read."""
+    sequences, columns, tokens = (int(n) for n in random.integers(1, 4, 3))
+    page, block = int(random.choice([16, 32, 48])), int(random.choice([16, 32, 48, 64]))
+    packed, counted = random.random() < 0.5, random.random() < 0.7
+    counts = random.integers(0, tokens + 1, sequences)
+    if not counted:
+        counts = np.full(sequences, 1 if packed else tokens)
+    lengths = np.maximum(random.integers(0, columns * page + 1, sequences), counts)
+    owners = [(b, t, counts[b] - 1 - t) for b in range(sequences) for t in range(counts[b])]
+    leading = (len(owners),) if packed else (sequences, tokens)
+    rows = [(b, i if packed else (b, t), later) for i, (b, t, later) in enumerate(owners)]
+    window, chooses = int(random.choice([0, 1, 5, 40])), random.random() < 0.7
+    ids = np.full((*leading, 2, 3), -1)
+    for sequence, row, _ in rows:
+        ids[row] = random.integers(-1, -(-lengths[sequence] // block), (2, 3))
+    chooses |= window == 0
+    read = pages_read(
+        rows, lengths, ids if chooses else None, window, block=block, page=page, columns=columns
+    )
+    table = random.integers(0, 6, (sequences, columns))
+    place = tuple(int(random.integers(0, n)) for n in table.shape)
+    table[place] = random.choice([-1, 6, 99])
+    pool = np.ones((6, page, 32), np.float32)
+    arguments = {
+        "query": np.ones((*leading, 2, 16), np.float32), "key": pool, "value": pool,
+        "scale_value": 1.0, "head_num": 2, "key_value_head_num": 2, "page_block_size": page,
+        "layout": "TND" if packed else "BSND", "block_table": table, "actual_seq_kvlen": lengths,
+        "actual_seq_qlen": counts if counted else None,
+    }  # fmt: skip
+    if not chooses:
+        return nsa_window_attention_infer, arguments | {"window_size": window}, place, read
+    of_blocks = {"topk_indices": ids, "select_block_size": block, "select_block_count": 3}
+    of_blocks["window_size"] = window or None
+    return nsa_select_attention_infer, arguments | of_blocks, place, read
+
+
+def test_page_ids_that_tokens_read():
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        operator, arguments, place, read = drawn(random)
+        # What is let through is not worth a run: to be traced is enough.
+        call = functools.partial(operator, implementation="reference", **arguments)
+        if read[place]:
+            message = f"block_table[{place[0]}, {place[1]}] must be in [0, 6)"
+            with pytest.raises(ValueError, match=re.escape(message)):
+                jax.eval_shape(call)
+        else:
+            jax.eval_shape(call)
+        refused += read[place]
+    assert 15 < refused < 45

@@ -97,15 +97,16 @@ class StepContract:
         expected = (branches * arguments["gates"][:, :, None]).sum(axis=-1)
         np.testing.assert_allclose(attention, expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("layout", ["TND", "BSND"])
-    def test_vmap(self, layout):
+    @pytest.mark.parametrize(("layout", "x64"), [("TND", False), ("BSND", False), ("TND", True)])
+    def test_vmap(self, layout, x64):
         original = replace(USUAL.original, layout=layout, tokens=2, token_counts=(2, 1))
         problems = [Step(replace(original, seed=seed)) for seed in (0, 9)]
         every = [arguments_of(problem) for problem in problems]
         run, arrays = step_of(every[0], self.implementation)
         _, others = step_of(every[1], self.implementation)
         stacked = jax.tree.map(lambda *x: jnp.stack(x), arrays, others)
-        attention, indices = jax.jit(jax.vmap(run))(*stacked)
+        with jax.enable_x64(x64):
+            attention, indices = jax.jit(jax.vmap(run))(*stacked)
         for i, (problem, arguments) in enumerate(zip(problems, every, strict=True)):
             assert_is_the_sum(attention[i], indices[i], problem, arguments)
 

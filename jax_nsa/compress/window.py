@@ -80,6 +80,11 @@ def completed_window(
     counts = jnp.ones_like(lengths)
     if actual_seq_qlen is not None:
         counts = checks.Integers("actual_seq_qlen", actual_seq_qlen, rank=1).array()
+        if counts.shape != lengths.shape:
+            raise ValueError(
+                "actual_seq_qlen must have an entry for each of actual_seq_len's "
+                f"{len(lengths)}, got shape {counts.shape}"
+            )
     legal = (lengths >= 0) & (counts >= 0) & (counts <= stride)
     return last_window(jnp.where(legal, lengths, 0), counts, size=size, stride=stride)
 
@@ -99,11 +104,10 @@ def window_slots(window: Window, block_table: ArrayLike, *, page_block_size: int
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an illegal page size, or a table of another rank.
+        ValueError: an illegal page size, or a table of another shape.
     """
-    _check_is_window(window)
     page_block_size = paged.page_size(page_block_size)
-    table = checks.Integers("block_table", block_table, rank=2).array()
+    table = _table_for(window, block_table)
     column = window.position // page_block_size
     pages = pages_of(table, column[:, None])[:, 0]
     # A page past the pool stays past it, also where its rows are beyond int32.
@@ -139,7 +143,7 @@ def gather_window(
         TypeError: an argument of the wrong type or dtype.
         ValueError: an illegal size, or a pool or a table of another shape.
     """
-    _check_is_window(window)
+    table = _table_for(window, block_table)
     pool = jnp.asarray(checks.floats("pool", pool))
     heads = checks.count("key_value_head_num", key_value_head_num)
     size = blocks.check_block_size(
@@ -151,9 +155,8 @@ def gather_window(
             f"pool must have shape [pages, page, {heads} * head_size] or [pages, page, {heads}, "
             f"head_size] (key_value_head_num), got {pool.shape}"
         )
-    page = pool.shape[1]
+    page = paged.page_size(pool.shape[1])
     position = window.first[:, None] + jnp.arange(size, dtype=jnp.int32)
-    table = checks.Integers("block_table", block_table, rank=2).array()
     pages = pages_of(table, position // page)
     by_head = pool.reshape(*pool.shape[:2], heads, -1)
     taken = by_head[jnp.clip(pages, 0, pool.shape[0] - 1), position % page]
@@ -163,11 +166,20 @@ def gather_window(
     return jnp.where(window.completes[:, None, None, None], taken, jnp.zeros((), pool.dtype))
 
 
-def _check_is_window(window: Any) -> None:
+def _table_for(window: Any, block_table: ArrayLike) -> jax.Array:
+    """The block table, which must have a row of pages for each sequence of the windows."""
     if not isinstance(window, Window):
         raise TypeError(
             f"window must be what completed_window returns, got {type(window).__name__}"
         )
+    table = checks.Integers("block_table", block_table, rank=2).array()
+    sequences = len(window.completes)
+    if table.shape[0] != sequences or table.shape[1] == 0:
+        raise ValueError(
+            f"block_table must have a row of pages for each of window's {sequences} sequences, "
+            f"got shape {table.shape}"
+        )
+    return table
 
 
 def pages_of(block_table: jax.Array, columns: jax.Array) -> jax.Array:

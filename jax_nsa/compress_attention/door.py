@@ -282,7 +282,8 @@ def _check_pages(
     if needed is not None and counts is not None:
         needed = None if counts.host is None else needed * (counts.host > 0)
     if needed is not None:
-        paged.page_ids(table, needed, page=page, pages=pages)
+        rows = functools.partial(paged.pages_between, 0, needed, table.shape[1], page=page)
+        paged.page_ids(table, rows, pages=pages)
 
 
 def _operands(

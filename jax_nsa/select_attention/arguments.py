@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -49,33 +50,74 @@ def check_chosen(
     return indices
 
 
-def sequences_of_rows(
+class Rows(NamedTuple):
+    """Whose the rows of a query are, as far as the host knows.
+
+    Attributes:
+        sequence: int `[B, S]`, or `[T]` where rows are packed: the sequence of each row, -1 where
+            it holds no token.
+        later: the same of how many tokens of its sequence come after it in this step.
+    """
+
+    sequence: np.ndarray
+    later: np.ndarray
+
+
+def known_rows(
     counts: checks.Integers | None, leading: tuple[Any, ...], *, packed: bool
-) -> np.ndarray | None:
-    """The sequence of each row, -1 where it holds no token; None where only the program knows.
+) -> Rows | None:
+    """The rows of a query; None where only the program knows.
 
     Args:
         counts: tokens of each sequence, where they are given.
-        leading: the axes of rows that `topk_indices` has: `[T]` packed, else `[B, S]` or `[B]`.
+        leading: query's axes of rows: `[T]` packed, else `[B, S]`.
         packed: whether rows are packed.
     """
     known = counts is None or counts.host is not None
     if not known or not all(isinstance(size, int) for size in leading):
         return None
-    sequence, token = np.indices((*leading, 1) if len(leading) == 1 else leading)
-    if counts is None or counts.host is None:
-        return sequence.reshape(leading)
     if packed:
-        return np.repeat(np.arange(len(counts.host)), counts.host.astype(int))
-    return np.where(token < counts.host[sequence], sequence, -1).reshape(leading)
+        each = np.ones(leading, int)
+        if counts is not None and counts.host is not None:
+            each = counts.host.astype(int)
+        sequence = np.repeat(np.arange(len(each)), each)
+        return Rows(sequence, np.cumsum(each)[sequence] - 1 - np.arange(len(sequence)))
+    sequence, token = np.indices(leading)
+    each = np.full(leading[0], leading[1])
+    if counts is not None and counts.host is not None:
+        each = counts.host.astype(int)
+    later = each[sequence] - 1 - token
+    return Rows(np.where(later >= 0, sequence, -1), later)
 
 
-def check_window_pages(
-    table: checks.Integers, lengths: checks.Integers, counts: checks.Integers | None,
-    problem: Problem, *, page: int, pages: Any,
+def check_pages(
+    table: checks.Integers, lengths: checks.Integers, indices: checks.Integers | None,
+    rows: Rows | None, problem: Problem, *, page: int, pages: Any,
 ) -> None:  # fmt: skip
-    """Refuses page ids that a window needs and the pools do not have, where the host knows them."""
-    if table.host is None or lengths.host is None or counts is not None:
+    """Refuses page ids that tokens read and the pools do not have, where the host knows them."""
+    if lengths.host is None or rows is None:
         return
-    first = np.maximum(lengths.host - problem.window_size, 0)
-    paged.page_ids(table, lengths.host, page=page, pages=pages, first=first)
+    known = lengths.host
+    ids = None
+    if indices is not None and indices.host is not None:
+        ids = indices.host.reshape(*rows.sequence.shape, math.prod(indices.shape[-2:]))
+
+    def needed() -> np.ndarray:
+        there = rows.sequence >= 0
+        sequence = rows.sequence[there]
+        tokens = np.bincount(sequence, minlength=len(known))
+        # The windows of consecutive tokens leave no gap.
+        newest = np.where(tokens > 0, tokens - 1 + problem.window_size, 0)
+        newest *= problem.window_size > 0
+        first = np.maximum(known - newest, 0)
+        read = paged.pages_between(first, known * (newest > 0), table.shape[1], page=page)
+        if ids is not None:
+            size, end = problem.select_block_size, known[sequence] - rows.later[there]
+            block = ids[there].astype(np.int64)
+            last = np.minimum((block + 1) * size, end[:, None]) - 1
+            for column in (block * size // page + i for i in range(-(-size // page) + 1)):
+                is_read = (block >= 0) & (last >= block * size) & (column <= last // page)
+                read[np.broadcast_to(sequence[:, None], block.shape)[is_read], column[is_read]] = 1
+        return read
+
+    paged.page_ids(table, needed, pages=pages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -162,7 +163,6 @@ def nsa_select_attention_infer(
         window_size=0 if window_size is None else checks.count("window_size", window_size),
         return_lse=checks.flag("return_lse", return_lse),
         interleaved=pools.is_interleaved(kv_layout, value),
-        tokens_apart=layout != "TND",
     )
     chosen = (topk_indices, checks.count("select_block_count", select_block_count))
     results = _attend(
@@ -276,14 +276,16 @@ def _attend(
     )
     token_counts = paged.counts_of_tokens(counts, query.shape, table, packed=packed)
     counted = token_counts.get("actual_seq_qlen")
+    rows = arguments.known_rows(counted, query.shape[:-2], packed=packed)
     indices = None
     if chosen is not None:
         indices = arguments.check_chosen(chosen, query, problem, layout)
-        rows = arguments.sequences_of_rows(counted, indices.shape[:-2], packed=packed)
-        check_indices(indices, kv_lengths, rows, block=problem.select_block_size)
-    if context_axis is None and indices is None:
-        arguments.check_window_pages(
-            table, kv_lengths, counted, problem, page=page, pages=key.shape[0]
+        problem = dataclasses.replace(problem, tokens_apart=len(indices.shape) == 4)
+        sequence = None if rows is None else rows.sequence.reshape(indices.shape[:-2])
+        check_indices(indices, kv_lengths, sequence, block=problem.select_block_size)
+    if context_axis is None:  # of a sequence on several devices, nobody knows which part is here
+        arguments.check_pages(
+            table, kv_lengths, indices, rows, problem, page=page, pages=key.shape[0]
         )
 
     one_token_each = packed and counted is None
