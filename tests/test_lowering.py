@@ -75,7 +75,7 @@ def test_platforms_without_a_kernel_get_the_reference(platform):
 @needs_cpu_kernel
 def test_one_program_for_several_platforms():
     calls = custom_calls(lowered(("cpu", "cuda")))
-    assert calls == [CPU, CUDA] if compiled_for("cuda") else [CPU]
+    assert calls == ([CPU, CUDA] if compiled_for("cuda") else [CPU])
 
 
 def test_forced_kernel_of_another_platform_is_an_error():

@@ -10,7 +10,7 @@ from jax_nsa import PagedKV, nsa_attention, nsa_compress, nsa_decode_step
 from jax_nsa.blocks import Blocks
 
 PAGE, HEADS, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE = 16, 4, 2, 16, 8
-IMPLEMENTATIONS = cpu_or_reference("select_attention")
+IMPLEMENTATIONS = cpu_or_reference("compress_attention", "select_attention")
 SETTINGS = {
     "cann": {"importance": "cann"},
     "fla": {"importance": "aligned", "init_blocks": 1, "local_blocks": 2},
