@@ -51,9 +51,13 @@ def lengths(
         devices: over how many devices each sequence is split.
     """
     integers = per_sequence(name, values, sequences)
-    integers.check_range(
-        table.shape[1] * page * devices, " (the block table's pages times page_block_size)"
-    )
+    most = table.shape[1] * page * devices
+    if isinstance(most, int) and most > checks.INT32_MAX:
+        raise ValueError(
+            f"block_table's second axis times page_block_size must be at most {checks.INT32_MAX}"
+            f"{f' on {devices} devices' if devices > 1 else ''}, got {table.shape[1]} * {page}"
+        )
+    integers.check_range(most, " (the block table's pages times page_block_size)")
     return integers
 
 

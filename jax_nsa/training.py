@@ -173,7 +173,8 @@ def nsa_attention(
     Returns:
         attention, query's dtype `[B, S, N, Dv]`, summed in float32 and rounded once; with
         `return_blocks` a tuple with the blocks, int32 `[B, S, Nkv, k]`. Differentiable in all
-        arrays; the choice of blocks carries no derivative.
+        arrays; the choice of blocks carries no derivative. What a row does not see may be anything,
+        padding behind a prompt say; a row that sees a value that is not finite is NaN.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -274,7 +275,7 @@ def _rows(
     seen = (position < length[:, None])[None, :, None, None, :]
     scores = _scores(grouped, arrays["compressed_key"], problem)
     probabilities = _softmax(scores, seen)
-    compressed = _weigh(probabilities, arrays["compressed_value"])
+    compressed = _weigh(probabilities, arrays["compressed_value"], seen)
     chosen = _choose(lax.stop_gradient(probabilities), token, length, problem)
 
     # The tokens of these blocks, and the newest, of all that came.
@@ -283,14 +284,13 @@ def _rows(
     in_blocks = jnp.any(chosen[..., None] == block, axis=-2)  # [B, chunk, kv heads, S]
     age = token[:, None] - position
     scores = _scores(grouped, arrays["key"], problem)
-    selected = _softmax(scores, (in_blocks & (age >= 0)[None, :, None])[:, :, :, None])
+    in_blocks = (in_blocks & (age >= 0)[None, :, None])[:, :, :, None]
     newest = ((age >= 0) & (age < window_size))[None, :, None, None]
-    of_window = _weigh(_softmax(scores, newest), arrays["value"])
-
-    branches = (compressed, _weigh(selected, arrays["value"]), of_window)
-    attention = gated_sum(
-        gates, *(b.reshape(batch, chunk, heads, -1) for b in branches), dtype=query.dtype
+    selected, window = (
+        _weigh(_softmax(scores, seen), arrays["value"], seen) for seen in (in_blocks, newest)
     )
+    branches = (b.reshape(batch, chunk, heads, -1) for b in (compressed, selected, window))
+    attention = gated_sum(gates, *branches, dtype=query.dtype)
     return attention, chosen
 
 
@@ -314,10 +314,19 @@ def _softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
     return weights / jnp.where(total == 0.0, 1.0, total)
 
 
-def _weigh(probabilities: jax.Array, value: jax.Array) -> jax.Array:
-    return jnp.einsum(
-        "bthgi,bihd->bthgd", probabilities, value.astype(jnp.float32), precision=_EXACT
-    )
+def _weigh(probabilities: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
+    """Values by their probabilities: [B, chunk, kv heads, group, Dv].
+
+    Values that are not seen, later ones say, may be anything; to be weighed by 0 would not clear a
+    NaN. A row that sees one that is not finite is NaN.
+    """
+    finite = jnp.all(jnp.isfinite(value), axis=-1)  # [B, positions, kv heads]
+    weighed = jnp.einsum(
+        "bthgi,bihd->bthgd", probabilities,
+        jnp.where(finite[..., None], value, 0).astype(jnp.float32), precision=_EXACT,
+    )  # fmt: skip
+    spoiled = jnp.any(seen & ~jnp.moveaxis(finite, 1, 2)[:, None, :, None], axis=-1)
+    return jnp.where(spoiled[..., None], jnp.nan, weighed)
 
 
 def _choose(

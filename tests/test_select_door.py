@@ -96,6 +96,15 @@ def test_ids_of_rows_without_a_token_may_be_anything(known, squeezed):
     np.testing.assert_allclose(attention, truth.attention, rtol=1e-4, atol=1e-5)
 
 
+def test_a_table_of_more_positions_than_lengths_can_count():
+    pool = np.ones((4, 256, 32), np.float32)
+    with pytest.raises(ValueError, match=r"block_table's second axis .* got 8388608 \* 256"):
+        nsa_window_attention_infer(
+            np.ones((1, 2, 16), np.float32), pool, pool, 1.0, 2, 2, 5, 256, layout="TND",
+            block_table=np.zeros((1, 2**23), np.int32), actual_seq_kvlen=[5],
+        )  # fmt: skip
+
+
 # Page ids that are known.
 
 

@@ -139,6 +139,20 @@ def test_a_branch_without_positions_adds_nothing_whatever_its_gate():
     )
 
 
+@pytest.mark.parametrize("name", ["key", "value", "compressed_key", "compressed_value"])
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_what_a_row_does_not_see_may_be_anything(name, garbage):
+    geometry = (16, 16, 16)
+    arrays = sequences(70, geometry)
+    right = nsa_attention(**arrays, **options(geometry))
+    first = 40 if name in ("key", "value") else 3  # the window of tokens 48 to 63
+    rows = slice(None, 40 if first == 40 else 63)
+    spoiled = arrays | {name: arrays[name].at[:, first:].set(garbage)}
+    got = nsa_attention(**spoiled, **options(geometry))
+    np.testing.assert_array_equal(got[:, rows], right[:, rows])
+    assert np.all(np.isnan(np.asarray(got)[:, rows.stop]))
+
+
 def test_a_planted_peak_selects_the_block_that_holds_it():
     geometry = (16, 16, 16)
     arrays = sequences(640, geometry, batch=1)
