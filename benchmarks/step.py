@@ -8,6 +8,8 @@ The peer is mdy666's Scalable-Flash-Native-Sparse-Attention; it needs torch and 
 A program is a scan over decode steps that keeps all of their results, and what is timed is a step
 of it: with queries, gates and block tables of its own, over pools that exceed the caches. `loop` is
 the same scan around a body that only copies, so that what the scan itself costs can be seen.
+`host` is how long calls of the program take to return, for each step: XLA's own work, with the
+kernels' launches in it. Where it comes near a part's time, the host binds and not the GPU.
 Figures are medians. Each run prints a table and writes a JSON file.
 """
 
@@ -18,6 +20,7 @@ import dataclasses
 import math
 import pathlib
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +39,9 @@ from jax_nsa import (
 
 HEAD_SIZE, VALUE_SIZE, PAGE = 192, 128, 128
 COMPRESS_BLOCK, STRIDE, SELECT_BLOCK, SELECT_COUNT, WINDOW = 32, 16, 64, 16, 512
-STEPS, PROGRAMS = 32, 4  # of a program, and programs that are dispatched at once
+# Steps of a program, and programs that are dispatched at once: so many that what passes before the
+# first kernel and after the last one, some 0.5 ms, is 1 us of a step.
+STEPS, PROGRAMS = 32, 16
 ROTATED_BYTES = 256 << 20  # that the compressed caches hold, so that no cache does
 
 
@@ -186,19 +191,34 @@ def program(part: Callable[[Arrays, Arrays], Any], unroll: bool = False) -> Call
     return jax.jit(steps)
 
 
-def time_program(run: Callable[..., Any], operands: tuple[Arrays, Arrays], repeat: int) -> float:
-    """Seconds of one step, the median of programs."""
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of one step, medians of samples: until its results are there, and of the host."""
+
+    step: float
+    host: float
+
+
+def time_program(run: Callable[..., Any], operands: tuple[Arrays, Arrays], repeat: int) -> Times:
+    """Times a program, dispatched several times at once."""
+    returned: list[float] = []
+
+    def programs() -> list[Any]:
+        start = time.perf_counter()
+        results = [run(*operands) for _ in range(PROGRAMS)]
+        returned.append(time.perf_counter() - start)
+        return results
+
     jax.block_until_ready(run(*operands))
-    samples = [
-        measure.seconds(lambda: [run(*operands) for _ in range(PROGRAMS)]) for _ in range(repeat)
-    ]
-    return statistics.median(samples) / (PROGRAMS * STEPS)
+    samples = [measure.seconds(programs) for _ in range(repeat)]
+    steps = PROGRAMS * STEPS
+    return Times(statistics.median(samples) / steps, statistics.median(returned) / steps)
 
 
 def run(shape: Shape, repeat: int, peer: pathlib.Path | None) -> dict[str, Any]:
     """Times one shape; returns its row of the results."""
     operands = problem(shape)
-    seconds = {
+    times = {
         name: time_program(program(part), operands, repeat) for name, part in parts(shape).items()
     }
     bandwidth = measure.DeviceBandwidth()
@@ -206,7 +226,8 @@ def run(shape: Shape, repeat: int, peer: pathlib.Path | None) -> dict[str, Any]:
         "shape": dataclasses.asdict(shape),
         "floor_bytes": shape.floors,
         "read_bandwidth": statistics.median(bandwidth.sample() for _ in range(5)),
-        "seconds": seconds,
+        "seconds": {name: part.step for name, part in times.items()},
+        "host_seconds": {name: part.host for name, part in times.items()},
     }
     del operands, bandwidth
     if peer is not None and shape.tokens == 1:
@@ -217,7 +238,8 @@ def run(shape: Shape, repeat: int, peer: pathlib.Path | None) -> dict[str, Any]:
 def print_row(name: str, row: dict[str, Any]) -> None:
     """One line for each part, in microseconds."""
     for part, seconds in row["seconds"].items():
-        line = f"{name:18}{part:18}{seconds * 1e6:9.1f}"
+        host = row["host_seconds"][part]
+        line = f"{name:18}{part:18}{seconds * 1e6:9.1f}   host {host * 1e6:5.1f}"
         if part in row["floor_bytes"]:
             floor = row["floor_bytes"][part] / row["read_bandwidth"]
             line += f"   floor {floor * 1e6:7.1f}, {floor / seconds:6.1%} of the read bandwidth"

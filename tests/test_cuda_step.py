@@ -200,6 +200,45 @@ def assert_same(results, expected):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+STEPS_OF_SCAN = 5
+SHORT, LONG = 4000, 60000  # tokens of each of its sequences
+
+
+def scan_over_a_batch(length, tokens):
+    """A scan over steps that keeps their results, and what each step has of its own."""
+    sequences, heads, size, page, pages = 24, 4, 128, 128, 64
+    compressed_length = (length - 32) // 16 + 1
+    random = np.random.default_rng(length)
+
+    def cache(rows):
+        shape = STEPS_OF_SCAN, sequences, -(-rows // page)
+        table = random.integers(0, pages, shape, np.int32)
+        pool = random.standard_normal((2, pages, page, heads * size)).astype("bfloat16")
+        lengths = jnp.full(sequences, rows, jnp.int32)
+        return jnp.asarray(pool), jnp.asarray(table), lengths
+
+    original, compressed = cache(length), cache(compressed_length)
+    rows = STEPS_OF_SCAN, sequences * tokens, 64
+    query = jnp.asarray(random.standard_normal((*rows, size)), "bfloat16")
+    gates = jnp.asarray(random.uniform(0, 1, (*rows, 3)), jnp.float32)
+
+    def step(_, own):
+        query, gates, *tables = own
+        caches = [
+            PagedKV(pool[0], pool[1], table, lengths)
+            for (pool, _, lengths), table in zip((compressed, original), tables, strict=True)
+        ]
+        return None, nsa_decode_step(
+            query, gates, *caches, scale_value=size**-0.5, head_num=64,
+            key_value_head_num=heads, select_block_size=64, select_block_count=16,
+            compress_block_size=32, compress_stride=16, window_size=512,
+            actual_seq_qlen=None if tokens == 1 else [tokens] * sequences,
+        )  # fmt: skip
+
+    own = query, gates, compressed[1], original[1]
+    return (lambda *own: jax.lax.scan(step, None, own)[1]), own
+
+
 @pytest.mark.cuda
 class TestOnGpu:
     """The bits of the composed step."""
@@ -234,44 +273,41 @@ class TestOnGpu:
             assert_same(results, apart(run)(*arrays))
 
     @pytest.mark.parametrize("tokens", [1, 3])
-    @pytest.mark.parametrize("length", [4000, 60000])
+    @pytest.mark.parametrize("length", [SHORT, LONG])
     def test_scan_over_a_batch(self, apart, length, tokens):
         """In a command buffer; of the longer sequences the second kernel begins early."""
-        sequences, heads, size, page, pages = 24, 4, 128, 128, 64
-        compressed_length = (length - 32) // 16 + 1
-        random = np.random.default_rng(length)
-
-        def cache(rows):
-            table = random.integers(0, pages, (5, sequences, -(-rows // page)), np.int32)
-            pool = random.standard_normal((2, pages, page, heads * size)).astype("bfloat16")
-            lengths = jnp.full(sequences, rows, jnp.int32)
-            return jnp.asarray(pool), jnp.asarray(table), lengths
-
-        original, compressed = cache(length), cache(compressed_length)
-        rows = sequences * tokens
-        query = jnp.asarray(random.standard_normal((5, rows, 64, size)), "bfloat16")
-        gates = jnp.asarray(random.uniform(0, 1, (5, rows, 64, 3)), jnp.float32)
-
-        def step(_, own):
-            query, gates, *tables = own
-            caches = [
-                PagedKV(pool[0], pool[1], table, lengths)
-                for (pool, _, lengths), table in zip((compressed, original), tables, strict=True)
-            ]
-            return None, nsa_decode_step(
-                query, gates, *caches, scale_value=size**-0.5, head_num=64,
-                key_value_head_num=heads, select_block_size=64, select_block_count=16,
-                compress_block_size=32, compress_stride=16, window_size=512,
-                actual_seq_qlen=None if tokens == 1 else [tokens] * sequences,
-            )  # fmt: skip
-
-        own = (query, gates, compressed[1], original[1])
-        scan = lambda *own: jax.lax.scan(step, None, own)[1]  # noqa: E731
+        scan, own = scan_over_a_batch(length, tokens)
         program, expected = jax.jit(scan), apart(scan)(*own)
         for _ in range(20):
             assert_same(program(*own), expected)
         moved = jax.tree.map(jnp.array, own)  # other buffers
         assert_same(program(*moved), expected)
+
+    @pytest.mark.parametrize("length", [SHORT, LONG])
+    def test_what_the_profiler_sees_of_it(self, tmp_path, length):
+        """Both kernels in command buffers, and the second one before the first is through."""
+        scan, own = scan_over_a_batch(length, tokens=1)
+        program = jax.jit(scan)
+        jax.block_until_ready(program(*own))
+        with jax.profiler.trace(tmp_path):
+            jax.block_until_ready(program(*own))
+        [profile] = tmp_path.glob("**/*.xplane.pb")
+        kernels = {"CompressAttention": [], "SelectAttention": []}
+        for plane in jax.profiler.ProfileData.from_file(str(profile)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for event in (event for line in plane.lines for event in line.events):
+                for name in kernels:
+                    if re.search(rf"\b{name}\b", event.name):
+                        kernels[name].append((event.start_ns, event.end_ns, dict(event.stats)))
+        if not any(kernels.values()):
+            pytest.skip("the profiler sees no kernels, as without CUPTI")
+        first, second = (sorted(found, key=lambda kernel: kernel[0]) for found in kernels.values())
+        assert len(first) == len(second) == STEPS_OF_SCAN
+        assert all("cuda_graph_id" in stats for *_, stats in (*first, *second))
+        can = float(jax.devices()[0].compute_capability) >= 9
+        early = [start < end for (_, end, _), (start, _, _) in zip(first, second, strict=True)]
+        assert early == [can and length == LONG] * STEPS_OF_SCAN
 
     def test_export(self, apart):
         run, arrays = step_of(arguments_of(USUAL), "cuda")

@@ -4,10 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
-
 #include "cuda/handlers.h"
 #include "cuda/queue.h"
+#include "cuda/step_plan.h"
 #include "step_call.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -16,20 +15,10 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Beginning early pays where each multiprocessor has so many bytes of compressed keys and values to
-// read that some are through long before others. Where they have less it costs a little.
-constexpr int64_t kLongBytes = 256 << 10;
-
 cudaError_t FindMultiprocessors(int* count) {
   int device = 0;
   if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
   return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
-}
-
-bool IsLong(const PagedProblem& problem, int multiprocessors) {
-  const int64_t position = problem.key_value_heads * (problem.head_size + problem.value_size) *
-                           ElementSize(problem.dtype);
-  return problem.sequences * problem.capacity() * position >= kLongBytes * multiprocessors;
 }
 
 ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
@@ -42,7 +31,7 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   }
   ffi::Error error = Queue(call->compressed, stream);
   if (error.success()) {
-    const bool early = IsLong(call->compressed.problem, multiprocessors);
+    const bool early = BeginsEarly(call->compressed.problem, multiprocessors);
     error = Queue(call->chosen, early, stream);
   }
   if (error.success() && call->window) error = Queue(*call->window, /*early=*/false, stream);
