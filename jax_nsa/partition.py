@@ -91,12 +91,14 @@ def by_device(
     split = _splits_of(sharding.spec, axes.operands[0], _splittable(axes, splits))
     shards = _shards(sharding.mesh, split.get("h"))
     part = problem.with_heads(axes.sizes["h"] // shards)
-    return jax.shard_map(
-        functools.partial(function, part),
-        mesh=sharding.mesh,
-        in_specs=tuple(specs(axes.operands, split)),
+    in_specs = tuple(specs(axes.operands, split))
+    mapped = jax.shard_map(
+        functools.partial(function, part), mesh=sharding.mesh, in_specs=in_specs,
         out_specs=list(specs(axes.results, split)),
-    )
+    )  # fmt: skip
+    # Whole ones are cut: jax.shard_map wants each as its spec has it.
+    shardings = [NamedSharding(sharding.mesh, spec) for spec in in_specs]
+    return lambda *arrays: mapped(*map(jax.sharding.reshard, arrays, shardings))
 
 
 def whole_in_front(array: jax.Array) -> jax.Array:

@@ -118,6 +118,28 @@ def test_a_mesh_axis_of_one_device(axis):
         np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("cache", [(), (None, None, "h")])
+def test_gradient_on_an_explicit_mesh(cache):
+    """Of parts whose operands are split as query, whole, or lost the mesh axis of one device."""
+    arguments = arguments_of(Step(replace(USUAL.original, key_value_heads=1, hostile=False)))
+    run, arrays = step_of(arguments, "reference")
+
+    def gradient(query, *others):
+        return jax.grad(lambda q: (run(q, *others)[0] ** 2).sum())(query)
+
+    truth = jax.jit(gradient)(*arrays)
+    mesh = jax.make_mesh((2, 1), ("b", "h"), (AxisType.Explicit,) * 2, devices=jax.devices()[:2])
+    table = ("b",) if cache else ()
+    caches = PagedKV(P(*cache), P(*cache), P(*table), P(*table))
+    placed = jax.tree.map(
+        lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)),
+        tuple(arrays), (P("b", "h"), P("b", "h"), caches, caches),
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        result = jax.jit(gradient)(*placed)
+    np.testing.assert_allclose(result, truth, rtol=1e-4, atol=1e-6)
+
+
 def test_caches_split_over_positions():
     """Each device holds the pages of its columns of every block table."""
     original = replace(
