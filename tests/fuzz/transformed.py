@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -64,7 +65,8 @@ def check_mesh(tester: Any, known: Operator, geometry: Any, random: Random) -> N
         axis_types=(axis_type,) * 2,
         devices=jax.devices()[: rows * parts],
     )
-    split = None if together else "b"
+    # Reshapes, such as to one pool, take an axis of one device for any.
+    split = {"b": None if together else "b", "h": "h" if parts > 1 or tester.rank is None else None}
     specs = {n: _specs(n, arguments[n], of, split) for n in _arrays(arguments)}
     arrays = {
         n: jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), arguments[n], its)
@@ -93,7 +95,7 @@ def _divisors(number: int, most: int) -> list[int]:
     return [n for n in range(1, most + 1) if number % n == 0]
 
 
-def _specs(name: str, value: Any, geometry: Any, split: str | None) -> Any:
+def _specs(name: str, value: Any, geometry: Any, split: Mapping[str, str | None]) -> Any:
     """How an argument, or each array of one that has several, is split over a mesh."""
     if isinstance(value, PagedKV):
         arrays = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -108,8 +110,8 @@ def _head_axis(geometry: Any) -> int:
     return 1 if getattr(geometry, "layout", "TND") == "TND" else 2
 
 
-def _spec(name: str, rank: int, geometry: Any, split: str | None) -> list[str | None]:
-    """The mesh axis, or none, of each of an array's axes; `split` is that of sequences."""
+def _spec(name: str, rank: int, geometry: Any, split: Mapping[str, str | None]) -> list[str | None]:
+    """The mesh axis, or none, of each of an array's axes; `split` has that of either split."""
     rows = _head_axis(geometry)
     of_heads = {
         "query": rows, "gates": rows, "topk_indices": rows, "key": 2, "value": 2, "input": 2,
@@ -117,9 +119,9 @@ def _spec(name: str, rank: int, geometry: Any, split: str | None) -> list[str | 
     }  # fmt: skip
     axes: list[str | None] = [None] * rank
     if name in OF_SEQUENCES:
-        axes[0] = split
+        axes[0] = split["b"]
     if name in of_heads:
-        axes[of_heads[name]] = "h"
+        axes[of_heads[name]] = split["h"]
     return axes
 
 
