@@ -1,6 +1,7 @@
 """The compiled library: how it is found and refused, and what it answers to lying callers."""
 
 import ast
+import atexit
 import importlib
 import inspect
 import itertools
@@ -83,6 +84,25 @@ def test_missing_kernel_is_told_from_a_missing_library(reload):
     assert native.unavailable("cuda", "other") == (
         "the installed library was compiled without its cuda kernel"
     )
+
+
+def test_missing_kernel_of_one_operator_is_told_from_missing_kernels(reload):
+    reload(library(RUNTIME, cpu={"jax_nsa_target_cpu": ("cpu", object())}))
+    assert native.unavailable("cpu", "other") == (
+        "the installed library was compiled without its cpu kernel of other"
+    )
+
+
+def test_what_ascend_holds_is_released_at_exit(reload, monkeypatch):
+    """Before CANN's own static objects go."""
+    kept = []
+    monkeypatch.setattr(atexit, "register", kept.append)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)
+    built = library(RUNTIME, cpu={"a": ("cpu", 1)}, ascend={"b": ("cpu", 2)}, cuda={})
+    built.ascend_release = object()
+    reload(built)
+    native.register()
+    assert kept == [built.ascend_release]
 
 
 def test_register_hands_each_target_to_jax_with_its_platform(reload, monkeypatch):
