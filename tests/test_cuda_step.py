@@ -114,6 +114,13 @@ class TestProgram:
         run, arrays = step_of(arguments_of(USUAL), None)
         assert calls_in(lowered(run, arrays)) == APART
 
+    def test_one_call_alone(self, monkeypatch):
+        """Without chosen blocks and a window there is nothing to make one."""
+        none = lambda query, *_, **__: jnp.zeros((2, *query.shape[:-1], 1), query.dtype)  # noqa: E731
+        monkeypatch.setattr(step_module, "nsa_select_attention_infer", none)
+        run, arrays = step_of(arguments_of(USUAL), None)
+        assert calls_in(lowered(run, arrays)) == APART[:1]
+
     @pytest.mark.parametrize("implementation", ["reference", ("reference", "cuda")])
     def test_another_implementation(self, implementation):
         run, arrays = step_of(arguments_of(USUAL), implementation)
