@@ -1,19 +1,14 @@
 """Native Sparse Attention's decode step for JAX."""
 
+import importlib
 import pkgutil
+from typing import TYPE_CHECKING, Any
 
 # In a source tree, which has no compiled library, Python finds the installed package's.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from jax_nsa.cache import PagePools
-from jax_nsa.compress.door import nsa_compress_infer
-from jax_nsa.compress_attention.door import nsa_compress_attention_infer
+from jax_nsa import native
 from jax_nsa.native import RELEASE, export_disabled_checks
-from jax_nsa.pages import PageTables
-from jax_nsa.positions import block_positions
-from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
-from jax_nsa.step import PagedKV, nsa_decode_step
-from jax_nsa.training import nsa_attention, nsa_compress
 
 __version__ = RELEASE
 
@@ -31,3 +26,41 @@ __all__ = [
     "nsa_select_attention_infer",
     "nsa_window_attention_infer",
 ]
+
+# A process that imports jax_nsa can run the programs that another one exported.
+native.register()
+
+if TYPE_CHECKING:
+    from jax_nsa.cache import PagePools
+    from jax_nsa.compress.door import nsa_compress_infer
+    from jax_nsa.compress_attention.door import nsa_compress_attention_infer
+    from jax_nsa.pages import PageTables
+    from jax_nsa.positions import block_positions
+    from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
+    from jax_nsa.step import PagedKV, nsa_decode_step
+    from jax_nsa.training import nsa_attention, nsa_compress
+else:
+    # All else is found when it is first named, by the imports above.
+    _HOMES = {
+        "PagePools": "cache",
+        "PageTables": "pages",
+        "PagedKV": "step",
+        "block_positions": "positions",
+        "nsa_attention": "training",
+        "nsa_compress": "training",
+        "nsa_compress_attention_infer": "compress_attention.door",
+        "nsa_compress_infer": "compress.door",
+        "nsa_decode_step": "step",
+        "nsa_select_attention_infer": "select_attention.door",
+        "nsa_window_attention_infer": "select_attention.door",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_HOMES})

@@ -99,10 +99,14 @@ def _joined(
         return None
     names = [result.name for result in first.operator.results(first.problem)]
     results = dict(zip(names, equations[0].outvars, strict=True))
+    computed = _computed_from_calls(jaxpr)
     for equation, (_, call) in zip(equations[1:], later, strict=True):
         for name, operand in zip(call.names, equation.invars, strict=True):
-            if name in results and not _is_handed_on(jaxpr, results[name], operand):
-                return None
+            if name in results:
+                if not _is_handed_on(jaxpr, results[name], operand):
+                    return None
+            elif not _is_literal(operand) and operand in computed:
+                return None  # all operands must be there before the joint call
     joint = backend.joint([call for _, call in chosen], platform)
     return None if joint is None else functools.partial(_run_joined, jaxpr, joint)
 
@@ -164,6 +168,17 @@ def _compute(equation: Any, inputs: Sequence[Any]) -> Sequence[Any]:
         return inputs
     outputs = its.bind(*inputs, **its.get_bind_params(equation.params))
     return outputs if its.multiple_results else [outputs]
+
+
+def _computed_from_calls(jaxpr: Any) -> set[Any]:
+    """What depends on results of operators' calls."""
+    computed: set[Any] = set()
+    operators = _operators()
+    for equation in jaxpr.eqns:
+        inputs = (atom for atom in equation.invars if not _is_literal(atom))
+        if equation.primitive in operators or any(atom in computed for atom in inputs):
+            computed |= set(equation.outvars)
+    return computed
 
 
 def _is_handed_on(jaxpr: Any, result: Any, operand: Any) -> bool:

@@ -34,7 +34,7 @@ def main() -> int:
         print(textwrap.fill(advice, width=100, break_long_words=False, break_on_hyphens=False))
 
     reasons = {
-        name: {o.target: backends.why_not(b, o, platform) for o in OPERATORS.values()}
+        name: {n: backends.why_not(b, o, platform) for n, o in sorted(OPERATORS.items())}
         for name, b in backends.ALL.items()
     }
     served = {name: {t for t, why in of.items() if why is None} for name, of in reasons.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import importlib
 import pathlib
@@ -98,10 +99,17 @@ def export_disabled_checks() -> list[jax.export.DisabledSafetyCheck]:
     return [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
 
 
-def register(backend: str) -> None:
-    """Registers the custom-call targets that were compiled for `backend`."""
-    for name, (platform, handler) in _targets(backend).items():
-        jax.ffi.register_ffi_target(name, handler, platform=platform)
+def register() -> None:
+    """Registers all custom-call targets that were compiled with JAX, if the library is usable.
+
+    Of Ascend's they need no CANN: its libraries are looked for when a call or an answer needs them.
+    """
+    for backend in compiled():
+        for name, (platform, handler) in _targets(backend).items():
+            jax.ffi.register_ffi_target(name, handler, platform=platform)
+        if backend == "ascend":
+            # While CANN still stands: its own static objects go when the process exits.
+            atexit.register(module().ascend_release)
 
 
 def target_name(backend: str, operator: str) -> str:

@@ -96,11 +96,16 @@ class PageTables:
         slots, pages = checks.count("slots", slots), checks.count("pages", pages)
         columns = checks.count("pages_per_slot", pages_per_slot)
         page = paged.page_size(page_block_size)
-        if columns * page > checks.INT32_MAX:
-            raise ValueError(
-                f"pages_per_slot * page_block_size must be at most {checks.INT32_MAX}, "
-                f"got {columns} * {page}"
-            )
+        # Numbers of positions, of rows in a pool, and of pages that all slots ask for are int32.
+        for name, factor, by, times in (
+            ("pages_per_slot", columns, "page_block_size", page),
+            ("pages", pages, "page_block_size", page),
+            ("slots", slots, "pages_per_slot", columns),
+        ):
+            if factor * times > checks.INT32_MAX:
+                raise ValueError(
+                    f"{name} * {by} must be at most {checks.INT32_MAX}, got {factor} * {times}"
+                )
         size = checks.integer("compress_block_size", compress_block_size)
         blocks.check_block_size("compress_block_size", size)
         stride = checks.integer("compress_stride", compress_stride)

@@ -91,12 +91,14 @@ def by_device(
     split = _splits_of(sharding.spec, axes.operands[0], _splittable(axes, splits))
     shards = _shards(sharding.mesh, split.get("h"))
     part = problem.with_heads(axes.sizes["h"] // shards)
-    return jax.shard_map(
-        functools.partial(function, part),
-        mesh=sharding.mesh,
-        in_specs=tuple(specs(axes.operands, split)),
+    in_specs = tuple(specs(axes.operands, split))
+    mapped = jax.shard_map(
+        functools.partial(function, part), mesh=sharding.mesh, in_specs=in_specs,
         out_specs=list(specs(axes.results, split)),
-    )
+    )  # fmt: skip
+    # Whole ones are cut: jax.shard_map wants each as its spec has it.
+    shardings = [NamedSharding(sharding.mesh, spec) for spec in in_specs]
+    return lambda *arrays: mapped(*map(jax.sharding.reshard, arrays, shardings))
 
 
 def whole_in_front(array: jax.Array) -> jax.Array:
@@ -130,13 +132,20 @@ def cut_as_sequences(name: str, integers: jax.Array, query: jax.Array, packed: b
 
 def _check_sharding(name: str, operand: Any, spec: PartitionSpec, like: tuple[str, Any]) -> None:
     """Refuses an operand that is neither whole, and so cut without a collective, nor as `spec`."""
-    actual = operand.sharding.spec
-    if any(actual) and actual != spec:
+    actual, mesh = operand.sharding.spec, operand.sharding.mesh
+    cut = _cut(mesh, actual)
+    if any(cut) and cut != _cut(mesh, spec):
         raise ValueError(
             f"{name} is sharded as {actual} and must be as {spec} to go with "
             f"{like[0]}'s {like[1].sharding.spec}: sequences and key/value heads split, all else "
             "stays whole; use jax.sharding.reshard"
         )
+
+
+def _cut(mesh: Any, spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """Over which mesh axes each dimension is cut: one of size 1 cuts none, and reshapes lose it."""
+    each = ((names,) if isinstance(names, str) else names or () for names in spec)
+    return [tuple(name for name in names if mesh.shape[name] > 1) for names in each]
 
 
 def partitioned(backend: Backend, call: Call, axes: Axes) -> Callable[..., Any]:

@@ -187,14 +187,16 @@ def remedy(shape: tuple[Any, ...], heads: int) -> str:
             "size)"
         )
     if len(shape) == 3 and shape[1] > PAGE_MAX:
-        if shape[0] == heads:
-            return (
-                "; [heads, tokens, size] become pages by jnp.swapaxes(..., 0, 1).reshape(-1, "
-                "page, heads, size)"
-            )
+        dense = (
+            "a dense [sequences, tokens, heads * size] becomes pages by reshape(-1, page, heads * "
+            "size)"
+        )
+        if shape[0] != heads:
+            return f"; {dense}"
+        # As many sequences as heads look like this, too.
         return (
-            "; a dense [sequences, tokens, heads * size] becomes pages by reshape(-1, page, heads "
-            "* size)"
+            "; [heads, tokens, size] become pages by jnp.swapaxes(..., 0, 1).reshape(-1, page, "
+            f"heads, size), {dense}"
         )
     return ""
 

@@ -76,6 +76,9 @@ def test_tables_refuse(method, argument, error, message):
             ValueError,
             "pages_per_slot \\* page_block_size must be at most",
         ),
+        # Beyond it, rows would be dropped, and slots promised pages that there are not.
+        ({"pages": 2**28}, ValueError, "pages \\* page_block_size must be at most"),
+        ({"slots": 2**29}, ValueError, "slots \\* pages_per_slot must be at most"),
         ({"compress_stride": 24}, ValueError, "compress_stride must be one of"),
         ({"compress_block_size": 40}, ValueError, "compress_block_size must be a multiple of 16"),
     ],

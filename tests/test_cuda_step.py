@@ -18,6 +18,7 @@ from step.calls import PACKED, TOKENS, USUAL, step_of
 from step.problems import arguments_of, steps
 
 from jax_nsa import PagedKV, chain, export_disabled_checks, native, nsa_decode_step
+from jax_nsa import step as step_module
 from jax_nsa.backends import cuda
 
 STEPS = {
@@ -101,6 +102,24 @@ class TestProgram:
         stacked = jax.tree.map(lambda x: jnp.stack([x, x]), selected)
         mapped = jax.vmap(run, (None, None, None, 0))
         assert calls_in(lowered(mapped, (query, gates, compressed, stacked))) == APART
+
+    def test_what_else_is_computed_from_the_first_call(self, monkeypatch):
+        """The joint call would have it computed from zeros: its operands are there before it is."""
+        select = step_module.nsa_select_attention_infer
+
+        def later(query, key, value, indices, **options):
+            return select(query + indices.sum().astype(query.dtype), key, value, indices, **options)
+
+        monkeypatch.setattr(step_module, "nsa_select_attention_infer", later)
+        run, arrays = step_of(arguments_of(USUAL), None)
+        assert calls_in(lowered(run, arrays)) == APART
+
+    def test_one_call_alone(self, monkeypatch):
+        """Without chosen blocks and a window there is nothing to make one."""
+        none = lambda query, *_, **__: jnp.zeros((2, *query.shape[:-1], 1), query.dtype)  # noqa: E731
+        monkeypatch.setattr(step_module, "nsa_select_attention_infer", none)
+        run, arrays = step_of(arguments_of(USUAL), None)
+        assert calls_in(lowered(run, arrays)) == APART[:1]
 
     @pytest.mark.parametrize("implementation", ["reference", ("reference", "cuda")])
     def test_another_implementation(self, implementation):

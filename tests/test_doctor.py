@@ -32,9 +32,6 @@ class Impostor:
         self._target = target
         self._spoil = spoil
 
-    def register(self):
-        HONEST.register()
-
     def unavailable(self, operator, platform):
         return None
 

@@ -114,3 +114,34 @@ def test_log_sum_exp_is_of_the_products_alone(implementation, spread):
     peak = products.max(-1, keepdims=True)
     want = np.log(np.exp(products - peak).sum(-1)) + peak[:, 0]
     np.testing.assert_allclose(np.ravel(lse), want, rtol=1e-5)
+
+
+def test_the_last_positions_that_int32_counts(implementation):
+    """The last block ends past them, where a sum with its size would be negative."""
+    page, block, window = 112, 96, 40
+    columns = (2**31 - 16) // page
+    length = columns * page
+    assert (length // block + 1) * block > 2**31
+    arguments = operands("float32", 1.0, 1.0)
+    random = np.random.default_rng(1)
+    key, value = random.standard_normal((2, page, SIZE)).astype(np.float32)
+    arguments |= {
+        "key": key[None], "value": value[None], "page_block_size": page, "select_block_size": block,
+        "block_table": jnp.zeros((1, columns), jnp.int32),  # all of one page
+    }  # fmt: skip
+    attentions = jax_nsa.nsa_select_attention_infer(
+        **arguments,
+        topk_indices=jnp.asarray([[[[(length - 1) // block, -1]]]], jnp.int32),
+        actual_seq_kvlen=jnp.asarray([length], jnp.int32),
+        select_block_count=2,
+        window_size=window,
+        implementation=implementation,
+    )
+    query = np.asarray(arguments["query"])[0, 0]
+    for attention, first in zip(
+        attentions, (length // block * block, length - window), strict=True
+    ):
+        rows = np.arange(first, length) % page
+        weights = np.exp(query @ key[rows].T * SIZE**-0.5)
+        expected = (weights / weights.sum(-1, keepdims=True)) @ value[rows]
+        np.testing.assert_allclose(attention[0, 0], expected, rtol=1e-4, atol=1e-5)

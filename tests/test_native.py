@@ -1,6 +1,9 @@
 """The compiled library: how it is found and refused, and what it answers to lying callers."""
 
+import ast
+import atexit
 import importlib
+import inspect
 import itertools
 import pathlib
 import subprocess
@@ -13,6 +16,7 @@ import jaxlib.version
 import numpy as np
 import pytest
 
+import jax_nsa
 from jax_nsa import backends, native
 from jax_nsa.compress_attention.door import OPERATOR
 
@@ -54,7 +58,7 @@ def test_library_for_another_api_is_refused_with_the_remedy(reload, monkeypatch,
     registered = []
     monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *a, **k: registered.append(a))
     reload(library(version, cpu={"jax_nsa_target_cpu": ("cpu", object())}))
-    native.register("cpu")
+    native.register()
     assert registered == []
     reason = native.unavailable("cpu", "target")
     for part in (
@@ -70,7 +74,7 @@ def test_library_for_another_api_is_refused_with_the_remedy(reload, monkeypatch,
 
 def test_missing_library_says_what_to_install(reload):
     reload(None)  # what makes an import fail
-    native.register("cpu")
+    native.register()
     assert "jax_nsa._native cannot be loaded" in native.unavailable("cpu", "target")
     assert "pip install ." in native.unavailable("cpu", "target")
 
@@ -82,6 +86,25 @@ def test_missing_kernel_is_told_from_a_missing_library(reload):
     )
 
 
+def test_missing_kernel_of_one_operator_is_told_from_missing_kernels(reload):
+    reload(library(RUNTIME, cpu={"jax_nsa_target_cpu": ("cpu", object())}))
+    assert native.unavailable("cpu", "other") == (
+        "the installed library was compiled without its cpu kernel of other"
+    )
+
+
+def test_what_ascend_holds_is_released_at_exit(reload, monkeypatch):
+    """Before CANN's own static objects go."""
+    kept = []
+    monkeypatch.setattr(atexit, "register", kept.append)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)
+    built = library(RUNTIME, cpu={"a": ("cpu", 1)}, ascend={"b": ("cpu", 2)}, cuda={})
+    built.ascend_release = object()
+    reload(built)
+    native.register()
+    assert kept == [built.ascend_release]
+
+
 def test_register_hands_each_target_to_jax_with_its_platform(reload, monkeypatch):
     registered = []
     monkeypatch.setattr(
@@ -90,8 +113,8 @@ def test_register_hands_each_target_to_jax_with_its_platform(reload, monkeypatch
         lambda name, handler, platform: registered.append((name, handler, platform)),
     )
     reload(library(RUNTIME, cpu={"a": ("cpu", 1), "b": ("cpu", 2)}, cuda={"c": ("CUDA", 3)}))
-    native.register("cpu")
-    assert registered == [("a", 1, "cpu"), ("b", 2, "cpu")]
+    native.register()
+    assert registered == [("a", 1, "cpu"), ("b", 2, "cpu"), ("c", 3, "CUDA")]
 
 
 def test_call_that_no_kernel_serves_repeats_the_reason(reload):
@@ -373,15 +396,35 @@ def test_kernel_takes_the_same_call_unchanged():
     np.testing.assert_array_equal(scores, 0)
 
 
+def loaded_by(code):
+    """The modules that some code loads beyond jax."""
+    program = (
+        f"import jax, sys; before = set(sys.modules); {code}; print(*set(sys.modules) - before)"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.split()
+
+
 def test_import_is_light():
-    """What `import jax_nsa` loads beyond jax is its own; all of Pallas costs twice as much."""
-    loaded = "import jax, sys; before = set(sys.modules); import jax_nsa; "
-    told = subprocess.run(
-        [sys.executable, "-c", loaded + "print(*set(sys.modules) - before)"],
-        capture_output=True, text=True, check=True, timeout=60,
-    ).stdout.split()  # fmt: skip
-    assert "jax_nsa.step" in told
-    assert not [name for name in told if "pallas" in name]
+    """What is exported is loaded when it is first named; all of Pallas would cost more."""
+    assert set(loaded_by("import jax_nsa")) <= {
+        "jax_nsa", "jax_nsa.native", "jax_nsa._native", "jax_nsa.axes", "atexit", "pkgutil",
+    }  # fmt: skip
+    everything = loaded_by("from jax_nsa import *")
+    assert {"jax_nsa.step", "jax_nsa.training"} <= set(everything)
+    assert not [name for name in everything if "pallas" in name]
+
+
+def test_exports_are_found_where_type_checkers_find_them():
+    [lazily] = [n for n in ast.parse(inspect.getsource(jax_nsa)).body if isinstance(n, ast.If)]
+    told = {name.name: node.module for node in lazily.body for name in node.names}
+    assert told == {name: f"jax_nsa.{home}" for name, home in jax_nsa._HOMES.items()}
+    assert {*told, "export_disabled_checks"} == set(jax_nsa.__all__) <= set(dir(jax_nsa))
+    for name, home in told.items():
+        assert getattr(jax_nsa, name) is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="no attribute 'nsa_decode'"):
+        jax_nsa.nsa_decode  # noqa: B018
 
 
 if __name__ == "__main__":

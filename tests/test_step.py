@@ -261,7 +261,8 @@ def test_refusals_tell_which_cache(cache, field, value, message):
         ((8, 2, 16, 16), "got .*; where heads come before rows, jnp.swapaxes"),
         ((8, 20, 16, 16), r"got \(8, 20, 16, 16\)$"),  # no axis is that of two heads
         ((4, 4096, 32), "got .*; a dense .*sequences, tokens, heads \\* size.* reshape"),
-        ((2, 4096, 16), "got .*; .*heads, tokens, size.* jnp.swapaxes"),
+        # Two heads, or two sequences.
+        ((2, 4096, 16), r"got .*; .*heads, tokens, size.* jnp.swapaxes.*dense \[sequences, tokens"),
         ((16, 24), "size\\], where a page has a multiple of 16 rows up to 256, got \\(16, 24\\)$"),
     ],
 )

@@ -99,6 +99,47 @@ def test_devices_share_a_step(split, axis, implementation):
     assert tuple(results[0].sharding.spec)[: len(specs["query"])] == specs["query"]
 
 
+@pytest.mark.parametrize("axis", [AxisType.Auto, AxisType.Explicit])
+def test_a_mesh_axis_of_one_device(axis):
+    """Heads of which there is one, split over it, are whole: the chosen blocks are handed on so."""
+    arguments = arguments_of(Step(replace(USUAL.original, key_value_heads=1, hostile=False)))
+    run, (query, gates, *caches) = step_of(arguments, None)
+    truth = jax.jit(run)(query, gates, *caches)
+    mesh = jax.make_mesh((2, 1), ("b", "h"), (axis,) * 2, devices=jax.devices()[:2])
+    cache = PagedKV(P(None, None, "h"), P(None, None, "h"), P("b"), P("b"))
+    specs = (P("b", "h"), P("b", "h"), *[cache] * len(caches))
+    placed = jax.tree.map(
+        lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)),
+        (query, gates, *caches), specs,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        results = jax.jit(run)(*placed)
+    for result, right in zip(results, truth, strict=True):
+        np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache", [(), (None, None, "h")])
+def test_gradient_on_an_explicit_mesh(cache):
+    """Of parts whose operands are split as query, whole, or lost the mesh axis of one device."""
+    arguments = arguments_of(Step(replace(USUAL.original, key_value_heads=1, hostile=False)))
+    run, arrays = step_of(arguments, "reference")
+
+    def gradient(query, *others):
+        return jax.grad(lambda q: (run(q, *others)[0] ** 2).sum())(query)
+
+    truth = jax.jit(gradient)(*arrays)
+    mesh = jax.make_mesh((2, 1), ("b", "h"), (AxisType.Explicit,) * 2, devices=jax.devices()[:2])
+    table = ("b",) if cache else ()
+    caches = PagedKV(P(*cache), P(*cache), P(*table), P(*table))
+    placed = jax.tree.map(
+        lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec)),
+        tuple(arrays), (P("b", "h"), P("b", "h"), caches, caches),
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        result = jax.jit(gradient)(*placed)
+    np.testing.assert_allclose(result, truth, rtol=1e-4, atol=1e-6)
+
+
 def test_caches_split_over_positions():
     """Each device holds the pages of its columns of every block table."""
     original = replace(

@@ -54,8 +54,8 @@ SELECT_MUTANTS = {
         "usual",
     ),
     "a window without the current token": (
-        "positions = jnp.where(positions < limit, positions, capacity)",
-        "positions = jnp.where(positions < limit - 1, positions, capacity)",
+        "jnp.where(after < limit - start, start + after, capacity)",
+        "jnp.where(after < limit - start - 1, start + after, capacity)",
         "usual",
     ),
     "garbage that is not read is not cleared": (

@@ -73,9 +73,6 @@ class Backend(Protocol):
     PLATFORMS: tuple[str, ...] | None  # XLA platforms it runs on; None: all
     DEFAULT_PLATFORMS: tuple[str, ...] | None  # those it is chosen for unasked; None: all
 
-    def register(self) -> None:
-        """Registers its custom-call targets with JAX, once, if it can run at all."""
-
     def unavailable(self, operator: Operator, platform: str) -> str | None:
         """Why it cannot run the operator on this machine, with the remedy; None if it can."""
 
@@ -94,9 +91,6 @@ from jax_nsa.backends import ascend, cpu, cuda, reference  # noqa: E402  (they n
 
 # Best first: with implementation=None a platform gets the first that can serve the call.
 ALL: dict[str, Backend] = {b.NAME: b for b in (cuda, ascend, cpu, reference)}
-
-for _backend in ALL.values():
-    _backend.register()
 
 
 def parse(implementation: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -25,11 +25,6 @@ DEFAULT_PLATFORMS = ("cpu",)
 ISA_VARIABLE = "JAX_NSA_CPU_ISA"
 
 
-def register() -> None:
-    """Registers the kernels' custom-call targets if the compiled library is usable."""
-    native.register(NAME)
-
-
 def unavailable(operator: Operator, platform: str) -> str | None:
     """Why the compiled kernel is missing, if it is."""
     del platform

@@ -20,11 +20,6 @@ DEFAULT_PLATFORMS = ("cuda",)
 _CHOSEN = "topk_indices"  # the compressed branch's result that the selected one reads
 
 
-def register() -> None:
-    """Registers the kernels' custom-call targets if they were compiled."""
-    native.register(NAME)
-
-
 def unavailable(operator: Operator, platform: str) -> str | None:
     """Why the compiled kernel is missing, if it is."""
     del platform

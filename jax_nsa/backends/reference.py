@@ -17,10 +17,6 @@ PLATFORMS = None
 DEFAULT_PLATFORMS = None
 
 
-def register() -> None:
-    """Needs no custom-call target."""
-
-
 def unavailable(operator: Operator, platform: str) -> str | None:
     """It is plain XLA: never unavailable."""
     del operator, platform

@@ -44,8 +44,9 @@ def select_attention(operands: Mapping[str, jax.Array], problem: Problem) -> dic
         width = min(problem.window_size, capacity)
         # The token itself may lie on another device, and no window begins past what is here.
         start = jnp.clip(rows["newest"][:, None, None] - problem.window_size + 1, 0, limit)
-        positions = start + jnp.arange(width, dtype=jnp.int32)
-        positions = jnp.where(positions < limit, positions, capacity)
+        # `limit - start` first: a sum with a width may be beyond int32.
+        after = jnp.arange(width, dtype=jnp.int32)
+        positions = jnp.where(after < limit - start, start + after, capacity)
         shape = (positions.shape[0], heads, width)
         reads["window_attention"] = jnp.broadcast_to(positions, shape)
 
@@ -118,8 +119,9 @@ def _positions_of_blocks(blocks: jax.Array, size: int, capacity: int) -> jax.Arr
     """Positions of listed blocks: int32[..., k * size]; `capacity` where there is no block."""
     known = (blocks >= 0) & (blocks < -(-capacity // size))
     first = jnp.where(known, blocks, 0) * size
-    positions = first[..., None] + jnp.arange(size, dtype=jnp.int32)
-    positions = jnp.where(known[..., None], jnp.minimum(positions, capacity), capacity)
+    # `capacity - first` first: the last block's end may be beyond int32.
+    after = jnp.minimum(jnp.arange(size, dtype=jnp.int32), capacity - first[..., None])
+    positions = jnp.where(known[..., None], first[..., None] + after, capacity)
     return positions.reshape(*blocks.shape[:-1], -1)
 
 

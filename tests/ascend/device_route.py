@@ -173,9 +173,6 @@ class DeviceRoute:
     def __init__(self, harness: Harness) -> None:
         self.harness = harness
 
-    def register(self) -> None:
-        """Needs no custom-call target."""
-
     def unavailable(self, operator: Operator, platform: str) -> str | None:
         """As the Ascend platform sees it."""
         del platform

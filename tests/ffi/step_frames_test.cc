@@ -67,6 +67,13 @@ Frame StepFrame(bool window) {
   return frame;
 }
 
+// Puts another name among those that an attribute lists.
+void Rename(const std::string& attribute, const std::string& from, const std::string& to,
+            Frame* frame) {
+  auto& names = std::get<std::string>(frame->attributes[attribute]);
+  names.replace(names.find(from), from.size(), to);
+}
+
 int failures = 0;
 
 void ExpectTaken(bool window) {
@@ -107,6 +114,11 @@ void Test() {
   ExpectRefused([](Frame* f) { f->results.push_back(f->results[0]); }, "belong to none");
   ExpectRefused([](Frame* f) { f->arguments.pop_back(); }, "operands");
   ExpectRefused([](Frame* f) { f->results.resize(3); }, "results");
+  // What else has a name to be handed on by is no operand of the second call, or no result.
+  ExpectRefused([](Frame* f) { Rename("compressed_results", "lse", "lengths", f); },
+                "does not know \"lengths\"");
+  ExpectRefused([](Frame* f) { Rename("chosen_operands", "lengths", "lse", f); },
+                "does not know \"lse\"");
   ExpectRefused([](Frame* f) { f->attributes.erase("chosen_operands"); }, "operands");
   ExpectRefused([](Frame* f) { f->attributes.erase("window_problem"); }, "problem");
 }

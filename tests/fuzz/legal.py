@@ -117,29 +117,20 @@ class Operator:
         draw: a geometry.
         build: its arguments.
         contract: the class whose `check` holds a call to the oracle.
-        rows: arguments whose first axis is sequences, where rows are not packed.
     """
 
     draw: Callable[[Random], Any]
     build: Callable[[Any], dict[str, Any]]
     contract: type
-    rows: tuple[str, ...] = ()
 
 
-TABLE = ("block_table", "actual_seq_qlen")
 OPERATORS = {
-    "compress_attention": Operator(
-        draw.compress_attention, problems.build, CompressAttention,
-        ("query", *TABLE, "actual_cmp_seq_kvlen", "actual_sel_seq_kvlen"),
-    ),
-    "select_attention": Operator(
-        draw.select_attention, select_problems.build, SelectAttention,
-        ("query", "topk_indices", *TABLE, "actual_seq_kvlen"),
-    ),
+    "compress_attention": Operator(draw.compress_attention, problems.build, CompressAttention),
+    "select_attention": Operator(draw.select_attention, select_problems.build, SelectAttention),
     "compress": Operator(draw.compress, compress_problems.build, Compress),
     "step": Operator(draw.step, arguments_of, StepContract),
     "cache": Operator(growing.draw_history, growing.replay, growing.Growing),
-}  # fmt: skip
+}
 
 
 INTERLEAVE = {

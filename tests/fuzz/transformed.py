@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,34 +35,94 @@ def check_vmap(tester: Any, known: Operator, geometry: Any, random: Random) -> N
         tester.assert_agrees(own, arguments)
 
 
+# Arguments whose first axis is sequences, where rows are not packed; and arrays of a cache.
+OF_SEQUENCES = (
+    "query", "gates", "topk_indices", "block_table", "lengths", "slot_mapping", "actual_seq_len",
+    "actual_seq_qlen", "actual_seq_kvlen", "actual_cmp_seq_kvlen", "actual_sel_seq_kvlen",
+)  # fmt: skip
+
+
 def check_mesh(tester: Any, known: Operator, geometry: Any, random: Random) -> None:
-    """The same over a mesh, sequences or heads split where they divide."""
+    """The same over a mesh, sequences and heads split where they divide: by XLA, JAX or the user.
+
+    Which sequence writes to a row of a cache is known where all sequences are: a compression's are
+    split by XLA alone.
+    """
     arguments = known.build(geometry)
-    devices = jax.devices()
-    packed = geometry.layout == "TND" and geometry.token_counts is not None
-    divides = len(geometry.lengths) % len(devices) == 0 and not packed
-    by_rows = divides and random.integers(2)
-    if len(devices) < 2 or (not by_rows and geometry.key_value_heads % len(devices)):
-        return
-    axis_type = pick(random, AxisType.Auto, AxisType.Explicit)
-    mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(axis_type,))
-    heads = {"query": -1 if geometry.layout == "BSH" else -2, "topk_indices": -2}
-    heads |= {"key": 2, "value": 2}
-
-    def spec(name: str) -> PartitionSpec:
-        if by_rows:
-            return PartitionSpec("x") if name in known.rows else PartitionSpec()
-        entries: list[str | None] = [None] * arguments[name].ndim
-        if name in heads:
-            entries[heads[name]] = "x"
-        return PartitionSpec(*entries)
-
-    placed = {
-        n: jax.device_put(arguments[n], NamedSharding(mesh, spec(n))) for n in _arrays(arguments)
+    by = pick(random, AxisType.Auto, AxisType.Explicit, "shard_map")
+    of = geometry.original if isinstance(geometry, Step) else geometry
+    if "layout" in arguments:
+        heads, together = of.key_value_heads, of.layout == "TND" and of.token_counts is not None
+    else:
+        heads, together = of.heads, by != AxisType.Auto
+    most = len(jax.devices())
+    rows = pick(random, *_divisors(1 if together else len(of.lengths), most))
+    parts = pick(random, *_divisors(heads, most // rows))
+    axis_type = AxisType.Auto if by == "shard_map" else by
+    mesh = jax.make_mesh(
+        (rows, parts),
+        ("b", "h"),
+        axis_types=(axis_type,) * 2,
+        devices=jax.devices()[: rows * parts],
+    )
+    # Reshapes, such as to one pool, take an axis of one device for any.
+    split = {"b": None if together else "b", "h": "h" if parts > 1 or tester.rank is None else None}
+    specs = {n: _specs(n, arguments[n], of, split) for n in _arrays(arguments)}
+    arrays = {
+        n: jax.tree.map(lambda a, s: jax.device_put(a, NamedSharding(mesh, s)), arguments[n], its)
+        for n, its in specs.items()
     }
-    with jax.set_mesh(mesh):
-        results = jax.jit(lambda arrays: tester.apply({**arguments, **arrays}))(placed)
+
+    def part(arrays: dict[str, Any]) -> Any:
+        own = {n: arguments[n] // parts for n in arguments if n.endswith("head_num")}
+        return tester.apply({**arguments, **own, **arrays})
+
+    def whole(arrays: dict[str, Any]) -> Any:
+        return tester.apply({**arguments, **arrays})
+
+    if by == "shard_map":
+        # Results have query's rows and heads, or are the caches.
+        result = specs.get("cache", PartitionSpec(*_spec("query", _head_axis(of) + 1, of, split)))
+        run = jax.shard_map(part, mesh=mesh, in_specs=(specs,), out_specs=result)
+        results = jax.jit(run)(arrays)
+    else:
+        with jax.set_mesh(mesh):
+            results = jax.jit(whole)(arrays)
     tester.assert_agrees(results, arguments)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [n for n in range(1, most + 1) if number % n == 0]
+
+
+def _specs(name: str, value: Any, geometry: Any, split: Mapping[str, str | None]) -> Any:
+    """How an argument, or each array of one that has several, is split over a mesh."""
+    if isinstance(value, PagedKV):
+        arrays = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return PagedKV(**{n: _specs(n, a, geometry, split) for n, a in arrays.items()})
+    return jax.tree.map(
+        lambda array: PartitionSpec(*_spec(name, array.ndim, geometry, split)), value
+    )
+
+
+def _head_axis(geometry: Any) -> int:
+    """Which axis of query is heads."""
+    return 1 if getattr(geometry, "layout", "TND") == "TND" else 2
+
+
+def _spec(name: str, rank: int, geometry: Any, split: Mapping[str, str | None]) -> list[str | None]:
+    """The mesh axis, or none, of each of an array's axes; `split` has that of either split."""
+    rows = _head_axis(geometry)
+    of_heads = {
+        "query": rows, "gates": rows, "topk_indices": rows, "key": 2, "value": 2, "input": 2,
+        "weight": 1, "bias": 0, "cache": 1 if getattr(geometry, "cache", None) == "rows" else 2,
+    }  # fmt: skip
+    axes: list[str | None] = [None] * rank
+    if name in OF_SEQUENCES:
+        axes[0] = split["b"]
+    if name in of_heads:
+        axes[of_heads[name]] = split["h"]
+    return axes
 
 
 def check_context(tester: Any, known: Operator, geometry: Any, random: Random) -> None:
@@ -168,6 +229,6 @@ def _arrays(arguments: dict[str, Any]) -> list[str]:
 BY = {
     "compress_attention": (check_vmap, check_mesh, check_context),
     "select_attention": (check_vmap, check_mesh, check_context),
-    "compress": (check_vmap,),
-    "step": (check_vmap, check_context_of_step),
+    "compress": (check_vmap, check_mesh),
+    "step": (check_vmap, check_mesh, check_context_of_step),
 }

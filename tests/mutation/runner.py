@@ -22,7 +22,7 @@ import types
 from collections.abc import Iterator, Sequence
 
 from mutation.mutants import Mutant
-from mutation.targets import HEADERS, TESTS
+from mutation.targets import HEADERS, PROGRAMS, TESTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECONDS, PROGRAM_SECONDS = 300, 20  # of processor time that pytest and a program may take
@@ -34,8 +34,8 @@ class Runner:
     """Applies mutants and runs tests.
 
     Attributes:
-        build: the build directory of the module, for mutants of its sources; made by
-            `cmake -S cc -B <build> -G Ninja && ninja -C <build>`.
+        build: the build directory of the module and its tests, for mutants of sources; made by
+            `cmake -S cc -B <build> -G Ninja -DJAX_NSA_TESTS=ON && ninja -C <build>`.
     """
 
     def __init__(self, build: pathlib.Path) -> None:
@@ -56,6 +56,11 @@ class Runner:
             source = mutant.apply(source)
         if path in HEADERS:
             return self._run_programs(path, source)
+        if path in PROGRAMS:
+            program = self._link(path, source, PROGRAMS[path])
+            if program is None:
+                return "invalid"
+            return "killed" if _quietly(str(program), seconds=PROGRAM_SECONDS) else "survived"
         arguments = TESTS[path]
         if path.endswith(".py"):
             try:
@@ -64,7 +69,7 @@ class Runner:
                 return "invalid"
             name = ".".join(pathlib.Path(path).with_suffix("").parts)
             return self._run_pytest(arguments, {name: code})
-        module = self._link(path, source)
+        module = self._link(path, source, "_native")
         return "invalid" if module is None else self._run_pytest(arguments, {NATIVE: module})
 
     def _run_programs(self, path: str, source: str) -> str:
@@ -84,14 +89,14 @@ class Runner:
                 return "killed"
         return "survived"
 
-    def _link(self, path: str, source: str) -> pathlib.Path | None:
-        """The module with one source changed; None where it does not compile."""
+    def _link(self, path: str, source: str, target: str) -> pathlib.Path | None:
+        """What the build links as `target`, one source changed; None where it does not compile."""
         listed = subprocess.run(
             ["ninja", "-C", str(self.build), "-t", "commands"],
             check=True, capture_output=True, text=True,
         ).stdout.splitlines()  # fmt: skip
         compiles = next(c for c in listed if c.endswith(str(ROOT / path)))
-        link = next(c for c in listed if " -o _native" in c).split("&&")[1]
+        link = next(c for c in listed if f" -o {target}" in c).split("&&")[1]
         mutated, unit = self.scratch / "mutant.cc", self.scratch / "mutant.o"
         mutated.write_text(source)
         words = shlex.split(compiles)
@@ -102,13 +107,13 @@ class Runner:
             return None
         words = shlex.split(link)
         at = words.index("-o")
-        module = self.scratch / words[at + 1]
+        linked = self.scratch / pathlib.Path(words[at + 1]).name
         # Before the archives, which then have no more to give for it.
-        words = [*words[:at], "-o", str(module), str(unit), *words[at + 2 :]]
+        words = [*words[:at], "-o", str(linked), str(unit), *words[at + 2 :]]
         own = path.removeprefix("cc/") + ".o"
         words = [w for w in words if not w.endswith(f"_native.dir/{own}")]
         assert _quietly(*words, cwd=self.build) == 0, shlex.join(words)
-        return module
+        return linked
 
     def _run_pytest(
         self, arguments: Sequence[str], instead: dict[str, types.CodeType | pathlib.Path]

@@ -18,6 +18,12 @@ HEADERS = {
     "cc/select_attention.h": ("geometry",),
 }
 
+# Programs of the build that are linked with the source.
+PROGRAMS = {
+    "cc/parts.cc": "tests/ffi/step_frames_test",
+    "cc/step_call.cc": "tests/ffi/step_frames_test",
+}
+
 _REFUSES = "refuses or unchanged"
 _ALL_REFUSALS = (
     "test_native.py", "test_compress_cpu.py", "test_select_attention.py", "-k",
@@ -43,7 +49,11 @@ TESTS = {
     "jax_nsa/axes.py": ("test_operator.py",),
     "jax_nsa/blocks.py": ("test_front_door.py", "test_compress_door.py", "-k",
                           "windows or refuse or original or door"),
+    "jax_nsa/backends/decode_step.py": ("test_cuda_step.py", "-k", "TestProgram"),
+    "jax_nsa/chain.py": ("test_cuda_step.py", "-k", "TestProgram"),
     "jax_nsa/checks.py": ("test_front_door.py", "test_operands.py", "test_integers.py"),
+    "jax_nsa/native.py": ("test_native.py", "test_cuda_step.py", "-k",
+                          "not refuses and not Gpu"),
     "jax_nsa/paged.py": ("test_front_door.py", "test_compress_door.py", "test_operands.py",
                          "test_integers.py"),
     "jax_nsa/partition.py": ("test_operator.py", "test_meshes.py"),

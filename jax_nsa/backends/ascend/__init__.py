@@ -11,7 +11,6 @@ program does around it on the NPU.
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,17 +51,6 @@ _PARTS: dict[str, Part] = {
 _ON_DEVICE: dict[str, Callable[[Call, Sequence[jax.Array], Run], Sequence[jax.Array]]] = {
     "select_attention": select_attention.on_device,
 }
-
-
-def register() -> None:
-    """Registers the custom-call targets if the compiled library is usable.
-
-    Needs no CANN: its libraries are looked for when an answer or a call needs them.
-    """
-    native.register(NAME)
-    if NAME in native.compiled():
-        # While CANN still stands: its own static objects go when the process exits.
-        atexit.register(native.module().ascend_release)
 
 
 def unavailable(operator: Operator, platform: str) -> str | None:
