@@ -31,9 +31,10 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   ffi_call.That(!scores || ffi_call.Find("lse"), "gives block_scores beside lse only");
   // Parts of sequences are merged in float32.
   problem.attention_dtype = scores ? DataType::kFloat32 : problem.dtype;
-  ffi_call.Type("attention", scores ? ffi::DataType::F32 : ffi_call.Get("query").element_type());
-  ffi_call.Shape("attention", {problem.heads, problem.value_size}, leading);
-  arrays.attention = ffi_call.Get("attention").untyped_data();
+  const FfiCall::Array attention = ffi_call.Get("attention");
+  ffi_call.Type(attention, scores ? ffi::DataType::F32 : ffi_call.Get("query").element_type());
+  ffi_call.Shape(attention, {problem.heads, problem.value_size}, leading);
+  arrays.attention = attention.untyped_data();
   arrays.topk_indices = ReadChosen(&ffi_call, problem, leading, &problem.select_count);
   arrays.early_counts = ffi_call.Integers("early_counts", {problem.sequences});
   arrays.select_lengths = ffi_call.Integers("select_lengths", {problem.sequences});
@@ -54,7 +55,7 @@ ffi::Error FaultError(const Call& call, Fault fault, int64_t sequence, int64_t p
   if (fault != Fault::kOriginalLength) {
     return jax_nsa::FaultError(call.problem, call.arrays, call.names, fault, sequence, page);
   }
-  const auto place = [&](const std::string& array) {
+  const auto place = [&](std::string_view array) {
     return Place(array, call.problem, call.arrays.first_rows != nullptr, call.names, sequence);
   };
   // Where only early_counts came, it says that the length was at fault, not what it was.

@@ -4,6 +4,7 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <string_view>
 
 namespace jax_nsa::compress {
 namespace {
@@ -11,51 +12,52 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Reads weight or bias, which have input's type or float32.
-const void* ReadFactors(FfiCall* ffi_call, const std::string& array,
+const void* ReadFactors(FfiCall* ffi_call, std::string_view name,
                         std::initializer_list<int64_t> shape, DataType input, DataType* dtype) {
-  const ffi::AnyBuffer buffer = ffi_call->Get(array);
-  const std::optional<DataType> type = FromFfi(buffer.element_type());
-  ffi_call->That(type == input || type == DataType::kFloat32, array,
+  const FfiCall::Array array = ffi_call->Get(name);
+  const std::optional<DataType> type = FromFfi(array.element_type());
+  ffi_call->That(type == input || type == DataType::kFloat32, name,
                  " must have input's type or float32");
   ffi_call->Shape(array, shape);
   if (!ffi_call->ok()) return nullptr;
   *dtype = *type;
-  return buffer.untyped_data();
+  return array.untyped_data();
 }
 
 // Reads pair `i`. The sizes that all pairs share are those of the first.
 void ReadPair(FfiCall* ffi_call, const std::string& i, Problem* problem, Pair* pair) {
-  const std::string input = "input_" + i, cache = "cache_" + i, bias = "bias_" + i;
+  const std::string bias = "bias_" + i;
+  const FfiCall::Array input = ffi_call->Get("input_" + i), cache = ffi_call->Get("cache_" + i);
   ffi_call->Rank(input, 3);
   ffi_call->NotEmpty(input);
   if (!ffi_call->ok()) return;
-  const ffi::AnyBuffer input_buffer = ffi_call->Get(input), cache_buffer = ffi_call->Get(cache);
-  const ffi::Span<const int64_t> shape = input_buffer.dimensions();
+  const ffi::Span<const int64_t> shape = input.dimensions();
   if (problem->pairs == 0) {
-    const std::optional<DataType> dtype = FromFfi(input_buffer.element_type());
-    ffi_call->That(dtype.has_value(), input, " must be bfloat16, float16 or float32");
+    const std::optional<DataType> dtype = FromFfi(input.element_type());
+    ffi_call->That(dtype.has_value(), input.name, " must be bfloat16, float16 or float32");
     if (!ffi_call->ok()) return;
     problem->dtype = *dtype;
     problem->num_pages = shape[0];
     problem->page_size = shape[1];
-    problem->rows = static_cast<int64_t>(cache_buffer.element_count()) / shape[2];
+    problem->rows = static_cast<int64_t>(cache.element_count()) / shape[2];
   }
   pair->head_size = shape[2] / problem->heads;
-  ffi_call->That(pair->head_size <= kMaxCompressedHeadSize, input, "'s head size must be at most ",
-                 kMaxCompressedHeadSize, ", got ", pair->head_size);
+  ffi_call->That(pair->head_size <= kMaxCompressedHeadSize, input.name,
+                 "'s head size must be at most ", kMaxCompressedHeadSize, ", got ",
+                 pair->head_size);
   const int64_t width = problem->heads * pair->head_size;
   ffi_call->Shape(input, {problem->num_pages, problem->page_size, width});
-  ffi_call->That(FromFfi(input_buffer.element_type()) == problem->dtype, input,
+  ffi_call->That(FromFfi(input.element_type()) == problem->dtype, input.name,
                  " must have input_0's type");
-  ffi_call->Type(cache, input_buffer.element_type());
-  ffi_call->That(static_cast<int64_t>(cache_buffer.element_count()) == problem->rows * width, cache,
+  ffi_call->Type(cache, input.element_type());
+  ffi_call->That(static_cast<int64_t>(cache.element_count()) == problem->rows * width, cache.name,
                  " must have ", problem->rows, " rows of ", width, ", got shape ",
-                 ShapeString(cache_buffer.dimensions()));
-  const std::optional<ffi::AnyBuffer> result = ffi_call->FindResult(cache);
-  ffi_call->That(result && result->untyped_data() == cache_buffer.untyped_data(), "must give ",
-                 cache, " in its operand's memory");
-  pair->input = input_buffer.untyped_data();
-  pair->cache = cache_buffer.untyped_data();
+                 ShapeString(cache.dimensions()));
+  const std::optional<FfiCall::Array> result = ffi_call->FindResult(cache.name);
+  ffi_call->That(result && result->untyped_data() == cache.untyped_data(), "must give ", cache.name,
+                 " in its operand's memory");
+  pair->input = input.untyped_data();
+  pair->cache = cache.untyped_data();
   pair->weight =
       ReadFactors(ffi_call, "weight_" + i, {problem->compress_block_size, problem->heads},
                   problem->dtype, &pair->weight_dtype);
@@ -117,7 +119,7 @@ class Faults {
   }
 
  private:
-  std::string At(const std::string& array, int64_t b,
+  std::string At(std::string_view array, int64_t b,
                  std::initializer_list<int64_t> further = {}) const {
     return Place(array, call_.problem, /*packed=*/false, call_.names, b, further);
   }
@@ -154,7 +156,8 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   Problem& problem = call.problem;
   Arrays& arrays = call.arrays;
   ReadSizes(&ffi_call, &problem);
-  ffi_call.Rank("block_table", 2);
+  const FfiCall::Array block_table = ffi_call.Get("block_table");
+  ffi_call.Rank(block_table, 2);
   if (ffi_call.ok()) ReadPair(&ffi_call, "0", &problem, &arrays.pairs[0]);
   if (ffi_call.Find("input_1")) ReadPair(&ffi_call, "1", &problem, &arrays.pairs[1]);
   ffi_call.That(rets.size() == static_cast<size_t>(problem.pairs), "gives a cache for each input");
@@ -164,7 +167,7 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
                 " up to ", kMaxPage, ", got ", problem.page_size);
   if (!ffi_call.ok()) return ffi::Unexpected(ffi_call.error());
 
-  const ffi::Span<const int64_t> table = ffi_call.Get("block_table").dimensions();
+  const ffi::Span<const int64_t> table = block_table.dimensions();
   problem.sequences = table[0];
   problem.pages_per_sequence = table[1];
   ffi_call.That(table[1] <= std::numeric_limits<int32_t>::max() / problem.page_size,

@@ -7,9 +7,23 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Where a name stands among others; their number if it does not.
-size_t Index(const std::vector<std::string_view>& names, std::string_view name) {
-  return static_cast<size_t>(std::find(names.begin(), names.end(), name) - names.begin());
+std::optional<ffi::AnyBuffer> At(const ffi::RemainingArgs& operands, size_t i) {
+  const ffi::ErrorOr<ffi::AnyBuffer> buffer = operands.get<ffi::AnyBuffer>(i);
+  return buffer.has_value() ? std::make_optional(*buffer) : std::nullopt;
+}
+
+std::optional<ffi::AnyBuffer> At(const ffi::RemainingRets& results, size_t i) {
+  ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = results.get<ffi::AnyBuffer>(i);
+  return buffer.has_value() ? std::make_optional(**buffer) : std::nullopt;
+}
+
+// What has the name among arrays.
+std::optional<FfiCall::Array> Named(const std::vector<FfiCall::Array>& arrays,
+                                    std::string_view name) {
+  for (const FfiCall::Array& array : arrays) {
+    if (array.name == name) return array;
+  }
+  return std::nullopt;
 }
 
 }  // namespace
@@ -42,57 +56,58 @@ std::optional<DataType> FromFfi(ffi::DataType type) {
 FfiCall::FfiCall(std::string_view name, ffi::RemainingArgs args, ffi::RemainingRets rets,
                  ffi::Dictionary attributes, std::initializer_list<std::string_view> known_operands,
                  std::initializer_list<std::string_view> known_results)
-    : name_(name), args_(args), rets_(rets), attributes_(attributes) {
-  Name("operands", args.size(), known_operands, &operands_);
-  Name("results", rets.size(), known_results, &results_);
+    : name_(name), attributes_(attributes) {
+  operands_ = Name("operands", args, known_operands);
+  results_ = Name("results", rets, known_results);
   ffi::ErrorOr<ffi::Dictionary> problem = attributes.get<ffi::Dictionary>("problem");
   That(problem.has_value(), "has no attribute problem");
   if (problem.has_value()) problem_ = *problem;
 }
 
-void FfiCall::Name(std::string_view attribute, size_t count,
-                   std::initializer_list<std::string_view> known,
-                   std::vector<std::string_view>* names) {
+template <typename List>
+std::vector<FfiCall::Array> FfiCall::Name(std::string_view attribute, const List& arrays,
+                                          std::initializer_list<std::string_view> known) {
+  std::vector<Array> named;
   const ffi::ErrorOr<std::string_view> text = attributes_.get<std::string_view>(attribute);
-  if (text.has_error()) return Fail("has no attribute ", attribute, " that names its arrays");
-  for (size_t begin = 0; begin < text->size();) {
+  if (text.has_error()) {
+    Fail("has no attribute ", attribute, " that names its arrays");
+    return named;
+  }
+  named.reserve(arrays.size());
+  size_t count = 0;
+  for (size_t begin = 0; begin < text->size(); ++count) {
     const size_t end = std::min(text->find(' ', begin), text->size());
     const std::string_view name = text->substr(begin, end - begin);
     That(std::find(known.begin(), known.end(), name) != known.end(), "does not know \"", name,
          "\" among its ", attribute);
-    That(std::find(names->begin(), names->end(), name) == names->end(), "has \"", name,
-         "\" twice among its ", attribute);
-    names->push_back(name);
+    That(!Named(named, name), "has \"", name, "\" twice among its ", attribute);
+    const std::optional<ffi::AnyBuffer> buffer = At(arrays, count);
+    if (buffer) named.push_back({*buffer, name});
     begin = end + 1;
   }
-  That(names->size() == count, "names ", names->size(), " ", attribute, " and has ", count);
+  That(count == arrays.size(), "names ", count, " ", attribute, " and has ", arrays.size());
+  return named;
 }
 
-ffi::Error FfiCall::error() const { return InvalidArgument(name_ + ": " + message_.value_or("")); }
+ffi::Error FfiCall::error() const {
+  return InvalidArgument(std::string(name_) + ": " + message_.value_or(""));
+}
 
-std::optional<ffi::AnyBuffer> FfiCall::Find(std::string_view array) const {
+std::optional<FfiCall::Array> FfiCall::Find(std::string_view name) const {
   if (!ok()) return std::nullopt;
-  if (const size_t i = Index(operands_, array); i < operands_.size()) {
-    const ffi::ErrorOr<ffi::AnyBuffer> buffer = args_.get<ffi::AnyBuffer>(i);
-    if (buffer.has_value()) return *buffer;
-  }
-  return FindResult(array);
+  const std::optional<Array> operand = Named(operands_, name);
+  return operand ? operand : Named(results_, name);
 }
 
-std::optional<ffi::AnyBuffer> FfiCall::FindResult(std::string_view result) const {
-  if (!ok()) return std::nullopt;
-  if (const size_t i = Index(results_, result); i < results_.size()) {
-    ffi::ErrorOr<ffi::Result<ffi::AnyBuffer>> buffer = rets_.get<ffi::AnyBuffer>(i);
-    if (buffer.has_value()) return **buffer;
-  }
-  return std::nullopt;
+std::optional<FfiCall::Array> FfiCall::FindResult(std::string_view name) const {
+  return ok() ? Named(results_, name) : std::nullopt;
 }
 
-ffi::AnyBuffer FfiCall::Get(std::string_view array) {
+FfiCall::Array FfiCall::Get(std::string_view name) {
   static XLA_FFI_Buffer nothing = {};
-  const std::optional<ffi::AnyBuffer> buffer = Find(array);
-  That(buffer.has_value(), "needs ", array);
-  return buffer ? *buffer : ffi::AnyBuffer(&nothing);
+  const std::optional<Array> array = Find(name);
+  That(array.has_value(), "needs ", name);
+  return array ? *array : Array{ffi::AnyBuffer(&nothing), {}};
 }
 
 int64_t FfiCall::Integer(std::string_view scalar) {
@@ -109,9 +124,9 @@ float FfiCall::Float(std::string_view scalar) {
   return value.has_value() ? *value : 0;
 }
 
-void FfiCall::Shape(std::string_view array, std::initializer_list<int64_t> trailing,
+void FfiCall::Shape(const Array& array, std::initializer_list<int64_t> trailing,
                     ffi::Span<const int64_t> leading) {
-  const ffi::Span<const int64_t> shape = Get(array).dimensions();
+  const ffi::Span<const int64_t> shape = array.dimensions();
   if (shape.size() == leading.size() + trailing.size() &&
       std::equal(leading.begin(), leading.end(), shape.begin()) &&
       std::equal(trailing.begin(), trailing.end(), shape.begin() + leading.size())) {
@@ -119,38 +134,40 @@ void FfiCall::Shape(std::string_view array, std::initializer_list<int64_t> trail
   }
   std::vector<int64_t> expected(leading.begin(), leading.end());
   expected.insert(expected.end(), trailing);
-  Fail(array, " must have shape ",
+  Fail(array.name, " must have shape ",
        ShapeString(ffi::Span<const int64_t>(expected.data(), expected.size())), ", got ",
        ShapeString(shape));
 }
 
-void FfiCall::Rank(std::string_view array, size_t rank) {
-  That(Get(array).dimensions().size() == rank, array, " must have rank ", rank);
+void FfiCall::Rank(const Array& array, size_t rank) {
+  That(array.dimensions().size() == rank, array.name, " must have rank ", rank);
 }
 
-void FfiCall::Type(std::string_view array, ffi::DataType type) {
-  That(Get(array).element_type() == type, array, " has an unexpected element type");
+void FfiCall::Type(const Array& array, ffi::DataType type) {
+  That(array.element_type() == type, array.name, " has an unexpected element type");
 }
 
-void FfiCall::NotEmpty(std::string_view array) {
-  const ffi::Span<const int64_t> shape = Get(array).dimensions();
+void FfiCall::NotEmpty(const Array& array) {
+  const ffi::Span<const int64_t> shape = array.dimensions();
   if (std::find(shape.begin(), shape.end(), 0) == shape.end()) return;
-  Fail(array, " must not be empty, got shape ", ShapeString(shape));
+  Fail(array.name, " must not be empty, got shape ", ShapeString(shape));
 }
 
 const int32_t* FfiCall::Integers(std::string_view operand, std::initializer_list<int64_t> shape) {
-  if (!Find(operand)) return nullptr;
-  Type(operand, ffi::DataType::S32);
-  Shape(operand, shape);
-  return ok() ? Get(operand).typed_data<int32_t>() : nullptr;
+  const std::optional<Array> array = Find(operand);
+  if (!array) return nullptr;
+  Type(*array, ffi::DataType::S32);
+  Shape(*array, shape);
+  return ok() ? array->typed_data<int32_t>() : nullptr;
 }
 
 float* FfiCall::Floats(std::string_view result, std::initializer_list<int64_t> trailing,
                        ffi::Span<const int64_t> leading) {
-  if (!Find(result)) return nullptr;
-  Type(result, ffi::DataType::F32);
-  Shape(result, trailing, leading);
-  return ok() ? Get(result).typed_data<float>() : nullptr;
+  const std::optional<Array> array = Find(result);
+  if (!array) return nullptr;
+  Type(*array, ffi::DataType::F32);
+  Shape(*array, trailing, leading);
+  return ok() ? array->typed_data<float>() : nullptr;
 }
 
 }  // namespace jax_nsa

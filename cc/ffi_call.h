@@ -29,22 +29,26 @@ class FfiCall {
   bool ok() const { return !message_.has_value(); }
   xla::ffi::Error error() const;
 
+  struct Array : xla::ffi::AnyBuffer {
+    std::string_view name;
+  };
+
   // An operand or result that may be absent, or must be there. Where both have one name, the
   // operand.
-  std::optional<xla::ffi::AnyBuffer> Find(std::string_view array) const;
-  std::optional<xla::ffi::AnyBuffer> FindResult(std::string_view result) const;
-  xla::ffi::AnyBuffer Get(std::string_view array);
+  std::optional<Array> Find(std::string_view name) const;
+  std::optional<Array> FindResult(std::string_view name) const;
+  Array Get(std::string_view name);
 
   // A scalar of the dictionary `problem`.
   int64_t Integer(std::string_view scalar);
   float Float(std::string_view scalar);
 
-  // Expects an array of shape [*leading, *trailing], of this type, or with no empty axis.
-  void Shape(std::string_view array, std::initializer_list<int64_t> trailing,
+  // Expects an array to be of shape [*leading, *trailing], of this type, or to have no empty axis.
+  void Shape(const Array& array, std::initializer_list<int64_t> trailing,
              xla::ffi::Span<const int64_t> leading = {});
-  void Rank(std::string_view array, size_t rank);
-  void Type(std::string_view array, xla::ffi::DataType type);
-  void NotEmpty(std::string_view array);
+  void Rank(const Array& array, size_t rank);
+  void Type(const Array& array, xla::ffi::DataType type);
+  void NotEmpty(const Array& array);
 
   template <typename... Parts>
   void That(bool holds, const Parts&... otherwise) {
@@ -73,23 +77,31 @@ class FfiCall {
     *message_ += std::to_string(number);
   }
 
-  void Name(std::string_view attribute, size_t count, std::initializer_list<std::string_view> known,
-            std::vector<std::string_view>* names);
+  // Reads the names of `arrays`, RemainingArgs or RemainingRets.
+  template <typename List>
+  std::vector<Array> Name(std::string_view attribute, const List& arrays,
+                          std::initializer_list<std::string_view> known);
 
-  std::string name_;
-  xla::ffi::RemainingArgs args_;
-  xla::ffi::RemainingRets rets_;
+  std::string_view name_;
   xla::ffi::Dictionary attributes_;
-  std::vector<std::string_view> operands_, results_;
+  std::vector<Array> operands_, results_;
   std::optional<xla::ffi::Dictionary> problem_;
   std::optional<std::string> message_;
 };
 
-// An attribute of the call, or `otherwise` where it has none of the name and type.
+// An attribute of the call, where it has one of the name and type.
+template <typename T>
+std::optional<T> FindAttribute(const xla::ffi::Dictionary& attributes, std::string_view name) {
+  // XLA writes a message about what is not there, which takes half a microsecond.
+  if (!attributes.contains(name)) return std::nullopt;
+  const xla::ffi::ErrorOr<T> value = attributes.get<T>(name);
+  return value.has_value() ? std::make_optional(*value) : std::nullopt;
+}
+
+// The same, or `otherwise`.
 template <typename T>
 T Attribute(const xla::ffi::Dictionary& attributes, std::string_view name, T otherwise) {
-  const xla::ffi::ErrorOr<T> value = attributes.get<T>(name);
-  return value.has_value() ? *value : otherwise;
+  return FindAttribute<T>(attributes, name).value_or(otherwise);
 }
 
 xla::ffi::Error InvalidArgument(const std::string& message);

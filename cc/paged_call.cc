@@ -12,15 +12,15 @@ void ReadPaged(FfiCall* call, PagedProblem* problem, PagedArrays* arrays,
                ffi::Span<const int64_t>* leading) {
   const bool packed = call->Find("first_rows").has_value();
   const size_t query_rank = packed ? 3 : 4;
-  call->Rank("query", query_rank);
-  call->Rank("key", 3);
-  call->Rank("value", 3);
-  call->Rank("block_table", 2);
-  // The sizes of an array that exists, none of them 0, have a product that cannot overflow.
-  for (const char* array : {"query", "key", "value", "block_table"}) call->NotEmpty(array);
-  if (!call->ok()) return;
-  const ffi::AnyBuffer query = call->Get("query"), key = call->Get("key"),
+  const FfiCall::Array query = call->Get("query"), key = call->Get("key"),
                        value = call->Get("value"), table = call->Get("block_table");
+  call->Rank(query, query_rank);
+  call->Rank(key, 3);
+  call->Rank(value, 3);
+  call->Rank(table, 2);
+  // The sizes of an array that exists, none of them 0, have a product that cannot overflow.
+  for (const FfiCall::Array& array : {query, key, value, table}) call->NotEmpty(array);
+  if (!call->ok()) return;
   const std::optional<DataType> dtype = FromFfi(query.element_type());
   call->That(dtype.has_value(), "query must be bfloat16, float16 or float32");
   const ffi::Span<const int64_t> query_shape = query.dimensions();
@@ -56,10 +56,10 @@ void ReadPaged(FfiCall* call, PagedProblem* problem, PagedArrays* arrays,
   at_most("value's head size", problem->value_size, kMaxValueSize);
   call->That(IsPageSize(problem->page_size), "page size must be a multiple of ", kPageGranule,
              " up to ", kMaxPage, ", got ", problem->page_size);
-  call->Type("key", query.element_type());
-  call->Type("value", query.element_type());
-  call->Shape("key", {problem->num_pages, problem->page_size, problem->key_pitch().row});
-  call->Shape("value", {problem->num_pages, problem->page_size, problem->value_pitch().row});
+  call->Type(key, query.element_type());
+  call->Type(value, query.element_type());
+  call->Shape(key, {problem->num_pages, problem->page_size, problem->key_pitch().row});
+  call->Shape(value, {problem->num_pages, problem->page_size, problem->value_pitch().row});
   call->That(problem->value_size > 0, "value's head size must be positive, got ",
              problem->value_size);
   call->That(packed || query_shape[0] == problem->sequences,
@@ -84,32 +84,29 @@ void ReadPaged(FfiCall* call, PagedProblem* problem, PagedArrays* arrays,
 int32_t* ReadChosen(FfiCall* call, const PagedProblem& problem, ffi::Span<const int64_t> leading,
                     int64_t* count) {
   *count = 0;
-  call->Type("topk_indices", ffi::DataType::S32);
-  call->Rank("topk_indices", leading.size() + 2);
-  call->NotEmpty("topk_indices");
+  const FfiCall::Array chosen = call->Get("topk_indices");
+  call->Type(chosen, ffi::DataType::S32);
+  call->Rank(chosen, leading.size() + 2);
+  call->NotEmpty(chosen);
   if (!call->ok()) return nullptr;
-  const ffi::AnyBuffer chosen = call->Get("topk_indices");
   *count = chosen.dimensions().back();
-  call->Shape("topk_indices", {problem.key_value_heads, *count}, leading);
+  call->Shape(chosen, {problem.key_value_heads, *count}, leading);
   return call->ok() ? chosen.typed_data<int32_t>() : nullptr;
 }
 
 void ReadCall(const FfiCall& ffi_call, const ffi::Dictionary& attributes, PagedCall* call) {
-  const auto maps = Attribute(attributes, "maps", ffi::Span<const int64_t>());
-  call->names.maps.assign(maps.begin(), maps.end());
+  call->names.maps = Attribute(attributes, "maps", ffi::Span<const int64_t>());
   call->names.pool_maps = std::max<int64_t>(1, Attribute<int64_t>(attributes, "pool_maps", 1));
   call->names.is_part = Attribute<int64_t>(attributes, "is_part", 0) != 0;
-  if (const auto known_as = attributes.get<ffi::Dictionary>("known_as"); known_as.has_value()) {
-    call->names.known_as = *known_as;
-  }
+  call->names.known_as = FindAttribute<ffi::Dictionary>(attributes, "known_as");
   call->faults_fail = Attribute(attributes, "faults", std::string_view("fail")) != "nan";
-  if (const std::optional<ffi::AnyBuffer> workspace = ffi_call.Find("workspace")) {
+  if (const std::optional<FfiCall::Array> workspace = ffi_call.Find("workspace")) {
     call->workspace = workspace->untyped_data();
     call->workspace_bytes = static_cast<int64_t>(workspace->size_bytes());
   }
 }
 
-std::string Place(const std::string& array, const PagedSequences& sequences, bool packed,
+std::string Place(std::string_view array, const PagedSequences& sequences, bool packed,
                   const CallersNames& names, int64_t sequence,
                   std::initializer_list<int64_t> further) {
   // Each map was folded in its turn: inside a sequence, or around all of packed rows' sequences.
@@ -130,8 +127,8 @@ std::string Place(const std::string& array, const PagedSequences& sequences, boo
       sequence /= size;
     }
   }
-  std::string text = array;
-  if (names.known_as) text = Attribute(*names.known_as, array, std::string_view(array));
+  if (names.known_as) array = Attribute(*names.known_as, array, array);
+  std::string text(array);
   text += "[" + std::to_string(sequence);
   for (int64_t index : further) text += ", " + std::to_string(index);
   text += "]";
@@ -166,7 +163,7 @@ ffi::Error PageError(const PagedSequences& sequences, const CallersNames& names,
 ffi::Error FaultError(const PagedProblem& problem, const PagedArrays& arrays,
                       const CallersNames& names, Fault fault, int64_t sequence, int64_t page) {
   const bool packed = arrays.first_rows != nullptr;
-  const auto place = [&](const std::string& array, std::initializer_list<int64_t> further = {}) {
+  const auto place = [&](std::string_view array, std::initializer_list<int64_t> further = {}) {
     return Place(array, problem, packed, names, sequence, further);
   };
   switch (fault) {

@@ -8,7 +8,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
-#include <vector>
+#include <string_view>
 
 #include "ffi_call.h"
 #include "paged.h"
@@ -30,13 +30,13 @@ int32_t* ReadChosen(FfiCall* call, const PagedProblem& problem,
 // What the user called the arrays of a call, for messages about values that only the running
 // program knows.
 struct CallersNames {
-  std::string lengths;           // original or compressed
-  std::string original_lengths;  // where an operator has both
+  std::string_view lengths;           // original or compressed
+  std::string_view original_lengths;  // where an operator has both
   // In a call that is made of several operators, what its user calls their arguments.
   std::optional<xla::ffi::Dictionary> known_as;
   // Sizes of the jax.vmaps that were folded into the sequences, the innermost first, and how many
   // mapped calls' pools lie one after the other in one.
-  std::vector<int64_t> maps;
+  xla::ffi::Span<const int64_t> maps;
   int64_t pool_maps = 1;
   bool is_part = false;  // whether the call is what one device has of a larger one
 };
@@ -55,7 +55,7 @@ void ReadCall(const FfiCall& ffi_call, const xla::ffi::Dictionary& attributes, P
 
 // "name[b]" or "name[b, further]" of a sequence as the user names and counts them, and where it was
 // mapped: " at index 2 of jax.vmap".
-std::string Place(const std::string& array, const PagedSequences& sequences, bool packed,
+std::string Place(std::string_view array, const PagedSequences& sequences, bool packed,
                   const CallersNames& names, int64_t sequence,
                   std::initializer_list<int64_t> further = {});
 

@@ -12,14 +12,14 @@ namespace ffi = xla::ffi;
 void ReadResults(FfiCall* ffi_call, const char* attention, const char* lse,
                  ffi::Span<const int64_t> leading, Problem* problem, void** attention_data,
                  float** lse_data) {
-  const std::optional<ffi::AnyBuffer> buffer = ffi_call->Find(attention);
-  ffi_call->That(buffer || !ffi_call->Find(lse), "gives ", lse, " beside ", attention, " only");
-  if (!buffer) return;
+  const std::optional<FfiCall::Array> array = ffi_call->Find(attention);
+  ffi_call->That(array || !ffi_call->Find(lse), "gives ", lse, " beside ", attention, " only");
+  if (!array) return;
   // Parts of sequences are merged in float32.
-  ffi_call->Type(attention,
+  ffi_call->Type(*array,
                  problem->partial ? ffi::DataType::F32 : ffi_call->Get("query").element_type());
-  ffi_call->Shape(attention, {problem->heads, problem->value_size}, leading);
-  *attention_data = ffi_call->Get(attention).untyped_data();
+  ffi_call->Shape(*array, {problem->heads, problem->value_size}, leading);
+  *attention_data = array->untyped_data();
   *lse_data = ffi_call->Floats(lse, {problem->heads}, leading);
 }
 

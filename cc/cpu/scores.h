@@ -154,13 +154,15 @@ class Scores {
                                        float* scores, Ahead& ahead) {
     constexpr bool kWhole = repeat == kLanes, kConverts = kWhole && in_place && !Key::kInPlace;
     constexpr int kKeys = kWhole ? WholeKeysAtOnce(vectors) : KeysAtOnce(vectors);
+    // Two heads have code of their own, which was measured to bring more lines from memory. Where
+    // registers are few it spills them.
+    constexpr int kHeads = kAccumulators >= 16 ? 2 : 1;
     for (int64_t p = 0; p < kGranule; p += kKeys) {
-      // Two heads have code of their own: measured to bring more lines from memory.
       int64_t h = 0;
-      for (; h + 2 <= queries.heads; h += 2) {
-        NarrowHeads<2, repeat, vectors, kKeys, kConverts>(keys, p, queries, h, scores, ahead);
+      for (; h + kHeads <= queries.heads; h += kHeads) {
+        NarrowHeads<kHeads, repeat, vectors, kKeys, kConverts>(keys, p, queries, h, scores, ahead);
       }
-      if (h < queries.heads) {
+      if (kHeads > 1 && h < queries.heads) {
         NarrowHeads<1, repeat, vectors, kKeys, kConverts>(keys, p, queries, h, scores, ahead);
       }
     }

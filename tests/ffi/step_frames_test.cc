@@ -1,6 +1,7 @@
 // Call frames of a whole step: a legal one is taken, with the first call's result as the blocks
 // that the second one reads, and frames that lie are refused.
 
+#include <algorithm>
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -62,7 +63,10 @@ Frame WindowFrame() {
 Frame StepFrame(bool window) {
   Frame frame;
   Add("compressed_", testing::CompressAttentionFrame(false), "", &frame);
-  Add("chosen_", testing::SelectAttentionFrame(false), "topk_indices", &frame);
+  Frame chosen = testing::SelectAttentionFrame(false);
+  // Last among operands, as JAX's calls have them, and not so among results.
+  std::rotate(chosen.arguments.begin() + 3, chosen.arguments.begin() + 4, chosen.arguments.end());
+  Add("chosen_", chosen, "topk_indices", &frame);
   if (window) Add("window_", WindowFrame(), "", &frame);
   return frame;
 }

@@ -26,6 +26,7 @@ from mutation.targets import HEADERS, PROGRAMS, TESTS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECONDS, PROGRAM_SECONDS = 300, 20  # of processor time that pytest and a program may take
+PROGRAM_KILOBYTES = 2**20  # of memory that a program without sanitizers may take
 
 NATIVE = "jax_nsa._native"
 
@@ -60,7 +61,8 @@ class Runner:
             program = self._link(path, source, PROGRAMS[path])
             if program is None:
                 return "invalid"
-            return "killed" if _quietly(str(program), seconds=PROGRAM_SECONDS) else "survived"
+            failed = _quietly(str(program), seconds=PROGRAM_SECONDS, kilobytes=PROGRAM_KILOBYTES)
+            return "killed" if failed else "survived"
         arguments = TESTS[path]
         if path.endswith(".py"):
             try:
@@ -166,8 +168,11 @@ class _Loader:
         exec(self.code, module.__dict__)
 
 
-def _quietly(*command: str, cwd: pathlib.Path | None = None, seconds: int = SECONDS) -> int:
-    limit = f"ulimit -t {seconds}; exec {shlex.join(command)}"
+def _quietly(
+    *command: str, cwd: pathlib.Path | None = None, seconds: int = SECONDS,
+    kilobytes: int | str = "unlimited",
+) -> int:  # fmt: skip
+    limit = f"ulimit -t {seconds} -v {kilobytes}; exec {shlex.join(command)}"
     return subprocess.run(
         ["bash", "-c", limit], capture_output=True, cwd=cwd, check=False
     ).returncode
