@@ -427,5 +427,13 @@ def test_exports_are_found_where_type_checkers_find_them():
         jax_nsa.nsa_decode  # noqa: B018
 
 
+def test_modules_are_attributes_though_nobody_imported_them():
+    told = subprocess.run(
+        [sys.executable, "-c", "import jax_nsa; print(jax_nsa.blocks.__name__)"],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert told.stdout.strip() == "jax_nsa.blocks"
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-p", "no:cacheprovider"]))
