@@ -328,6 +328,16 @@ class TestOnGpu:
         early = [start < end for (_, end, _), (start, _, _) in zip(first, second, strict=True)]
         assert early == [can and length == LONG] * STEPS_OF_SCAN
 
+    def test_split_over_two_gpus(self, apart):
+        if len(jax.devices()) < 2:
+            pytest.skip("one GPU only")
+        run, arrays = step_of(arguments_of(USUAL), "cuda")
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+        mapped = jax.shard_map(
+            run, mesh=mesh, in_specs=(P("x"), P("x"), CACHE, CACHE), out_specs=(P("x"), P("x"))
+        )
+        self.check(apart, mapped, arrays)
+
     def test_export(self, apart):
         run, arrays = step_of(arguments_of(USUAL), "cuda")
         export = jax.export.export(jax.jit(run), disabled_checks=export_disabled_checks())
