@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nsa import checks, paged, pools
+from jax_nsa import checks, paged, partition, pools
 from jax_nsa._compat import updates_bfloat16_in_place, with_usual_promotion
 from jax_nsa.blocks import BLOCK_GRANULE
 from jax_nsa.checks import ArrayLike, IntegersLike
@@ -243,6 +243,7 @@ def _check_rows(
             f"{name} must have shape [{slots}, tokens, heads, size], with heads of a pool of "
             f"shape {pool.shape}, got {shape}"
         )
+    partition.check_rows_are_whole(name, rows)
     return rows
 
 
@@ -333,10 +334,11 @@ def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options
         at: int32 `[n, S]`, where, rows of pages numbered through; negative: nowhere.
         **options: implementation and on_fault.
     """
-    size, count, width = BLOCK_GRANULE, at.size, math.prod(pool.shape[2:])
+    size, count, row = BLOCK_GRANULE, at.size, pool.shape[2:]
     # Flat rows have any heads that are small enough.
-    heads = pool.shape[2] if pool.ndim == 4 else width // math.gcd(width, HEAD_SIZE_MAX)
-    windows = jnp.pad(rows.reshape(count, 1, width), ((0, 0), (size - 1, 0), (0, 0)))
+    heads = row[0] if len(row) > 1 else row[0] // math.gcd(row[0], HEAD_SIZE_MAX)
+    before = [(0, 0), (size - 1, 0)] + [(0, 0)] * len(row)
+    windows = jnp.pad(partition.one_after_another(rows), before)
     weight = np.zeros((size, heads), pool.dtype)  # CANN takes no other; 0 and 1 are exact in all
     weight[-1] = 1
     written = nsa_compress_infer(

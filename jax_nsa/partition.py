@@ -110,6 +110,26 @@ def whole_in_front(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
+def check_rows_are_whole(name: str, rows: Any) -> None:
+    """Refuses rows `[slots, tokens, ...]` that a mesh with explicit axes cuts along either."""
+    sharding: Any = jax.typeof(rows).sharding
+    if not sharding.mesh.empty and any(_cut(sharding.mesh, sharding.spec[:2])):
+        raise ValueError(
+            f"{name} is sharded as {sharding.spec}, and its slots and tokens must be whole on each "
+            "device, as the rows of all are written into one pool; use jax.sharding.reshard"
+        )
+
+
+def one_after_another(rows: jax.Array) -> jax.Array:
+    """Rows `[n, S, ...]` as `[n * S, 1, ...]`, their heads sharded as they were."""
+    sharding: Any = jax.typeof(rows).sharding
+    shape = (rows.shape[0] * rows.shape[1], 1, *rows.shape[2:])
+    if sharding.mesh.empty:
+        return rows.reshape(shape)
+    spec = PartitionSpec(None, None, *sharding.spec[2:])
+    return jax.lax.reshape(rows, shape, out_sharding=NamedSharding(sharding.mesh, spec))
+
+
 def cut_as_sequences(name: str, integers: jax.Array, query: jax.Array, packed: bool) -> jax.Array:
     """One integer for each sequence, sharded as query's sequences on a mesh with explicit axes.
 

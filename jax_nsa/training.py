@@ -218,6 +218,8 @@ def _check_shapes(arrays: dict[str, jax.Array], blocks: Blocks) -> None:
         if array.ndim != 4:
             raise ValueError(f"{name} must have rank 4, got shape {array.shape}")
     batch, tokens, heads, head_size = arrays["query"].shape
+    if heads == 0 or head_size == 0:
+        raise ValueError(f"query must have heads, got shape {arrays['query'].shape}")
     key_value_heads, value_size = arrays["key"].shape[2], arrays["value"].shape[3]
     if key_value_heads == 0 or heads % key_value_heads:
         raise ValueError(

@@ -27,11 +27,11 @@ def empty(block, stride, dtype="float32", **sizes):
     return tables, PagePools.empty(tables, KEY_VALUE_HEADS, HEAD_SIZE, VALUE_SIZE, dtype)
 
 
-def empty_interleaved(block, stride):
+def empty_interleaved(block, stride, dtype="float32"):
     """The same with one pool for both, where values are as large as keys."""
     tables, _ = empty(block, stride)
     pools = PagePools.empty(
-        tables, KEY_VALUE_HEADS, HEAD_SIZE, dtype="float32", kv_layout="interleaved"
+        tables, KEY_VALUE_HEADS, HEAD_SIZE, dtype=dtype, kv_layout="interleaved"
     )
     return tables, pools
 

@@ -21,10 +21,12 @@ from caches import (
     Programs,
     assert_holds,
     empty,
+    empty_interleaved,
     weights,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from kernels import cpu_or_reference
 
 from jax_nsa import native, nsa_attention, nsa_compress, nsa_decode_step
@@ -262,6 +264,35 @@ def test_pools_may_be_flat_and_compression_ones_own(flat, dtype):
     both = pools.append(tables, key, value, [w * 0 for w in weights(32)], bias)
     assert both.compressed_key.sum() == 2 * KEY_VALUE_HEADS * HEAD_SIZE
     assert not np.any(both.compressed_value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cache", [empty, empty_interleaved])
+def test_heads_on_devices_of_a_mesh_with_explicit_axes(cache, dtype):
+    tables, pools = cache(16, 16, dtype)
+    tables, _ = tables.allocate([17, 3, 0])
+    size = HEAD_SIZE if pools.value is None else VALUE_SIZE
+    key, value = (
+        jax.random.normal(jax.random.key(n), (3, 17, KEY_VALUE_HEADS, n), dtype)
+        for n in (HEAD_SIZE, size)
+    )
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Explicit,))
+
+    def placed(array, axis):
+        spec = PartitionSpec(*[None] * axis, "heads")
+        return jax.device_put(array, NamedSharding(mesh, spec))
+
+    given = [
+        jax.tree.map(lambda pool: placed(pool, 2), pools), placed(key, 2), placed(value, 2),
+        tuple(placed(w, 1) for w in weights(16)),
+    ]  # fmt: skip
+    with jax.set_mesh(mesh):
+        on_devices = jax.jit(lambda pools, *rows: pools.append(tables, *rows))(*given)
+        with pytest.raises(ValueError, match="value is sharded as .* must be whole on each device"):
+            given[0].append(tables, given[1], placed(value[:2], 0), given[3], slots=[0, 1])
+    jax.tree.map(
+        np.testing.assert_array_equal, on_devices, pools.append(tables, key, value, weights(16))
+    )
 
 
 def test_rows_that_are_missing_are_nan():

@@ -234,6 +234,7 @@ def test_compress_refuses(changes, error, message):
             r"gates must have shape \(2, 100, 4",
         ),
         ("gates", np.ones((2, 100, 4, 3), np.float16), TypeError, "gates must have query's dtype"),
+        ("query", np.ones((2, 100, 0, 16), np.float32), ValueError, "query must have heads, got"),
         ("key", np.ones((2, 100, 3, 16), np.float32), ValueError, "multiple of key's"),
         ("importance", "fla", ValueError, "importance must be one of"),
         ("window_size", 0, ValueError, "window_size must be in"),

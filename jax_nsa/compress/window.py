@@ -150,7 +150,7 @@ def gather_window(
         "compress_block_size", checks.integer("compress_block_size", compress_block_size)
     )
     by_heads = pool.ndim == 4 and pool.shape[2] == heads
-    if not by_heads and (pool.ndim != 3 or pool.shape[2] % heads):
+    if 0 in pool.shape or not by_heads and (pool.ndim != 3 or pool.shape[2] % heads):
         raise ValueError(
             f"pool must have shape [pages, page, {heads} * head_size] or [pages, page, {heads}, "
             f"head_size] (key_value_head_num), got {pool.shape}"
@@ -176,8 +176,8 @@ def _table_for(window: Any, block_table: ArrayLike) -> jax.Array:
     sequences = len(window.completes)
     if table.shape[0] != sequences or table.shape[1] == 0:
         raise ValueError(
-            f"block_table must have a row of pages for each of window's {sequences} sequences, "
-            f"got shape {table.shape}"
+            f"block_table must have a row for each of window's {sequences} sequences, of one page "
+            f"or more, got shape {table.shape}"
         )
     return table
 
