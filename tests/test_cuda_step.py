@@ -103,12 +103,17 @@ class TestProgram:
         mapped = jax.vmap(run, (None, None, None, 0))
         assert calls_in(lowered(mapped, (query, gates, compressed, stacked))) == APART
 
-    def test_what_else_is_computed_from_the_first_call(self, monkeypatch):
-        """The joint call would have it computed from zeros: its operands are there before it is."""
+    @pytest.mark.parametrize("other", ["query", "blocks"])
+    def test_what_is_not_handed_on(self, monkeypatch, other):
+        """A query computed from the first call would be computed from zeros; or other blocks."""
         select = step_module.nsa_select_attention_infer
 
         def later(query, key, value, indices, **options):
-            return select(query + indices.sum().astype(query.dtype), key, value, indices, **options)
+            if other == "query":
+                query = query + indices.sum().astype(query.dtype)
+            else:
+                indices = jnp.zeros_like(indices)
+            return select(query, key, value, indices, **options)
 
         monkeypatch.setattr(step_module, "nsa_select_attention_infer", later)
         run, arrays = step_of(arguments_of(USUAL), None)

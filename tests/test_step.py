@@ -222,6 +222,7 @@ def test_wrong_sum_is_caught(monkeypatch, wrong):
         ({"gates": np.ones((2, 4, 2), np.float32)}, ValueError, r"gates must have shape \(2, 4, 3"),
         ({"gates": np.ones((2, 4, 3), np.float16)}, TypeError, "gates must have query's dtype"),
         ({"compressed": None}, TypeError, "compressed must be a PagedKV"),
+        ({"selected": None}, TypeError, "selected must be a PagedKV"),
         ({"window": ()}, TypeError, "window must be a PagedKV"),
         ({"window_size": 0}, ValueError, "window_size must be"),
         ({"window_size": None}, TypeError, "window_size must be a Python integer, got None"),
@@ -279,10 +280,24 @@ def test_more_tokens_than_stay_causal_are_refused():
     arguments = arguments_of(Step(replace(USUAL.original, layout="BSND", tokens=17)))
     with pytest.raises(ValueError, match=r"second axis must be at most compress_stride = 16.* 17"):
         nsa_decode_step(**arguments)
-    counts = {"actual_seq_qlen": np.array([3, 17])}
+    counts = {"actual_seq_qlen": np.array([16, 17])}
     with pytest.raises(ValueError, match=r"actual_seq_qlen\[1\] must be at most .* got 17"):
         nsa_decode_step(**arguments | counts)
     nsa_decode_step(**arguments | {"actual_seq_qlen": np.array([3, 16])})
+
+
+@pytest.mark.parametrize("legal", [{"layout": "BSND", "tokens": 16}, {"group": 16}])
+def test_as_many_tokens_as_stay_causal_and_more_heads_are_not_refused(legal):
+    nsa_decode_step(**arguments_of(Step(replace(USUAL.original, **legal))))
+
+
+def test_refusals_of_what_is_in_no_cache_are_the_operators():
+    with pytest.raises(ValueError, match=r"^scale_value must be finite in float32, got inf$"):
+        nsa_decode_step(**arguments_of(USUAL) | {"scale_value": np.inf})
+    special = UnicodeDecodeError("utf-8", b"", 0, 1, "key")
+    with pytest.raises(UnicodeDecodeError) as caught, step_module._told_of("selected"):
+        raise special
+    assert caught.value is special
 
 
 # What keeps a scan on a GPU from computing the compressed branch twice.
