@@ -296,11 +296,10 @@ class TestWindowHelpers:
         ):
             completed_window(np.array([16, 17, 18]), np.array([1]), **self.SIZES)
 
-    @pytest.mark.parametrize("page", [0, 7])
-    def test_pages_are_pages(self, page):
+    def test_pages_are_pages(self):
         window = completed_window(np.array([16]), **self.SIZES)
-        with pytest.raises(ValueError, match=f"page_block_size must .* got {page}"):
-            gather_window(np.ones((2, page, 2), np.float32), [[0]], window,
+        with pytest.raises(ValueError, match=r"page_block_size must .* got 7"):
+            gather_window(np.ones((2, 7, 2), np.float32), [[0]], window,
                 key_value_head_num=1, compress_block_size=16)  # fmt: skip
 
     def test_no_length_wraps(self):

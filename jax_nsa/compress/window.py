@@ -150,7 +150,7 @@ def gather_window(
         "compress_block_size", checks.integer("compress_block_size", compress_block_size)
     )
     by_heads = pool.ndim == 4 and pool.shape[2] == heads
-    if 0 in pool.shape or not by_heads and (pool.ndim != 3 or pool.shape[2] % heads):
+    if 0 in pool.shape or (not by_heads and (pool.ndim != 3 or pool.shape[2] % heads)):
         raise ValueError(
             f"pool must have shape [pages, page, {heads} * head_size] or [pages, page, {heads}, "
             f"head_size] (key_value_head_num), got {pool.shape}"
