@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import functools
 import importlib
 import inspect
 import itertools
@@ -9,6 +10,7 @@ import pathlib
 import subprocess
 import sys
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 
 import jax_nsa
-from jax_nsa import backends, native
+from jax_nsa import backends, native, nsa_window_attention_infer
 from jax_nsa.compress_attention.door import OPERATOR
 
 TARGET = "jax_nsa_compress_attention_cpu"
@@ -77,6 +79,23 @@ def test_missing_library_says_what_to_install(reload):
     native.register()
     assert "jax_nsa._native cannot be loaded" in native.unavailable("cpu", "target")
     assert "pip install ." in native.unavailable("cpu", "target")
+
+
+def test_a_platform_without_its_kernels_is_warned_of_once(reload):
+    reload(None)
+    backends._warn_of.cache_clear()
+    pool = np.ones((1, 16, 16), np.float32)
+    call = functools.partial(
+        nsa_window_attention_infer, np.ones((1, 1, 16), np.float32), pool, pool, 1.0, 1, 1, 5, 16,
+        layout="TND", block_table=[[0]], actual_seq_kvlen=[5],
+    )  # fmt: skip
+    with pytest.warns(RuntimeWarning, match='without implementation="cpu", .* on cpu are slow: '):
+        jax.jit(call).lower()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda: call()).lower()
+        jax.jit(functools.partial(call, implementation="reference")).lower()
+    backends._warn_of.cache_clear()
 
 
 def test_missing_kernel_is_told_from_a_missing_library(reload):

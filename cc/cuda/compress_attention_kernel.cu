@@ -154,11 +154,11 @@ template <bool kJoint>
 const KernelFor<kJoint> kKernels[] = {
     MakeKernel<__nv_bfloat16, 64, 64, kJoint>(DataType::kBFloat16),
     MakeKernel<__nv_bfloat16, 128, 128, kJoint>(DataType::kBFloat16),
-    MakeKernel<__nv_bfloat16, 192, 128, kJoint>(DataType::kBFloat16),
+    MakeKernel<__nv_bfloat16, kMaxHeadSize, kMaxValueSize, kJoint>(DataType::kBFloat16),
     MakeKernel<__half, 64, 64, kJoint>(DataType::kFloat16),
     MakeKernel<__half, 128, 128, kJoint>(DataType::kFloat16),
-    MakeKernel<__half, 192, 128, kJoint>(DataType::kFloat16),
-    MakeKernel<float, 192, 128, kJoint>(DataType::kFloat32),
+    MakeKernel<__half, kMaxHeadSize, kMaxValueSize, kJoint>(DataType::kFloat16),
+    MakeKernel<float, kMaxHeadSize, kMaxValueSize, kJoint>(DataType::kFloat32),
 };
 
 // So many positions, rows or blocks can be counted in 32 bits, and twice as many still fit.

@@ -31,7 +31,7 @@ const Kernel& ChooseKernel(const Kernel (&kernels)[kCount], const PagedProblem& 
       return kernel;
     }
   }
-  std::abort();  // decoding the call has seen to it
+  std::abort();  // each list's last kernels have the sizes that decoding lets through
 }
 
 inline bool IsAligned(const void* array, int64_t row_size, DataType dtype) {

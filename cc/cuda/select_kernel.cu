@@ -65,11 +65,11 @@ Kernel MakeKernel(DataType dtype) {
 const Kernel kKernels[] = {
     MakeKernel<__nv_bfloat16, 64, 64>(DataType::kBFloat16),
     MakeKernel<__nv_bfloat16, 128, 128>(DataType::kBFloat16),
-    MakeKernel<__nv_bfloat16, 192, 128>(DataType::kBFloat16),
+    MakeKernel<__nv_bfloat16, kMaxHeadSize, kMaxValueSize>(DataType::kBFloat16),
     MakeKernel<__half, 64, 64>(DataType::kFloat16),
     MakeKernel<__half, 128, 128>(DataType::kFloat16),
-    MakeKernel<__half, 192, 128>(DataType::kFloat16),
-    MakeKernel<float, 192, 128>(DataType::kFloat32),
+    MakeKernel<__half, kMaxHeadSize, kMaxValueSize>(DataType::kFloat16),
+    MakeKernel<float, kMaxHeadSize, kMaxValueSize>(DataType::kFloat32),
 };
 
 // Tiles that a team of one warp has in flight: two where two thread blocks share a multiprocessor,

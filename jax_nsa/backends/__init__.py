@@ -6,7 +6,9 @@ An implementation is a module of this package with the members of `Backend`. Non
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -139,8 +141,20 @@ def defaults(platform: str) -> tuple[str, ...]:
     )
 
 
+@functools.cache
+def _warn_of(name: str, platform: str, reason: str) -> None:
+    """Tells once that a platform does without the kernels that it would get unasked."""
+    warnings.warn(
+        f'without implementation="{name}", calls of jax_nsa on {platform} are slow: {reason}',
+        RuntimeWarning,
+        stacklevel=1,
+    )
+
+
 def choose(platform: str, names: Sequence[str] | None, call: Call) -> Backend:
     """Returns the first of `names` (of the platform's defaults if None) that can serve `call`.
+
+    Warns where a default is passed over because the installed library has none of its kernels.
 
     Raises:
         NotImplementedError: none can; the message gives each one's reason.
@@ -150,6 +164,8 @@ def choose(platform: str, names: Sequence[str] | None, call: Call) -> Backend:
         reason = why_not(ALL[name], call.operator, platform, call)
         if reason is None:
             return ALL[name]
+        if names is None and name not in native.compiled():
+            _warn_of(name, platform, reason)
         reasons.append(f'implementation="{name}": {reason}')
     raise NotImplementedError(
         f"No implementation can serve this {call.operator.name} call.\n" + "\n".join(reasons)
