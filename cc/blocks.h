@@ -48,7 +48,8 @@ struct Blocks {
   JAX_NSA_HOST_DEVICE constexpr int64_t num_taps() const {
     return strides_per_select_block() + strides_per_compress_block() - 1;
   }
-  // Whether the sizes fit each other; jax_nsa/blocks.py has the same rule in the user's terms.
+  // Whether the sizes fit each other as far as kernels need it; jax_nsa/blocks.py asks for more: of
+  // users, for the strides and granules that torch_npu takes.
   JAX_NSA_HOST_DEVICE constexpr bool IsLegal() const {
     return compress_stride >= kMinStride && compress_block_size >= compress_stride &&
            select_block_size >= compress_block_size && select_block_size <= kMaxBlockSize &&

@@ -15,7 +15,8 @@ enum class DataType { kBFloat16, kFloat16, kFloat32 };
 // Bytes of an element.
 constexpr int64_t ElementSize(DataType dtype) { return dtype == DataType::kFloat32 ? 4 : 2; }
 
-// Limits that kernels build on; jax_nsa/paged.py has them in the user's terms.
+// Limits that kernels build on; jax_nsa/paged.py (heads) and pools.py (pages, values) have
+// them in the user's terms.
 constexpr int64_t kPageGranule = 16;  // rows; page sizes are multiples of it
 constexpr int64_t kMaxPage = 256;     // rows
 constexpr int64_t kMaxGroup = 128;    // query heads for each of key's; groups divide it

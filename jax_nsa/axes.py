@@ -6,11 +6,16 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jax_nsa.operator import Operator
+
+
+def is_packed(names: Collection[str]) -> bool:
+    """Whether a call with operands of these names has the rows of all sequences packed."""
+    return "first_rows" in names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Axes:
     @classmethod
     def of(cls, operator: Operator, names: Sequence[str], problem: Any, arrays: Any) -> Axes:
         """Finds the axes of a call from its operands' shapes."""
-        packed = "first_rows" in names
+        packed = is_packed(names)
         described = {r.name: r for r in operator.results(problem)}
         operands = tuple(
             _dimensions(described.get(n, operator.operand(n)).axes, packed) for n in names

@@ -32,7 +32,7 @@ from jax_nsa._compat import updates_bfloat16_in_place, with_usual_promotion
 from jax_nsa.blocks import BLOCK_GRANULE
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress.door import nsa_compress_infer
-from jax_nsa.compress.problem import HEAD_SIZE_MAX
+from jax_nsa.compress.problem import COMPRESSED_HEAD_SIZE_MAX
 from jax_nsa.compress.window import completed_window, pages_of, window_slots
 from jax_nsa.pages import PageTables
 from jax_nsa.pools import VALUE_SIZE_MAX
@@ -336,7 +336,7 @@ def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options
     """
     size, count, row = BLOCK_GRANULE, at.size, pool.shape[2:]
     # Flat rows have any heads that are small enough.
-    heads = row[0] if len(row) > 1 else row[0] // math.gcd(row[0], HEAD_SIZE_MAX)
+    heads = row[0] if len(row) > 1 else row[0] // math.gcd(row[0], COMPRESSED_HEAD_SIZE_MAX)
     before = [(0, 0), (size - 1, 0)] + [(0, 0)] * len(row)
     windows = jnp.pad(partition.one_after_another(rows), before)
     weight = np.zeros((size, heads), pool.dtype)  # CANN takes no other; 0 and 1 are exact in all

@@ -1,4 +1,4 @@
-"""Checks of arguments that front doors share: an error names the value and what is legal.
+"""Checks of types and ranges that front doors share: an error names the value and what is legal.
 
 Values that the host knows are checked before anything runs, all at once in NumPy, and copied, so
 that what was checked is what is used. Values in JAX arrays are never waited for.

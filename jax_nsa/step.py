@@ -16,11 +16,11 @@ import numpy as np
 from jax_nsa import chain, checks, pools
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress_attention.door import nsa_compress_attention_infer
+from jax_nsa.compress_attention.problem import LAYOUTS
 from jax_nsa.gates import checked_gates, gated_sum
 from jax_nsa.operator import arguments_known_as
 from jax_nsa.select_attention.door import nsa_select_attention_infer, nsa_window_attention_infer
 
-LAYOUTS = ("TND", "BSND")
 _CAUSAL = np.ones((1, 1), bool)  # that there is a mask is all that counts
 
 
@@ -34,7 +34,7 @@ class PagedKV:
     """A paged cache of keys and values; a pytree.
 
     Attributes:
-        key: `[num_blocks, page, Nkv * D]` or `[num_blocks, page, Nkv, D]`, the pool of key pages;
+        key: `[num_pages, page, Nkv * D]` or `[num_pages, page, Nkv, D]`, the pool of key pages;
             or the pool of keys and values, as `kv_layout="interleaved"` has it.
         value: the same with `Dv`, the pool of value pages; None where `key` holds values too.
         block_table: int32 `[B, P]`: row `i` of sequence `b` lives in page `block_table[b, i //

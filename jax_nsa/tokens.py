@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_nsa import partition
+from jax_nsa.axes import is_packed
 from jax_nsa.checks import Integers
 
 
@@ -31,7 +32,7 @@ def owned_rows(first_rows: jax.Array, rows: int) -> jax.Array:
 
 def of_rows(operands: Mapping[str, jax.Array], of_sequences: jax.Array) -> jax.Array:
     """What is known of sequences `[B]`, for each of query's rows: `[B, 1]`, or packed `[T]`."""
-    if "first_rows" not in operands:
+    if not is_packed(operands):
         return of_sequences[:, None]
     rows = operands["query"].shape[0]
     return of_sequences[sequence_of_rows(operands["first_rows"], rows)]
@@ -39,7 +40,7 @@ def of_rows(operands: Mapping[str, jax.Array], of_sequences: jax.Array) -> jax.A
 
 def numbers(operands: Mapping[str, jax.Array]) -> jax.Array:
     """Which token of its sequence each of query's rows is: int32 `[1, S]`, or packed `[T]`."""
-    if "first_rows" not in operands:
+    if not is_packed(operands):
         return jnp.arange(operands["query"].shape[1], dtype=jnp.int32)[None, :]
     row = jnp.arange(operands["query"].shape[0], dtype=jnp.int32)
     return row - of_rows(operands, operands["first_rows"])

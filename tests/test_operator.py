@@ -1,4 +1,4 @@
-"""A new operator is a record: forty lines here, no shared file touched, and it has everything."""
+"""A new operator is a record: forty lines, in no other operator's file, and it has everything."""
 
 import dataclasses
 

@@ -8,7 +8,8 @@
 
 namespace jax_nsa::cpu {
 
-// Those that this processor and operating system support, best first; never empty.
+// Those that this processor and operating system support, best first. Empty on processors that are
+// neither x86-64 nor aarch64.
 const std::vector<std::string_view>& SupportedIsas();
 
 // The supported one of that name, the best one if the name is empty, or an empty one.

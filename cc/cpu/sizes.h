@@ -9,11 +9,9 @@
 #include <limits>
 
 #include "paged.h"
+#include "rounding.h"
 
 namespace jax_nsa::cpu {
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t RoundUp(int64_t n, int64_t multiple) { return CeilDiv(n, multiple) * multiple; }
 
 // The factor from products of queries and keys to powers of two. Kernels take the scale's sign, and
 // whether it is zero, into account with the queries. Neither end may spoil a difference of nothing

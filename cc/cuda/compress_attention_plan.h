@@ -18,8 +18,7 @@
 //   record   what a tile leaves behind for the scores of blocks: each row's greatest score so far
 //            and, relative to it, the weighted sums of its exponentials in each slot (block sums)
 //   joint    of a cut item: each part's thread block merges a part of its results. Otherwise the
-//   one
-//            that has the last part merges all of them
+//            one that has the last part merges all of them
 //   slot     a block that the tile's positions add to, counted from the first of them
 //
 // An example: items of 24 and 12 tiles, and three thread blocks. The items have 33 and 20 entries,
@@ -38,6 +37,7 @@
 #include <cstdint>
 
 #include "compress_attention.h"
+#include "rounding.h"
 
 namespace jax_nsa::cuda::compressed {
 
@@ -58,7 +58,7 @@ constexpr int kThreads = kComputeThreads + 32 * kLoaders;
 constexpr int kMaxRows = kRowTile * kConsumers;
 static_assert(kMaxRows % kMaxGroup == 0);
 // One persistent thread block for each multiprocessor, up to so many: the workspace is sized before
-// the device is known.
+// the device is known. An H100 has 132 of them, a B200 148; of a larger GPU the rest stays idle.
 constexpr int kMaxCtas = 160;
 // Splitting a sequence more finely than this, or into more parts of equal size, costs more in the
 // merge than it saves; but more parts of so many tiles each are worth it.
@@ -71,8 +71,6 @@ constexpr int kJointBlocks = 1024;
 // through the workspace.
 constexpr int kSharedBlocks = 2048 + 256;
 constexpr int kSharedChosen = 1024;
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Warps that share a tile's positions and each take 16 of its rows: a power of two, so that it
 // divides kConsumers. The other warps take other tiles.
@@ -117,7 +115,7 @@ constexpr int Slots(const Blocks& blocks) {
   return static_cast<int>((kTile - 1 + blocks.num_taps() - 1) / m + 1);
 }
 
-constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
+constexpr int64_t AlignUp(int64_t bytes) { return RoundUp(bytes, 256); }
 
 // How many rows a record has for an item of so many rows, and how many floats: the maxima [rows]
 // and the sums [slots, rows]. In shared memory a gap lies between records, so that they begin in

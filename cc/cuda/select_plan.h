@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "rounding.h"
 #include "select_attention.h"
 
 namespace jax_nsa::cuda::select {
@@ -28,15 +29,15 @@ constexpr int kSelected = 0, kWindow = 1, kKinds = 2;
 
 // Parts of one attention, at most: a lane for each when they are merged.
 constexpr int kMaxParts = 32;
-// Thread blocks that keep a big GPU busy: it runs kResident at the same time if two share a
-// multiprocessor. Parts are made no smaller than it takes to have so many, as it costs time to
-// merge them; nor larger than kMaxPartTiles unless there would be too many of them, so that the
-// last thread blocks don't end long after the others.
+// Thread blocks that keep a big GPU busy: an H100's 132 multiprocessors run kResident at the same
+// time if two share one; others run right, if not as fast as they could. Parts are made no smaller
+// than it takes to have so many, as it costs time to merge them; nor larger than kMaxPartTiles
+// unless there would be too many of them, so that the last thread blocks don't end long after the
+// others.
 constexpr int64_t kResident = 264, kEnough = 240;
 constexpr int64_t kMinPartTiles = 8, kMaxPartTiles = 64;
 
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t AlignUp(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
+constexpr int64_t AlignUp(int64_t bytes) { return RoundUp(bytes, 256); }
 
 // Each token's query heads that share a key/value head, up to kMaxRows of them, are an item. Both
 // its attentions go over a list of tiles, and each list is cut into parts of equal size, one for

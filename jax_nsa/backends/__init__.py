@@ -1,6 +1,7 @@
 """The implementations: which exist, which one a platform gets, and why one cannot serve a call.
 
-An implementation is a module of this package with the members of `Backend`. None knows another.
+Each module of this package that `ALL` names is one, with the members of `Backend`; none knows
+another. `decode_step` says which calls are a step.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
-from jax_nsa.axes import Axes
+from jax_nsa.axes import Axes, is_packed
 
 if TYPE_CHECKING:
     from jax_nsa.operator import Operator
@@ -57,7 +58,7 @@ class Call:
     @property
     def packed(self) -> bool:
         """Whether rows of all sequences are packed."""
-        return "first_rows" in self.names
+        return is_packed(self.names)
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
         """Shapes and dtypes of the results."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax_nsa import backends, checks, paged
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress import reference
-from jax_nsa.compress.problem import HEAD_SIZE_MAX, PAIRS_MAX, Problem, check_windows
+from jax_nsa.compress.problem import COMPRESSED_HEAD_SIZE_MAX, PAIRS_MAX, Problem, check_windows
 from jax_nsa.operator import Array, Operator
 
 # Rows of a cache are shared by all sequences, so only heads split over devices. Keys and values may
@@ -89,7 +89,7 @@ def nsa_compress_infer(
     waited for, and take effect by the run-time rules below.
 
     Args:
-        input: bfloat16, float16 or float32 `[num_blocks, page_block_size, N * D]` or `[num_blocks,
+        input: bfloat16, float16 or float32 `[num_pages, page_block_size, N * D]` or `[num_pages,
             page_block_size, N, D]`, the pool of pages of original keys or values; or a pair of
             these. `D <= 256`.
         weight: `[l, N]`, input's dtype or float32; or a pair of these.
@@ -119,7 +119,7 @@ def nsa_compress_infer(
         for pairs.
 
         Run-time rules: a length outside `[0, P * page_block_size]`, a count outside `[0, d]`, and
-        of a sequence that completes a window a needed page outside `[0, num_blocks)`, a slot from
+        of a sequence that completes a window a needed page outside `[0, num_pages)`, a slot from
         R on, or a row that another such sequence names, are faults. Implementations that run on
         the host fail the call; the others, and all with `on_fault="nan"`, do not write the windows
         concerned: of two that name one row neither.
@@ -252,8 +252,10 @@ def _check_pair(pair: dict[str, Any], problem: Problem, at: str, *, page: int) -
         )
     width = shape[2] if len(shape) == 3 else heads * shape[3]
     head_size = width // heads
-    if head_size > HEAD_SIZE_MAX:
-        raise ValueError(f"input{at}'s head size must be at most {HEAD_SIZE_MAX}, got {head_size}")
+    if head_size > COMPRESSED_HEAD_SIZE_MAX:
+        raise ValueError(
+            f"input{at}'s head size must be at most {COMPRESSED_HEAD_SIZE_MAX}, got {head_size}"
+        )
     rows = tuple(cache.shape)
     if rows[1:] != (heads, head_size) and not (
         (len(rows) == 3 and rows[2] == width) or (len(rows) == 4 and rows[2:] == (heads, head_size))

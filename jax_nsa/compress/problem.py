@@ -10,7 +10,7 @@ from jax_nsa import blocks
 from jax_nsa.checks import Integers
 from jax_nsa.compress.window import Window, last_window
 
-HEAD_SIZE_MAX = 256
+COMPRESSED_HEAD_SIZE_MAX = 256
 PAIRS_MAX = 2  # the inputs that one call compresses: keys and values
 
 

@@ -128,7 +128,7 @@ def gather_window(
     """Reads each sequence's window from a paged pool of original tokens.
 
     Args:
-        pool: bfloat16, float16 or float32 `[num_blocks, page, N * D]` or `[num_blocks, page, N,
+        pool: bfloat16, float16 or float32 `[num_pages, page, N * D]` or `[num_pages, page, N,
             D]`.
         block_table: integers `[B, P]`, its pages.
         window: the windows.

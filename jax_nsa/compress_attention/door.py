@@ -124,10 +124,10 @@ def nsa_compress_attention_infer(
     Args:
         query: bfloat16, float16 or float32 `[T, N, D]`, one row per new token, `D <= 192`. With
             layout "BSND", `[B, S, N, D]`.
-        key: query's dtype `[num_blocks, page_block_size, Nkv * D]`, the pool of key pages; or
-            `[num_blocks, page_block_size, Nkv, D]`.
-        value: query's dtype `[num_blocks, page_block_size, Nkv * Dv]`, the pool of value pages,
-            `Dv <= min(D, 128)`; or `[num_blocks, page_block_size, Nkv, Dv]`.
+        key: query's dtype `[num_pages, page_block_size, Nkv * D]`, the pool of key pages; or
+            `[num_pages, page_block_size, Nkv, D]`.
+        value: query's dtype `[num_pages, page_block_size, Nkv * Dv]`, the pool of value pages,
+            `Dv <= min(D, 128)`; or `[num_pages, page_block_size, Nkv, Dv]`.
         scale_value: the factor on query-key products, often `D ** -0.5`; at most `2**127` in size.
         head_num: `N`, query heads; a multiple of `key_value_head_num` with a ratio that divides
             128.
@@ -172,8 +172,8 @@ def nsa_compress_attention_infer(
             program knows: "fail" the call, or give "nan"; None fails it in a program of one device
             and gives NaN in one of several, where the other devices would wait for the failed one.
         kv_layout: "separate", or "interleaved" where `key` is the pool of keys and values,
-            `[num_blocks, page_block_size, 2 * Nkv, D]` with keys in even rows and values in odd
-            ones, `[num_blocks, page_block_size, Nkv, 2, D]` or `[num_blocks, page_block_size, Nkv *
+            `[num_pages, page_block_size, 2 * Nkv, D]` with keys in even rows and values in odd
+            ones, `[num_pages, page_block_size, Nkv, 2, D]` or `[num_pages, page_block_size, Nkv *
             2 * D]`, `D <= 128`, and `value` is None.
 
     Returns:
@@ -191,7 +191,7 @@ def nsa_compress_attention_infer(
 
         Run-time rules: a sequence of length 0 has attention 0 and indices -1, and so have rows
         that hold no token (past `actual_seq_qlen[b]` in BSND, past the last sequence in TND). For
-        a length outside `[0, P * page_block_size]`, a needed page id outside `[0, num_blocks)` or
+        a length outside `[0, P * page_block_size]`, a needed page id outside `[0, num_pages)` or
         token counts that do not fit, implementations that run on the host fail the call, and the
         others, and all with `on_fault="nan"`, return NaN and -1 for that sequence.
 

@@ -15,6 +15,7 @@ from jax import lax
 
 from jax_nsa import pools, tokens
 from jax_nsa._compat import with_usual_promotion
+from jax_nsa.axes import is_packed
 from jax_nsa.compress_attention.problem import Problem
 
 _CHUNK = 512  # values that are ranked together; twice or half as many are no faster on an H100
@@ -85,7 +86,7 @@ def _by_sequence(operands: Mapping[str, jax.Array]) -> _Sequences:
     query, block_table, lengths = (operands[n] for n in ("query", "block_table", "lengths"))
     early = operands.get("early_counts", jnp.zeros_like(lengths))
     select_lengths = operands.get("select_lengths", jnp.zeros_like(lengths))
-    if "first_rows" not in operands:
+    if not is_packed(operands):
         token, owned = tokens.numbers(operands), query.shape[1]
         counts = operands.get("token_counts", jnp.full_like(lengths, owned))
         return _Sequences(query, token, counts, owned, block_table, lengths, early, select_lengths)

@@ -98,7 +98,7 @@ def nsa_select_attention_infer(
     Args:
         query: bfloat16, float16 or float32 `[B, S, N, D]` with layout "BSND", `[B, S, N * D]` with
             "BSH", `[T, N, D]` with "TND"; `D <= 192`.
-        key: query's dtype `[num_blocks, page_block_size, Nkv * D]` or `[num_blocks,
+        key: query's dtype `[num_pages, page_block_size, Nkv * D]` or `[num_pages,
             page_block_size, Nkv, D]`: the pool of key pages, one row for each original token.
         value: the same with `Dv <= min(D, 128)`, the pool of value pages.
         topk_indices: integers `[B, S, Nkv, k]`, with `S = 1` also `[B, Nkv, k]`; `[T, Nkv, k]` with
@@ -132,8 +132,8 @@ def nsa_select_attention_infer(
             program knows: "fail" the call, or give "nan"; None fails it in a program of one device
             and gives NaN in one of several, where the other devices would wait for the failed one.
         kv_layout: "separate", or "interleaved" where `key` is the pool of keys and values,
-            `[num_blocks, page_block_size, 2 * Nkv, D]` with keys in even rows and values in odd
-            ones, `[num_blocks, page_block_size, Nkv, 2, D]` or `[num_blocks, page_block_size, Nkv *
+            `[num_pages, page_block_size, 2 * Nkv, D]` with keys in even rows and values in odd
+            ones, `[num_pages, page_block_size, Nkv, 2, D]` or `[num_pages, page_block_size, Nkv *
             2 * D]`, `D <= 128`, and `value` is None.
 
     Returns:
@@ -144,7 +144,7 @@ def nsa_select_attention_infer(
         A row that sees no position has attention 0 and lse -inf, and so have rows that hold no
         token. Run-time rules: a block at or past `T_b` or below -1 is a fault of its row and
         key/value head; a length outside `[0, P * page_block_size]`, a needed page id outside `[0,
-        num_blocks)` or token counts that do not fit are faults too. Implementations that run on the
+        num_pages)` or token counts that do not fit are faults too. Implementations that run on the
         host fail the call; the others, and all with `on_fault="nan"`, return NaN there.
 
     Raises:
@@ -204,10 +204,10 @@ def nsa_window_attention_infer(
     Args:
         query: bfloat16, float16 or float32 `[B, S, N, D]`; with layout "BSH" `[B, S, N * D]`, with
             "TND" `[T, N, D]`, one row per new token. `D <= 192`.
-        key: query's dtype `[num_blocks, page_block_size, Nkv * D]`, the pool of key pages; or
-            `[num_blocks, page_block_size, Nkv, D]`.
-        value: query's dtype `[num_blocks, page_block_size, Nkv * Dv]`, the pool of value pages,
-            `Dv <= min(D, 128)`; or `[num_blocks, page_block_size, Nkv, Dv]`.
+        key: query's dtype `[num_pages, page_block_size, Nkv * D]`, the pool of key pages; or
+            `[num_pages, page_block_size, Nkv, D]`.
+        value: query's dtype `[num_pages, page_block_size, Nkv * Dv]`, the pool of value pages,
+            `Dv <= min(D, 128)`; or `[num_pages, page_block_size, Nkv, Dv]`.
         scale_value: the factor on query-key products, often `D ** -0.5`; at most `2**127` in size.
         head_num: `N`, query heads; a multiple of `key_value_head_num` with a ratio that divides
             128.

@@ -14,6 +14,7 @@ from jax import lax
 
 from jax_nsa import pools, tokens
 from jax_nsa._compat import with_usual_promotion
+from jax_nsa.axes import is_packed
 from jax_nsa.select_attention.problem import Problem
 
 
@@ -86,7 +87,7 @@ def rows_of_query(operands: Mapping[str, jax.Array], problem: Problem) -> dict[s
     """
     query, lengths = operands["query"], operands["lengths"]
     capacity = operands["block_table"].shape[1] * operands["key"].shape[1]
-    if "first_rows" in operands:
+    if is_packed(operands):
         counts, first_rows = operands["token_counts"], operands["first_rows"]
         rows = query.shape[0]
         sequence = tokens.sequence_of_rows(first_rows, rows)
