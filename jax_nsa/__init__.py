@@ -58,7 +58,11 @@ else:
     def __getattr__(name: str) -> Any:
         if name in _HOMES:
             found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-        elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}"):
+        elif (
+            name.isidentifier()
+            and name[0] != "_"
+            and importlib.util.find_spec(f"{__name__}.{name}")
+        ):
             found = importlib.import_module(f"{__name__}.{name}")
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,6 @@ from jax_nsa._compat import updates_bfloat16_in_place, with_usual_promotion
 from jax_nsa.blocks import BLOCK_GRANULE
 from jax_nsa.checks import ArrayLike, IntegersLike
 from jax_nsa.compress.door import nsa_compress_infer
-from jax_nsa.compress.problem import COMPRESSED_HEAD_SIZE_MAX
 from jax_nsa.compress.window import completed_window, pages_of, window_slots
 from jax_nsa.pages import PageTables
 from jax_nsa.pools import VALUE_SIZE_MAX
@@ -120,9 +119,9 @@ class PagePools:
     ) -> PagePools:
         """Writes the rows of the tokens that `tables.allocate` brought, and the windows they end.
 
-        Nothing else changes; the rows of a slot that got more tokens than `key` has are NaN. Pools
-        that the program owns, as under `jax.jit(...,
-        donate_argnames=...)` or in the carry of `jax.lax.scan`, are updated in place.
+        Nothing else changes; of a slot that got more tokens than `key` has, the newest rows are
+        NaN. Pools that the program owns, as under `jax.jit(..., donate_argnames=...)` or in the
+        carry of `jax.lax.scan`, are updated in place.
 
         Args:
             tables: the tables that `allocate` returned.
@@ -307,17 +306,19 @@ def _rows_of(tables: PageTables, slots: jax.Array) -> PageTables:
 def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any) -> jax.Array:
     """Writes each slot's newest tokens; the pool. Where rows are missing, nobody knows which."""
     token = jnp.arange(rows.shape[1], dtype=jnp.int32)
-    position = (tables.lengths - tables.counts)[:, None] + token
+    # Of a slot whose rows are missing, the newest, so that what reads it tells.
+    first = tables.lengths - jnp.minimum(tables.counts, rows.shape[1])
+    position = first[:, None] + token
     pages = pages_of(tables.original.block_table, position // tables.page_block_size)
     row = position % tables.page_block_size
     there = token < tables.counts[:, None]
     missing = (tables.counts > rows.shape[1])[:, None, None, None]
     new = jnp.where(missing, jnp.full((), jnp.nan, rows.dtype), jnp.asarray(rows))
-    new = new.reshape(*rows.shape[:2], *pool.shape[2:])
     at = jnp.where(there & (pages >= 0), pages * tables.page_block_size + row, -1)
 
     def scatter(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
         page = jnp.where(at < 0, len(pool), at // tables.page_block_size)  # past the end: dropped
+        new = new.reshape(*new.shape[:2], *pool.shape[2:])
         return pool.at[page, at % tables.page_block_size].set(new, mode="drop")
 
     if pool.dtype == jnp.bfloat16 and not updates_bfloat16_in_place():
@@ -330,16 +331,16 @@ def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options
 
     Args:
         pool: `[pages, page, ...]`.
-        rows: `[n, S, ...]`.
+        rows: `[n, S, heads, size]`.
         at: int32 `[n, S]`, where, rows of pages numbered through; negative: nowhere.
         **options: implementation and on_fault.
     """
-    size, count, row = BLOCK_GRANULE, at.size, pool.shape[2:]
-    # Flat rows have any heads that are small enough.
-    heads = row[0] if len(row) > 1 else row[0] // math.gcd(row[0], COMPRESSED_HEAD_SIZE_MAX)
-    before = [(0, 0), (size - 1, 0)] + [(0, 0)] * len(row)
-    windows = jnp.pad(partition.one_after_another(rows), before)
-    weight = np.zeros((size, heads), pool.dtype)  # CANN takes no other; 0 and 1 are exact in all
+    size, count = BLOCK_GRANULE, at.size
+    rows = partition.one_after_another(partition.split_as(pool, rows))
+    windows = jnp.pad(rows, [(0, 0), (size - 1, 0), (0, 0), (0, 0)])
+    weight = np.zeros(
+        (size, rows.shape[2]), pool.dtype
+    )  # CANN takes no other; 0 and 1 are exact in all
     weight[-1] = 1
     written = nsa_compress_infer(
         windows, weight, at.reshape(-1), size, size, size,

@@ -146,15 +146,14 @@ def floats(
 
 def bools(name: str, values: Any) -> jax.Array:
     """Returns bools, of an array or a list, as a JAX array."""
-    array = _held_array(values)
-    if not isinstance(array, jax.Array):
-        try:
-            array = np.asarray(array)
-        except ValueError:  # rows of several lengths
-            array = np.asarray(None)
-    if isinstance(array, np.ma.MaskedArray) or array.dtype != bool:
+    held = _held_array(values)
+    try:
+        array = None if isinstance(held, np.ma.MaskedArray) else jnp.asarray(held)
+    except (TypeError, ValueError, OverflowError):  # rows of several lengths, say
+        array = None
+    if array is None or array.dtype != bool:
         raise TypeError(f"{name} must hold bools, got {shown(values)}")
-    return jnp.asarray(array)
+    return array
 
 
 class Integers:
@@ -210,11 +209,13 @@ class Integers:
         """Holds known values to `[0, most]`, None for any; `says` explains the limit.
 
         Held to a limit, they are int64 in `host` from then on: rules subtract from them, which
-        narrow and unsigned dtypes do not survive.
+        narrow and unsigned dtypes do not survive. A symbolic limit is for the running program.
         """
         if self.host is None:
             return
-        bad = self.host < 0 if most is None else (self.host < 0) | (self.host > most)
+        bad = self.host < 0
+        if isinstance(most, int):
+            bad |= self.host > most
         if bad.any():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
             legal = "at least 0" if most is None else f"in [0, {most}]{says}"

@@ -121,11 +121,12 @@ def counts_of_tokens(
         return {}
     integers = per_sequence("actual_seq_qlen", counts, sequences)
     integers.check_range(None if packed else tokens)
-    if packed and integers.host is not None and sum(integers.host.tolist()) != tokens:
-        raise ValueError(
-            f"actual_seq_qlen must sum to query's tokens ({tokens}), "
-            f"got a sum of {sum(integers.host.tolist())}"
-        )
+    if packed and integers.host is not None and isinstance(tokens, int):
+        total = sum(integers.host.tolist())
+        if total != tokens:
+            raise ValueError(
+                f"actual_seq_qlen must sum to query's tokens ({tokens}), got a sum of {total}"
+            )
     return {"actual_seq_qlen": integers}
 
 
@@ -147,9 +148,9 @@ def page_ids(table: Integers, needed: Callable[[], np.ndarray], *, pages: int) -
     Args:
         table: the block table.
         needed: gives bool `[B, P]`, which entries are needed; asked where some are bad.
-        pages: pages in the pools.
+        pages: pages in the pools; a symbolic number is for the running program.
     """
-    if table.host is None:
+    if table.host is None or not isinstance(pages, int):
         return
     # As unsigned integers, negative ones are beyond all pages too, if their type reaches so far.
     ids = table.host if table.host.itemsize >= 4 else table.host.astype(np.int32)

@@ -120,6 +120,15 @@ def check_rows_are_whole(name: str, rows: Any) -> None:
         )
 
 
+def split_as(pool: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows `[n, S, heads, size]` whose heads are split as a pool's on a mesh with explicit axes."""
+    sharding: Any = jax.typeof(pool).sharding
+    if sharding.mesh.empty or _cut(sharding.mesh, jax.typeof(rows).sharding.spec[2:3]) != [()]:
+        return rows
+    spec = PartitionSpec(None, None, sharding.spec[2], None)
+    return jax.sharding.reshard(rows, NamedSharding(sharding.mesh, spec))
+
+
 def one_after_another(rows: jax.Array) -> jax.Array:
     """Rows `[n, S, ...]` as `[n * S, 1, ...]`, their heads sharded as they were."""
     sharding: Any = jax.typeof(rows).sharding

@@ -268,8 +268,11 @@ def test_pools_may_be_flat_and_compression_ones_own(flat, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cache", [empty, empty_interleaved])
-def test_heads_on_devices_of_a_mesh_with_explicit_axes(cache, dtype):
+@pytest.mark.parametrize("flat", [False, True])
+def test_heads_on_devices_of_a_mesh_with_explicit_axes(cache, dtype, flat):
     tables, pools = cache(16, 16, dtype)
+    if flat and pools.value is not None:
+        pools = jax.tree.map(lambda pool: pool.reshape(*pool.shape[:2], -1), pools)
     tables, _ = tables.allocate([17, 3, 0])
     size = HEAD_SIZE if pools.value is None else VALUE_SIZE
     key, value = (
@@ -277,6 +280,7 @@ def test_heads_on_devices_of_a_mesh_with_explicit_axes(cache, dtype):
         for n in (HEAD_SIZE, size)
     )
     mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Explicit,))
+    every = []
 
     def placed(array, axis):
         spec = PartitionSpec(*[None] * axis, "heads")
@@ -287,16 +291,18 @@ def test_heads_on_devices_of_a_mesh_with_explicit_axes(cache, dtype):
         tuple(placed(w, 1) for w in weights(16)),
     ]  # fmt: skip
     with jax.set_mesh(mesh):
-        on_devices = jax.jit(lambda pools, *rows: pools.append(tables, *rows))(*given)
+        append = jax.jit(lambda pools, *rows: pools.append(tables, *rows))
+        for rows in (given[1:3], [jax.sharding.reshard(r, PartitionSpec()) for r in given[1:3]]):
+            every.append(append(given[0], *rows, given[3]))
         with pytest.raises(ValueError, match=r"value is sharded as .* must be whole"):
             given[0].append(tables, placed(key[:2], 2), placed(value[:2], 0), None, slots=[0, 1])
-    jax.tree.map(
-        np.testing.assert_array_equal, on_devices, pools.append(tables, key, value, weights(16))
-    )
+    expected = pools.append(tables, key, value, weights(16))
+    for on_devices in every:
+        jax.tree.map(np.testing.assert_array_equal, on_devices, expected)
 
 
 def test_rows_that_are_missing_are_nan():
-    """Slot 1 got three tokens, of which there are two; which, nobody knows."""
+    """Slot 1 got three tokens, of which there are two: its newest rows are spoiled."""
     tables, pools = empty(16, 16)
     tables, _ = tables.allocate([2, 3, 0])
     key = np.ones((3, 2, KEY_VALUE_HEADS, HEAD_SIZE), np.float32)
@@ -304,7 +310,7 @@ def test_rows_that_are_missing_are_nan():
     for pool in (pools.key, pools.value):
         of_slot = np.asarray(pool)[np.asarray(tables.original.block_table)[:2, 0]]
         assert np.all(of_slot[0, :2] == 1)
-        assert np.all(np.isnan(of_slot[1, :2]))
+        assert np.all(np.isnan(of_slot[1, 1:3]))
 
 
 @pytest.mark.parametrize("slots", [[-1, 1], [-5, 1], [3, 1], [2**31 - 1, 1]])

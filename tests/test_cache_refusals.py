@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from caches import HEAD_SIZE, KEY_VALUE_HEADS, SIZES, VALUE_SIZE, empty, weights
@@ -102,6 +103,12 @@ def test_empty_tables_refuse(changes, error, message):
 def test_empty_pools_refuse(arguments, error, message):
     with pytest.raises(error, match=message):
         PagePools.empty(empty(32, 16)[0], *arguments)
+
+
+def test_slots_to_free_may_be_traced_one_by_one():
+    tables, _ = empty(32, 16)[0].allocate([3, 2, 1])
+    free = jax.jit(lambda leaves, stays: tables.free([leaves, stays, leaves]).lengths)
+    assert free(True, False).tolist() == [0, 2, 0]
 
 
 def test_empty_pools_need_tables():

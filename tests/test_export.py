@@ -15,6 +15,7 @@ import pytest
 from compress_attention.problems import Geometry, build
 
 import jax_nsa
+from jax_nsa.compress.window import completed_window, gather_window, window_slots
 
 GEOMETRY = Geometry(lengths=(60, 17, 33), head_size=16, value_size=8, hostile=False)
 NAMES = ("query", "key", "value", "block_table", "actual_cmp_seq_kvlen")
@@ -111,6 +112,54 @@ def test_symbolic_tokens(implementation):
     ]
     exported = jax.export.deserialize(export(call, *shapes).serialize())
     assert_same(exported.call(*arrays), call(*arrays))
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize("counted", [False, True])
+def test_symbolic_pages_of_a_table_that_is_known(implementation, counted):
+    """How many pages there are only the program knows, and so which ids are bad."""
+    (pages,) = jax.export.symbolic_shape("pages")
+    known = {
+        "block_table": [[0, 1], [2, 3]], "actual_seq_kvlen": [20, 32],
+        "actual_seq_qlen": [1, 1] if counted else None,
+    }  # fmt: skip
+    query = jnp.ones((2, 2, 16))
+
+    def step(pool):
+        return (
+            jax_nsa.nsa_window_attention_infer(
+                query, pool, pool, 1.0, 2, 2, 20, 16, layout="TND", implementation=implementation,
+                **known,
+            ),
+            jax_nsa.nsa_select_attention_infer(
+                query, pool, pool, [[[0], [1]]] * 2, 1.0, 2, 2, 16, 1, 16, layout="TND",
+                window_size=5, implementation=implementation, **known,
+            ),
+        )  # fmt: skip
+
+    exported = jax.export.export(jax.jit(step), disabled_checks=jax_nsa.export_disabled_checks())(
+        jax.ShapeDtypeStruct((pages, 16, 32), jnp.float32)
+    )
+    pool = jax.random.normal(jax.random.key(0), (5, 16, 32))
+    jax.tree.map(np.testing.assert_array_equal, exported.call(pool), jax.jit(step)(pool))
+
+
+def test_windows_of_symbolic_sequences():
+    (b,) = jax.export.symbolic_shape("b")
+
+    def step(pool, table, lengths):
+        window = completed_window(lengths, compress_block_size=16, compress_stride=16)
+        of_tokens = {"key_value_head_num": 1, "compress_block_size": 16}
+        return (
+            window_slots(window, table, page_block_size=16),
+            gather_window(pool, table, window, **of_tokens),
+        )
+
+    arrays = jnp.ones((4, 16, 3)), jnp.array([[0, 1], [2, 3]]), jnp.array([16, 5])
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    shapes[1:] = [jax.ShapeDtypeStruct((b, *s.shape[1:]), s.dtype) for s in shapes[1:]]
+    exported = jax.export.export(jax.jit(step))(*shapes)
+    jax.tree.map(np.testing.assert_array_equal, exported.call(*arrays), step(*arrays))
 
 
 def test_several_platforms_in_one_artefact():

@@ -444,6 +444,7 @@ def test_exports_are_found_where_type_checkers_find_them():
         assert getattr(jax_nsa, name) is getattr(importlib.import_module(home), name)
     with pytest.raises(AttributeError, match="no attribute 'nsa_decode'"):
         jax_nsa.nsa_decode  # noqa: B018
+    assert not hasattr(jax_nsa, "no.module")
 
 
 def test_modules_are_attributes_though_nobody_imported_them():

@@ -83,7 +83,7 @@ def completed_window(
         if counts.shape != lengths.shape:
             raise ValueError(
                 "actual_seq_qlen must have an entry for each of actual_seq_len's "
-                f"{len(lengths)}, got shape {counts.shape}"
+                f"{lengths.shape[0]}, got shape {counts.shape}"
             )
     legal = (lengths >= 0) & (counts >= 0) & (counts <= stride)
     return last_window(jnp.where(legal, lengths, 0), counts, size=size, stride=stride)
@@ -173,7 +173,7 @@ def _table_for(window: Any, block_table: ArrayLike) -> jax.Array:
             f"window must be what completed_window returns, got {type(window).__name__}"
         )
     table = checks.Integers("block_table", block_table, rank=2).array()
-    sequences = len(window.completes)
+    sequences = window.completes.shape[0]
     if table.shape[0] != sequences or table.shape[1] == 0:
         raise ValueError(
             f"block_table must have a row for each of window's {sequences} sequences, of one page "
