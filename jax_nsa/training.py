@@ -174,7 +174,8 @@ def nsa_attention(
         attention, query's dtype `[B, S, N, Dv]`, summed in float32 and rounded once; with
         `return_blocks` a tuple with the blocks, int32 `[B, S, Nkv, k]`. Differentiable in all
         arrays; the choice of blocks carries no derivative. What a row does not see may be anything,
-        padding behind a prompt say; a row that sees a value that is not finite is NaN.
+        padding behind a prompt say; a row that sees a value that is not finite is NaN. Derivatives
+        need all arrays finite.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
