@@ -146,7 +146,7 @@ def defaults(platform: str) -> tuple[str, ...]:
 def _warn_of(name: str, platform: str, reason: str) -> None:
     """Tells once that a platform does without the kernels that it would get unasked."""
     warnings.warn(
-        f'without implementation="{name}", calls of jax_nsa on {platform} are slow: {reason}',
+        f"jax_nsa runs on {platform} without its kernels, which is slow ({name}: {reason})",
         RuntimeWarning,
         stacklevel=1,
     )
