@@ -59,6 +59,14 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds an option for who runs all tests elsewhere, and here those of another JAX."""
+    parser.addoption(
+        "--of-each", type=int, metavar="N",
+        help="of a test's parameters, run N sets at most, the first and the last among them",
+    )  # fmt: skip
+
+
 def pytest_report_header() -> str:
     """Tells which JAX was tested."""
     return f"JAX {jax.__version__}, jaxlib {jaxlib.version.__version__}"
@@ -73,8 +81,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("dtype", metafunc.cls.domain.dtypes)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests whose hardware this machine lacks."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests whose hardware this machine lacks; leaves out what --of-each does."""
+    most = config.getoption("--of-each")
+    if most is not None:
+        few = _of_each(items, most)
+        config.hook.pytest_deselected(items=[item for item in items if item not in few])
+        items[:] = [item for item in items if item in few]
     missing = {}
     if not _has_nvidia_gpu():
         missing["cuda"] = (
@@ -89,6 +102,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _of_each(items: list[pytest.Item], most: int) -> set[pytest.Item]:
+    """At most so many of the items of each test function, evenly spread over its parameters."""
+    of_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        of_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {
+        those[round(i * (len(those) - 1) / max(1, most - 1))]
+        for those in of_function.values()
+        for i in range(most)
+    }
 
 
 def _has_nvidia_gpu() -> bool:
