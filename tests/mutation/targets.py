@@ -16,6 +16,7 @@ HEADERS = {
     "cc/compress.h": ("geometry",),
     "cc/compress_attention.h": ("problem", "geometry"),
     "cc/select_attention.h": ("geometry",),
+    "cc/cuda/step_plan.h": ("step_cuda_plan",),
 }
 
 # Programs of the build that are linked with the source.
