@@ -17,6 +17,12 @@ HEADERS = {
     "cc/compress_attention.h": ("problem", "geometry"),
     "cc/select_attention.h": ("geometry",),
     "cc/cuda/step_plan.h": ("step_cuda_plan",),
+    "cc/cuda/compress_kernel.cu": ("compress_cuda_kernel",),
+}
+
+# Of them, those that run on the emulated CUDA machine, and what else of tests/cc they consist of.
+EMULATED = {
+    "compress_cuda_kernel": ("emulated_cuda/machine.cc",),
 }
 
 # Programs of the build that are linked with the source.
