@@ -304,9 +304,9 @@ def _rows_of(tables: PageTables, slots: jax.Array) -> PageTables:
 
 @with_usual_promotion
 def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any) -> jax.Array:
-    """Writes each slot's newest tokens; the pool. Where rows are missing, nobody knows which."""
+    """Writes each slot's newest tokens; the pool."""
     token = jnp.arange(rows.shape[1], dtype=jnp.int32)
-    # Of a slot whose rows are missing, the newest, so that what reads it tells.
+    # A slot with more tokens than there are rows gets NaN as its newest: whatever reads it tells.
     first = tables.lengths - jnp.minimum(tables.counts, rows.shape[1])
     position = first[:, None] + token
     pages = pages_of(tables.original.block_table, position // tables.page_block_size)
@@ -338,9 +338,8 @@ def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options
     size, count = BLOCK_GRANULE, at.size
     rows = partition.one_after_another(partition.split_as(pool, rows))
     windows = jnp.pad(rows, [(0, 0), (size - 1, 0), (0, 0), (0, 0)])
-    weight = np.zeros(
-        (size, rows.shape[2]), pool.dtype
-    )  # CANN takes no other; 0 and 1 are exact in all
+    # CANN takes weights of no other dtype than the pool's; 0 and 1 are exact in all.
+    weight = np.zeros((size, rows.shape[2]), pool.dtype)
     weight[-1] = 1
     written = nsa_compress_infer(
         windows, weight, at.reshape(-1), size, size, size,

@@ -129,17 +129,17 @@ def floats(
         raise TypeError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}")
     if array.dtype.name not in FLOATS or not array.dtype.isnative:
         raise TypeError(f"{name} must have dtype {', '.join(FLOATS)}, got {array.dtype}")
-    if like is not None and array.dtype != like[1].dtype:
-        if or_float32 and array.dtype != jnp.float32:
+    is_float32 = or_float32 and array.dtype == jnp.float32
+    if like is not None and array.dtype != like[1].dtype and not is_float32:
+        if or_float32:
             own = "" if like[1].dtype == jnp.float32 else f"{like[1].dtype.name} or "
             raise TypeError(
                 f"{name} must have {like[0]}'s dtype {own}float32, got {array.dtype.name}"
             )
-        if not or_float32:
-            raise TypeError(
-                f"{like[0]} and {name} must have the same dtype, got {like[1].dtype.name} and "
-                f"{array.dtype.name}"
-            )
+        raise TypeError(
+            f"{like[0]} and {name} must have the same dtype, got {like[1].dtype.name} and "
+            f"{array.dtype.name}"
+        )
     _check_memory(name, array)
     return array
 

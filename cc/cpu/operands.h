@@ -10,6 +10,7 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
+// Not rounding.h's, which has one body for all instruction sets.
 constexpr int64_t RoundUp(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }

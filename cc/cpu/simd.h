@@ -1,7 +1,6 @@
 // Vectors of the instruction set that this translation unit is compiled for. What else differs
 // between instruction sets: tiles (amx.h), how values are paired (values.h), how memory is fetched
-// ahead (fetch.h). Everything has internal linkage (see
-// compress_attention_kernel.h).
+// ahead (fetch.h). Everything has internal linkage (see compress_attention_kernel.h).
 //
 // A *word* is what one 32-bit lane holds of the operands of a product: a float, or, where the
 // machine multiplies pairs of bfloat16, such a pair.

@@ -98,7 +98,8 @@ def nsa_compress_attention_infer(
     key/value head it computes softmax attention over the `S_b` compressed positions, sums the
     probabilities of all `G = N / Nkv` query heads of the group into the importance of each block
     of `select_block_size` original tokens, and returns the `select_block_count` most important
-    blocks. Block 0 and the last two are always among them (`init_blocks`, `local_blocks`).
+    blocks of those that it counts (below). Of these block 0 and the last two are always chosen
+    (`init_blocks`, `local_blocks`).
 
     With `p` the probabilities of a query head, 0 outside `[0, S_b)`, its score of block `j` is (eq.
     9, blocks counted from 0)

@@ -76,16 +76,13 @@ def known_rows(
     known = counts is None or counts.host is not None
     if not known or not all(isinstance(size, int) for size in leading):
         return None
+    each = np.full(leading[0], 1 if packed else leading[1])
+    if counts is not None and counts.host is not None:
+        each = counts.host.astype(int)
     if packed:
-        each = np.ones(leading, int)
-        if counts is not None and counts.host is not None:
-            each = counts.host.astype(int)
         sequence = np.repeat(np.arange(len(each)), each)
         return Rows(sequence, np.cumsum(each)[sequence] - 1 - np.arange(len(sequence)))
     sequence, token = np.indices(leading)
-    each = np.full(leading[0], leading[1])
-    if counts is not None and counts.host is not None:
-        each = counts.host.astype(int)
     later = each[sequence] - 1 - token
     return Rows(np.where(later >= 0, sequence, -1), later)
 
@@ -107,10 +104,9 @@ def check_pages(
         sequence = rows.sequence[there]
         tokens = np.bincount(sequence, minlength=len(known))
         # The windows of consecutive tokens leave no gap.
-        newest = np.where(tokens > 0, tokens - 1 + problem.window_size, 0)
-        newest *= problem.window_size > 0
-        first = np.maximum(known - newest, 0)
-        read = paged.pages_between(first, known * (newest > 0), table.shape[1], page=page)
+        first = np.maximum(known - (tokens - 1 + problem.window_size), 0)
+        has_window = (tokens > 0) & (problem.window_size > 0)
+        read = paged.pages_between(first, known * has_window, table.shape[1], page=page)
         if ids is not None:
             size, end = problem.select_block_size, known[sequence] - rows.later[there]
             block = ids[there].astype(np.int64)
