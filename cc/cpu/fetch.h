@@ -1,8 +1,10 @@
 // Fetching memory ahead of its use.
 //
 // As the work goes on, what is read later is fetched, byte for byte: a line or two every few
-// products, as bursts of fetches would be lost. Only fetches into the innermost cache are carried
-// out where the translation of the address is not at hand.
+// products, as bursts of fetches would be lost. Lines go to the second cache. On its way to the
+// innermost one, each would hold one of few miss buffers for as long as memory takes, and the loads
+// of the work itself need these. But only fetches to the innermost cache are carried out where the
+// translation of the address is not at hand, so the first line of each page, or row, goes there.
 
 #ifndef JAX_NSA_CPU_FETCH_H_
 #define JAX_NSA_CPU_FETCH_H_
@@ -14,7 +16,8 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
-constexpr int64_t kLine = 64;  // bytes
+constexpr int64_t kLine = 64;          // bytes
+constexpr int64_t kSystemPage = 4096;  // bytes that share a translation, at least
 
 // Rows that are worked on at once.
 constexpr int64_t kGranule = 16;
@@ -22,11 +25,21 @@ constexpr int64_t kGranule = 16;
 // A compiler keeps assembly where it is written, and moves other fetches together into bursts. A
 // function that does nothing but such fetches is pure to it, and calls of it are dropped: they are
 // always inlined.
-[[gnu::always_inline]] inline void FetchLine(const char* at) {
+//
+// `first`: whether the line brings the translation for others.
+[[gnu::always_inline]] inline void FetchLine(const char* at, bool first) {
 #if defined(__x86_64__)
-  asm volatile("prefetcht0 %0" : : "m"(*at));
+  if (first) {
+    asm volatile("prefetcht0 %0" : : "m"(*at));
+  } else {
+    asm volatile("prefetcht1 %0" : : "m"(*at));
+  }
 #else
-  __builtin_prefetch(at, 0, 3);
+  if (first) {
+    __builtin_prefetch(at, 0, 3);
+  } else {
+    __builtin_prefetch(at, 0, 2);
+  }
 #endif
 }
 
@@ -56,7 +69,9 @@ class FetchRows {
       const int64_t row = step % kSteps * kAtOnce + i;
       if (count % kSteps != 0 && row >= count) break;
 #pragma GCC unroll 4
-      for (int b = 0; b < bytes; b += kLine) FetchLine(rows_[row] + offset + b);
+      for (int b = 0; b < bytes; b += kLine) {
+        FetchLine(rows_[row] + offset + b, offset + b == 0);
+      }
     }
   }
 
@@ -67,7 +82,9 @@ class FetchRows {
 #pragma GCC unroll 4
     for (int i = 0; i < count; ++i) {
 #pragma GCC unroll 4
-      for (int b = 0; b < bytes; b += kLine) FetchLine(rows_[step * count + i] + offset_ + b);
+      for (int b = 0; b < bytes; b += kLine) {
+        FetchLine(rows_[step * count + i] + offset_ + b, offset_ + b == 0);
+      }
     }
   }
 
@@ -95,7 +112,10 @@ struct FetchBytes {
     constexpr int kSteps = count * bytes < kLine ? kLine / (count * bytes) : 1;
     if (step % kSteps != 0) return;
 #pragma GCC unroll 8
-    for (int b = 0; b < count * bytes; b += kLine) FetchLine(first + step * count * bytes + b);
+    for (int b = 0; b < count * bytes; b += kLine) {
+      const char* const at = first + step * count * bytes + b;
+      FetchLine(at, reinterpret_cast<uintptr_t>(at) % kSystemPage < kLine);
+    }
   }
 
   template <int count, int bytes>

@@ -25,8 +25,8 @@ namespace {
 struct SelectScratch {
   uint32_t* queries;  // see Queries
   uint32_t* keys;     // [kGranule][words of a row], converted
-  float* scores;      // [kGranule][rows], then weights
-  uint32_t* pairs;    // [kGranule / 2][rows], weights as words
+  float* scores;      // [kTileRows][rows], then weights
+  uint32_t* pairs;    // [kTileRows / 2][rows], weights as words
   int64_t size;       // bytes
 
   SelectScratch(const select::Plan& plan, void* memory) {
@@ -39,9 +39,9 @@ struct SelectScratch {
     const int64_t row_words = PaddedWords(plan.problem.head_size);
     queries = reinterpret_cast<uint32_t*>(take(row_words * plan.group));
     keys = reinterpret_cast<uint32_t*>(take(kGranule * row_words));
-    scores = reinterpret_cast<float*>(take(kGranule * plan.group));
+    scores = reinterpret_cast<float*>(take(kTileRows * plan.group));
     // Pairs of few rows fill a vector, whatever the positions.
-    pairs = reinterpret_cast<uint32_t*>(take(kGranule / 2 * plan.group + kLanes));
+    pairs = reinterpret_cast<uint32_t*>(take(kTileRows / 2 * plan.group + kLanes));
     size = next - static_cast<char*>(memory);
   }
 };
@@ -124,19 +124,23 @@ class SelectAttention {
 
   // Attends to the tile and fetches the next.
   void Attend(const Tile& tile, const Tile& next, const select::Partial& partial) {
-    Score(tile.keys, next.keys);
+    for (int64_t p = 0; p < tile.count; p += kGranule) {
+      Score(tile.keys + p, next.keys + p, scratch_.scores + p * rows_);
+    }
     softmax_.Weigh(tile.count, partial, columns_);
     FetchRows ahead(next.values);
     const ByValues weigh(rows_, rows_, value_size_, ahead);
     ByValues::WithRows(rows_, [&](auto rows) {
-      weigh.template Add<rows()>(tile.values, kGranule, softmax_.words(), partial.attention);
+      weigh.template Add<rows()>(tile.values, tile.granules_end(), softmax_.words(),
+                                 partial.attention);
     });
   }
 
-  void Score(const char* const* keys, const char* const* next) {
+  // Of a granule.
+  void Score(const char* const* keys, const char* const* next, float* scores) {
     FetchRows ahead(next);
     if (in_place_) {
-      return ByKeys::template Multiply<true>(keys, queries_, scratch_.scores, ahead);
+      return ByKeys::template Multiply<true>(keys, queries_, scores, ahead);
     }
     const char* packed[kGranule];
     for (int64_t i = 0; i < kGranule; ++i) {
@@ -144,7 +148,7 @@ class SelectAttention {
       Key::PackRow(keys[i], head_size_, words);
       packed[i] = reinterpret_cast<const char*>(words);
     }
-    ByKeys::template Multiply<false>(packed, queries_, scratch_.scores, ahead);
+    ByKeys::template Multiply<false>(packed, queries_, scores, ahead);
   }
 
   // The query heads of the panel as words, their scale but for its size folded in.

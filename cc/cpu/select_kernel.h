@@ -27,6 +27,8 @@ constexpr float kNoPeak = -3.4028235e38f;  // no product is below it; finite
 // what float32 and bfloat16 do not notice.
 constexpr float kSlack = 6;
 
+constexpr int64_t kTileRows = 64;  // that a kernel takes at once
+
 // The sections of an item: what only the chosen blocks have, what the window has too, and what only
 // the window has.
 enum Section { kChosen, kShared, kNewest, kSections };

@@ -256,8 +256,6 @@ class Run::Worker {
     return run_.sections_ + task.index / run_.units_per_item_ * run_.partials_per_item();
   }
 
-  static constexpr int64_t kTileRows = 16;  // that a kernel takes at once
-
   Run& run_;
   Memory memory_;
   char* scratch_;

@@ -41,7 +41,7 @@ class Softmax {
 
   // Turns the scores of a tile of `count` positions into weights, and adds these to the totals.
   void Weigh(int64_t count, const select::Partial& partial, int64_t columns) {
-    const int64_t end = kGranule * rows_;
+    const int64_t end = RoundUp(count, kGranule) * rows_;
     for (int64_t i = count * rows_; i < end; ++i) scores_[i] = -__builtin_inff();
     for (int64_t v = 0; v < stride_; v += kLanes) {
       const Float peak = Peak(v, end);

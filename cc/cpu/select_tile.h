@@ -13,12 +13,19 @@
 namespace jax_nsa::cpu::JAX_NSA_ISA {
 namespace {
 
+// Rows that are attended to at once.
+constexpr int64_t kTileRows = select::kTileRows;
+static_assert(kTileRows % kGranule == 0);
+
 // Rows of keys and values, wherever they lie. Past `count` keys repeat the last, for scores that
 // nobody looks at, and values are zeros.
 struct Tile {
   int64_t count;
-  const char* keys[kGranule];
-  const char* values[kGranule];
+  const char* keys[kTileRows];
+  const char* values[kTileRows];
+
+  // Those that are worked on.
+  int64_t granules_end() const { return RoundUp(count, kGranule); }
 };
 
 // Where rows of the pools lie, for one kv head.
@@ -35,8 +42,8 @@ class Cursor {
   // The next rows, up to a tile; none at the end.
   void Next(const Pools& pools, Tile* tile) {
     int64_t n = 0;
-    while (n < kGranule && run_ != end_) {
-      const int64_t first = run_->first + done_, count = Least(run_->count - done_, kGranule - n);
+    while (n < kTileRows && run_ != end_) {
+      const int64_t first = run_->first + done_, count = Least(run_->count - done_, kTileRows - n);
       for (int64_t i = 0; i < count; ++i) {
         tile->keys[n + i] = pools.keys + (first + i) * pools.key_stride;
         tile->values[n + i] = pools.values + (first + i) * pools.value_stride;
@@ -46,7 +53,7 @@ class Cursor {
       if (done_ == run_->count) ++run_, done_ = 0;
     }
     tile->count = n;
-    for (; n > 0 && n < kGranule; ++n) {
+    for (; n > 0 && n < kTileRows; ++n) {
       tile->keys[n] = tile->keys[n - 1];
       tile->values[n] = kZeroRow;
     }

@@ -68,8 +68,8 @@ class Vectors {
   }
 
   static Ahead FetchAhead(const TileRows& tile, const TileRows& next, const Rows&,
-                          const TileWork& work) {
-    return {tile, next, kFetchDistance + ValuesAtOnce(work.padded_rows) * tile.values.bytes};
+                          const TileWork&) {
+    return {tile, next, kFetchDistance + kValuesAtOnce * tile.values.bytes};
   }
 
   static constexpr int64_t kAtOnce = kGranule;  // positions
@@ -82,23 +82,19 @@ class Vectors {
     ByKeys::template Multiply<in_place>(rows, queries, scores, ahead.stream());
   }
 
-  // Values of a head that are weighed before those of the next head: as many as pay for loading and
-  // storing its sums, and no more, so that heads are read nearly in the order of memory.
-  static int64_t ValuesAtOnce(int64_t padded_rows) { return Most(8, Least(2 * padded_rows, 32)); }
-
   // Adds the weighted values of some heads. Weights are [step][padded rows]. `head(h)` is a
   // HeadValues.
   template <class Head>
   static void Weigh(Head head, int64_t heads, int64_t size, int64_t padded_rows, int64_t rows,
                     uint32_t*, Ahead& ahead) {
     const ByValues weigh(padded_rows, rows, size, ahead.stream());
-    const int64_t at_once = ValuesAtOnce(padded_rows), count = head(0).rows.count;
+    const int64_t count = head(0).rows.count;
     ByValues::WithRows(padded_rows, [&](auto rows_at_once) {
-      for (int64_t p = 0; p < count; p += at_once) {
+      for (int64_t p = 0; p < count; p += kValuesAtOnce) {
         for (int64_t h = 0; h < heads; ++h) {
           const HeadValues values = head(h);
           const ValueRows some = {{values.rows.first + p * values.rows.stride, values.rows.stride,
-                                   Least(at_once, count - p)}};
+                                   Least(kValuesAtOnce, count - p)}};
           weigh.template Add<rows_at_once()>(
               some, some.count, values.weights + p / Words::kRows * padded_rows, values.sums);
         }
@@ -107,7 +103,10 @@ class Vectors {
   }
 
  private:
-  static constexpr int64_t kFetchDistance = 2 << 10;  // bytes, beside what is worked on
+  // Values of a head that are weighed before those of the next head: as many as pay for loading and
+  // storing its sums, and no more, so that heads are read nearly in the order of memory.
+  static constexpr int64_t kValuesAtOnce = 64;
+  static constexpr int64_t kFetchDistance = 8 << 10;  // bytes, beside what is worked on
 
   using ByKeys = Scores<Type, KeyProducts, chain>;
   using ByValues = JAX_NSA_ISA::Weigh<Type, ValueProducts, FetchStream>;
