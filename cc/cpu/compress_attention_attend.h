@@ -98,11 +98,12 @@ class Attention {
       for (int64_t r = 0; r < padded_rows_; ++r) {
         uint32_t* const words = scratch_.keys;
         PackQuery(h, r, words);
-        for (int64_t w = 0; w < key_words_; w += repeat) {
-          for (int64_t e = 0; e < repeat; ++e) {
-            queries[w * padded_rows_ + r * repeat + e] = words[w + e];
+        WithConstant(repeat, [&](auto count) {
+          uint32_t* const target = queries + r * count();
+          for (int64_t w = 0; w < key_words_; w += count()) {
+            __builtin_memcpy(target + w * padded_rows_, words + w, 4 * count());
           }
-        }
+        });
       }
     }
   }
