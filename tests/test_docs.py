@@ -96,6 +96,11 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+def test_changes_begin_with_those_of_this_version():
+    [first, *_] = re.findall(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert first == jax_nsa.__version__
+
+
 def complete_snippets(page):
     """Those that stand by themselves, as a reader would paste them."""
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
