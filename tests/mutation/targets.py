@@ -33,7 +33,7 @@ PROGRAMS = {
 
 _REFUSES = "refuses or unchanged"
 _ALL_REFUSALS = (
-    "test_native.py", "test_compress_cpu.py", "test_select_attention.py", "-k",
+    "test_native_calls.py", "test_compress_cpu.py", "test_select_attention.py", "-k",
     f"{_REFUSES} or fault",
 )  # fmt: skip
 
@@ -42,11 +42,11 @@ TESTS = {
     "cc/ffi_call.cc": (*_ALL_REFUSALS[:3], "test_fault_messages.py", "-k",
                        f"{_REFUSES} or fault or vmap"),
     "cc/paged_call.cc": (
-        "test_native.py", "test_fault_messages.py", "test_select_attention.py", "-k",
+        "test_native_calls.py", "test_fault_messages.py", "test_select_attention.py", "-k",
         f"{_REFUSES} or fault or fails or vmap",
     ),
     "cc/compress_attention_call.cc": (
-        "test_native.py", "test_fault_messages.py", "-k", f"{_REFUSES} or fails",
+        "test_native_calls.py", "test_fault_messages.py", "-k", f"{_REFUSES} or fails",
     ),
     "cc/select_attention_call.cc": ("test_select_native.py", "test_select_attention.py",
                                     "test_fault_messages.py", "-k",
