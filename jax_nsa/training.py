@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nsa import checks
+from jax_nsa import checks, softmax
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.blocks import Blocks, check_block_size, check_stride
 from jax_nsa.checks import ArrayLike, IntegersLike
@@ -277,7 +277,7 @@ def _rows(
     position = jnp.arange(arrays["compressed_key"].shape[1], dtype=jnp.int32)
     seen = (position < length[:, None])[None, :, None, None, :]
     scores = _scores(grouped, arrays["compressed_key"], problem)
-    probabilities = _softmax(scores, seen)
+    probabilities, _ = softmax.over_seen(scores, seen)
     compressed = _weigh(probabilities, arrays["compressed_value"], seen)
     chosen = _choose(lax.stop_gradient(probabilities), token, length, problem)
 
@@ -290,7 +290,8 @@ def _rows(
     in_blocks = (in_blocks & (age >= 0)[None, :, None])[:, :, :, None]
     newest = ((age >= 0) & (age < window_size))[None, :, None, None]
     selected, window = (
-        _weigh(_softmax(scores, seen), arrays["value"], seen) for seen in (in_blocks, newest)
+        _weigh(softmax.over_seen(scores, seen)[0], arrays["value"], seen)
+        for seen in (in_blocks, newest)
     )
     branches = (b.reshape(batch, chunk, heads, -1) for b in (compressed, selected, window))
     attention = gated_sum(gates, *branches, dtype=query.dtype)
@@ -305,16 +306,6 @@ def _scores(grouped: jax.Array, key: jax.Array, problem: Problem) -> jax.Array:
         key.astype(jnp.float32),
         precision=_EXACT,
     )
-
-
-def _softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
-    """Probabilities of the positions that are seen; all 0 where none is."""
-    scores = jnp.where(seen, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
-    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0.0, 1.0, total)
 
 
 def _weigh(probabilities: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:

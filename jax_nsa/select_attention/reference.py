@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa import pools, tokens
+from jax_nsa import pools, softmax, tokens
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.axes import is_packed
 from jax_nsa.select_attention.problem import Problem
@@ -164,19 +164,11 @@ def _attend(
         keys,
         precision=lax.Precision.HIGHEST,
     )
-    seen = is_read[:, :, None, :]
-    scores = jnp.where(seen, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
-    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    empty = total == 0.0
-    probabilities = weights / jnp.where(empty, 1.0, total)
+    probabilities, lse = softmax.over_seen(scores, is_read[:, :, None, :])
     attention = jnp.einsum(
         "rhgn,rhne->rhge",
         probabilities,
         values,
         precision=lax.Precision.HIGHEST,
     )
-    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))
-    return attention, lse[..., 0]
+    return attention, lse
