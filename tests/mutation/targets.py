@@ -27,7 +27,7 @@ EMULATED = {
 
 # Programs of the build that are linked with the source.
 PROGRAMS = {
-    "cc/parts.cc": "tests/ffi/step_frames_test",
+    "cc/joint_call.cc": "tests/ffi/step_frames_test",
     "cc/step_call.cc": "tests/ffi/step_frames_test",
 }
 
