@@ -53,8 +53,8 @@ def select_attention(operands: Mapping[str, jax.Array], problem: Problem) -> dic
 
     results, lses = {}, {}
     for name, positions in reads.items():
-        slot = jnp.minimum(positions // page, operands["block_table"].shape[1] - 1)
-        pages = operands["block_table"][rows["sequence"][:, None, None], slot]
+        column = jnp.minimum(positions // page, operands["block_table"].shape[1] - 1)
+        pages = operands["block_table"][rows["sequence"][:, None, None], column]
         is_read = (positions < capacity) & ~bad[:, :, None]
         bad = bad | jnp.any(is_read & ((pages < 0) | (pages >= num_pages)), axis=-1)
         attention, lse = _attend(operands, problem, positions, pages, is_read)
