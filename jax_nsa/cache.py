@@ -142,6 +142,9 @@ class PagePools:
             ValueError: an argument with an illegal value or shape.
         """
         self._check(tables)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                partition.check_only_heads_split(f"pools' {field.name}", getattr(self, field.name))
         if slots is not None:
             tables = _rows_of(tables, _checked_slots(slots, len(tables.lengths)))
         interleaved = self.value is None
@@ -242,7 +245,7 @@ def _check_rows(
             f"{name} must have shape [{slots}, tokens, heads, size], with heads of a pool of "
             f"shape {pool.shape}, got {shape}"
         )
-    partition.check_rows_are_whole(name, rows)
+    partition.check_only_heads_split(name, rows)
     return rows
 
 
