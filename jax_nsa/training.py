@@ -146,6 +146,9 @@ def nsa_attention(
     the compressed positions whose tokens end at or before it, chooses blocks by them, and attends
     to what it sees of these blocks and to the `window_size` newest tokens.
 
+    Heads and sizes may be any, as no kernel limits them. `nsa_decode_step` serves models whose
+    `N / Nkv` divides 128, with `D <= 192` and `Dv <= min(D, 128)`.
+
     Memory: rows are computed in chunks, and computed again for the gradient; at any time there are
     a few arrays of float32 `[B, chunk_size, N, S + C]`, and of bool `[B, chunk_size, Nkv, k, S]`.
 

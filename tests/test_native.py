@@ -75,20 +75,37 @@ def test_missing_library_says_what_to_install(reload):
     assert "pip install ." in native.unavailable("cpu", "target")
 
 
+def attend_to_window(**options):
+    pool = np.ones((1, 16, 16), np.float32)
+    return nsa_window_attention_infer(
+        np.ones((1, 1, 16), np.float32), pool, pool, 1.0, 1, 1, 5, 16, layout="TND",
+        block_table=[[0]], actual_seq_kvlen=[5], **options,
+    )  # fmt: skip
+
+
 def test_a_platform_without_its_kernels_is_warned_of_once(reload):
     reload(None)
     backends._warn_of.cache_clear()
-    pool = np.ones((1, 16, 16), np.float32)
-    call = functools.partial(
-        nsa_window_attention_infer, np.ones((1, 1, 16), np.float32), pool, pool, 1.0, 1, 1, 5, 16,
-        layout="TND", block_table=[[0]], actual_seq_kvlen=[5],
-    )  # fmt: skip
-    with pytest.warns(RuntimeWarning, match=r"on cpu without its kernels, .* \(cpu: "):
-        jax.jit(call).lower()
+    with pytest.warns(
+        RuntimeWarning, match=r"^jax_nsa runs on cpu without its kernels, .* \(cpu: "
+    ):
+        jax.jit(functools.partial(attend_to_window)).lower()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        jax.jit(lambda: call()).lower()
-        jax.jit(functools.partial(call, implementation="reference")).lower()
+        jax.jit(lambda: attend_to_window()).lower()
+        jax.jit(functools.partial(attend_to_window, implementation="reference")).lower()
+    backends._warn_of.cache_clear()
+
+
+def test_a_call_that_the_kernels_refuse_is_warned_of(reload, monkeypatch):
+    """As those for GPUs refuse symbolic shapes."""
+    reload(library(RUNTIME, cpu={"jax_nsa_select_attention_cpu": ("cpu", object())}))
+    monkeypatch.setattr(backends.cpu, "refuses", lambda call, platform: "it is symbolic")
+    told = (
+        r"^nsa_select_attention_infer runs on cpu without its kernels, .* \(cpu: it is symbolic\)"
+    )
+    with pytest.warns(RuntimeWarning, match=told):
+        jax.jit(functools.partial(attend_to_window)).lower()
     backends._warn_of.cache_clear()
 
 
