@@ -92,6 +92,7 @@ TESTS = {
     "jax_nsa/select_attention/reference.py": (
         "test_select_attention.py", "-k", "Reference and not (any_legal or heads or dtype)",
     ),
+    "jax_nsa/softmax.py": ("test_reference.py", "test_training.py"),
     "jax_nsa/gates.py": ("test_step.py", "test_step_devices.py"),
     "jax_nsa/step.py": ("test_step.py",),
     "jax_nsa/training.py": ("test_training.py",),
