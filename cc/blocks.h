@@ -2,7 +2,7 @@
 // probabilities of positions add up to scores of blocks. One definition for host and device code.
 //
 // Symbols are those of the NSA paper (arXiv 2502.11089, eq. 8-10): l and d are the size and stride
-// of compress blocks, l' the size of select blocks, M = l'/d, L = floor(l/d).
+// of compress windows, l' the size of select blocks, M = l'/d, L = floor(l/d).
 
 #ifndef JAX_NSA_BLOCKS_H_
 #define JAX_NSA_BLOCKS_H_
@@ -20,7 +20,7 @@ namespace jax_nsa {
 constexpr int64_t kMinStride = 16, kMaxBlockSize = 128;
 constexpr int64_t kMaxTaps = 2 * (kMaxBlockSize / kMinStride) - 1;  // see Blocks::num_taps
 
-// Whether blocks, or the strides between compress blocks, may have so many tokens.
+// Whether blocks, or the strides between compress windows, may have so many tokens.
 constexpr bool IsBlockSize(int64_t tokens) {
   return tokens > 0 && tokens % kMinStride == 0 && tokens <= kMaxBlockSize;
 }
@@ -93,7 +93,7 @@ struct Blocks {
     return length <= 0 ? 0 : Universe(OriginalLength(length));
   }
   // Select blocks of the longest sequence that has `length` compressed positions. Counted by
-  // original tokens, it ends one token before its next compress block.
+  // original tokens, it ends one token before its next compress window.
   JAX_NSA_HOST_DEVICE constexpr int64_t MaxBlocks(int64_t length) const {
     return aligned ? Universe(OriginalLength(length + 1) - 1) : NumBlocks(length);
   }

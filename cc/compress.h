@@ -1,5 +1,6 @@
-// One call of compression into the cache, decoded: which window each sequence completes, where it
-// lies and which row it becomes. Free of XLA, for host and device code.
+// One call of compression into the cache, decoded: which compress window each sequence completes,
+// where it lies and which row it becomes. A window is a compress window wherever this is included,
+// and a slot the row of the cache that slot_mapping names. Free of XLA, for host and device code.
 
 #ifndef JAX_NSA_COMPRESS_H_
 #define JAX_NSA_COMPRESS_H_

@@ -96,10 +96,11 @@ class Faults {
       case SequenceFault::kLength:
         return LengthError(problem, At(call_.names.lengths, b), arrays.lengths[b]);
       case SequenceFault::kTokenCount:
-        return InvalidArgument(At("actual_seq_qlen", b) + " must be in [0, " +
-                               std::to_string(problem.compress_stride) +
-                               "] (compress_stride, so that at most one window ends), got " +
-                               std::to_string(arrays.token_counts[b]));
+        return InvalidArgument(
+            At("actual_seq_qlen", b) + " must be in [0, " +
+            std::to_string(problem.compress_stride) +
+            "] (compress_stride, so that at most one compress window ends), got " +
+            std::to_string(arrays.token_counts[b]));
       case SequenceFault::kPageId:
         return PageError(problem, call_.names, At("block_table", b, {column}),
                          arrays.block_table[b * problem.pages_per_sequence + column], "input");
@@ -114,7 +115,7 @@ class Faults {
   ffi::Error SameRow(const Write& first, const Write& second) const {
     return InvalidArgument(At("slot_mapping", second.sequence) + " must not be " +
                            At("slot_mapping", first.sequence) +
-                           ", as both sequences complete a window, got " +
+                           ", as both sequences complete a compress window, got " +
                            std::to_string(first.row % Rows()) + " for both");
   }
 

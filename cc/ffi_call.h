@@ -50,8 +50,8 @@ class FfiCall {
   void Type(const Array& array, xla::ffi::DataType type);
   void NotEmpty(const Array& array);
 
-  template <typename... Parts>
-  void That(bool holds, const Parts&... otherwise) {
+  template <typename... Text>
+  void That(bool holds, const Text&... otherwise) {
     if (!holds) Fail(otherwise...);
   }
 
@@ -62,11 +62,11 @@ class FfiCall {
                 xla::ffi::Span<const int64_t> leading);
 
  private:
-  template <typename... Parts>
-  void Fail(const Parts&... parts) {
+  template <typename... Text>
+  void Fail(const Text&... text) {
     if (!ok()) return;
     message_.emplace();
-    (Append(parts), ...);
+    (Append(text), ...);
   }
 
   // Not by streams: on Ubuntu 24.04 (GCC 13.3, JAX 0.11.2) those that wrote a number crashed,

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "ffi_call.h"
-#include "parts.h"
+#include "joint_call.h"
 
 namespace jax_nsa::step {
 
@@ -14,24 +14,24 @@ ffi::ErrorOr<Call> Decode(ffi::RemainingArgs args, ffi::RemainingRets rets,
   const auto refused = [](const char* why) {
     return ffi::Unexpected(InvalidArgument(std::string("nsa_decode_step: ") + why));
   };
-  Parts parts(args, rets, attributes);
-  const Part first = parts.Next("compressed_");
+  JointCall joint(args, rets, attributes);
+  const Branch first = joint.Next("compressed_");
   const auto compressed = compress_attention::Decode(first.args, first.rets, first.attributes);
   if (compressed.has_error()) return ffi::Unexpected(compressed.error());
-  const Part second = parts.Next("chosen_", &first);
+  const Branch second = joint.Next("chosen_", &first);
   const auto chosen = select_attention::Decode(second.args, second.rets, second.attributes);
   if (chosen.has_error()) return ffi::Unexpected(chosen.error());
   if (chosen->arrays.topk_indices != compressed->arrays.topk_indices) {
     return refused("the blocks that are read are not those that are chosen");
   }
   Call call = {*compressed, *chosen, std::nullopt};
-  if (!parts.Done()) {
-    const Part third = parts.Next("window_");
+  if (!joint.Done()) {
+    const Branch third = joint.Next("window_");
     const auto window = select_attention::Decode(third.args, third.rets, third.attributes);
     if (window.has_error()) return ffi::Unexpected(window.error());
     call.window = *window;
   }
-  if (!parts.Done()) return refused("there are arrays that belong to none of its branches");
+  if (!joint.Done()) return refused("there are arrays that belong to none of its branches");
   return call;
 }
 

@@ -18,8 +18,8 @@ struct Call {
   std::optional<select_attention::Call> window;  // where it has pools of its own
 };
 
-// Decodes each call as its operator does (parts.h). The chosen blocks are no operand of the second
-// call, but the first one's result.
+// Decodes each call as its operator does (joint_call.h). The chosen blocks are no operand of the
+// second call, but the first one's result.
 xla::ffi::ErrorOr<Call> Decode(xla::ffi::RemainingArgs args, xla::ffi::RemainingRets rets,
                                xla::ffi::Dictionary attributes);
 

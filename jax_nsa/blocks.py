@@ -1,6 +1,6 @@
 """The geometry of blocks: which original tokens a compressed position or a selectable block covers.
 
-Symbols are those of the NSA paper (arXiv 2502.11089, section 3.3): compress blocks of `l` tokens
+Symbols are those of the NSA paper (arXiv 2502.11089, section 3.3): compress windows of `l` tokens
 start every `d` tokens of the original sequence; select blocks of `l'` tokens tile it, so that block
 `j` holds tokens `[j * l', (j + 1) * l')`. Plain Python, no JAX.
 """
@@ -26,7 +26,7 @@ def check_block_size(name: str, size: int) -> int:
 
 
 def check_stride(compress_block_size: int, compress_stride: int) -> None:
-    """Checks that the stride of compress blocks is legal, and that blocks overlap or touch."""
+    """Checks that the stride of compress windows is legal, and that they overlap or touch."""
     if compress_stride not in COMPRESS_STRIDES:
         raise ValueError(
             f"compress_stride must be one of {COMPRESS_STRIDES}, got {compress_stride}"
@@ -43,8 +43,8 @@ def compressed_length(tokens: Any, compress_block_size: int, compress_stride: in
 
     Works on ints, NumPy and JAX arrays alike; `tokens >= 0`.
     """
-    windows = (tokens - compress_block_size) // compress_stride + 1
-    return windows * (tokens >= compress_block_size)
+    positions = (tokens - compress_block_size) // compress_stride + 1
+    return positions * (tokens >= compress_block_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,6 @@ class Blocks:
     def max_universe(self, length: Any) -> Any:
         """Select blocks of the longest sequence that has `length` compressed positions.
 
-        That sequence ends one token before its next compress block: `length*d + l - 1` tokens.
+        That sequence ends one token before its next compress window: `length*d + l - 1` tokens.
         """
         return self.universe(length * self.compress_stride + self.compress_block_size - 1)

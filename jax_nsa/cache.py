@@ -117,7 +117,7 @@ class PagePools:
         implementation: str | Sequence[str] | None = None,
         on_fault: str | None = None,
     ) -> PagePools:
-        """Writes the rows of the tokens that `tables.allocate` brought, and the windows they end.
+        """Writes the rows of the tokens that `tables.allocate` brought, and what they compress to.
 
         Nothing else changes; of a slot that got more tokens than `key` has, the newest rows are
         NaN. Pools that the program owns, as under `jax.jit(..., donate_argnames=...)` or in the
@@ -142,6 +142,9 @@ class PagePools:
             ValueError: an argument with an illegal value or shape.
         """
         self._check(tables)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is not None:
+                partition.check_only_heads_split(f"pools' {field.name}", getattr(self, field.name))
         if slots is not None:
             tables = _rows_of(tables, _checked_slots(slots, len(tables.lengths)))
         interleaved = self.value is None
@@ -242,7 +245,7 @@ def _check_rows(
             f"{name} must have shape [{slots}, tokens, heads, size], with heads of a pool of "
             f"shape {pool.shape}, got {shape}"
         )
-    partition.check_rows_are_whole(name, rows)
+    partition.check_only_heads_split(name, rows)
     return rows
 
 
@@ -322,12 +325,14 @@ def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any)
         return pool.at[page, at % tables.page_block_size].set(new, mode="drop")
 
     if pool.dtype == jnp.bfloat16 and not updates_bfloat16_in_place():
-        return _write_as_windows(pool, new, at, **options)
+        return _write_as_compress_windows(pool, new, at, **options)
     return scatter(pool, new, at)
 
 
-def _write_as_windows(pool: jax.Array, rows: jax.Array, at: jax.Array, **options: Any) -> jax.Array:
-    """Writes rows by the operator that updates in place: as windows of which the last row counts.
+def _write_as_compress_windows(
+    pool: jax.Array, rows: jax.Array, at: jax.Array, **options: Any
+) -> jax.Array:
+    """Writes rows by the operator that updates in place: as windows whose last row counts.
 
     Args:
         pool: `[pages, page, ...]`.
@@ -358,7 +363,7 @@ def _compress(
     original: tuple[jax.Array, ...],
     options: dict[str, Any],
 ) -> tuple[jax.Array, ...]:
-    """Writes the windows that tokens `[part * d, (part + 1) * d)` of each slot's newest end."""
+    """Compresses what ends with tokens `[part * d, (part + 1) * d)` of each slot's newest."""
     page, stride = tables.page_block_size, tables.compress_stride
     sizes: dict[str, Any] = {
         "compress_block_size": tables.compress_block_size, "compress_stride": stride,

@@ -164,7 +164,7 @@ def custom_call(
 def joint_call(
     backend: str,
     target: str,
-    parts: Mapping[str, tuple[Call, Sequence[jax.Array | None], Mapping[str, Any]]],
+    branches: Mapping[str, tuple[Call, Sequence[jax.Array | None], Mapping[str, Any]]],
     further_results: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]] | None = None,
 ) -> list[Sequence[jax.Array]]:
     """Calls a kernel that serves several calls at once.
@@ -172,29 +172,31 @@ def joint_call(
     Args:
         backend: which kernel, as targets spell it.
         target: its target.
-        parts: by the name that the attributes of each begin with: a call, its operands, and
+        branches: by the name that the attributes of each begin with: a call, its operands, and
             attributes of this kernel alone. Arrays lie one call after the other. An operand that
             the kernel takes from an earlier call's results is None.
-        further_results: of some parts, results that only the kernel knows of, by name.
+        further_results: of some branches, results that only the kernel knows of, by name.
 
     Returns:
         The results of each.
     """
-    further = {name: (further_results or {}).get(name, {}) for name in parts}
+    further = {name: (further_results or {}).get(name, {}) for name in branches}
     shapes = [
         shape
-        for name, (call, _, _) in parts.items()
+        for name, (call, _, _) in branches.items()
         for shape in (*call.results(), *further[name].values())
     ]
-    arrays = [array for _, operands, _ in parts.values() for array in operands if array is not None]
+    arrays = [
+        array for _, operands, _ in branches.values() for array in operands if array is not None
+    ]
     attributes = {
         f"{name}_{attribute}": value
-        for name, (call, _, own) in parts.items()
+        for name, (call, _, own) in branches.items()
         for attribute, value in {**_attributes(call, further[name]), **own}.items()
     }
     outcomes = iter(jax.ffi.ffi_call(target_name(backend, target), shapes)(*arrays, **attributes))
     results: list[Sequence[jax.Array]] = []
-    for name, (call, _, _) in parts.items():
+    for name, (call, _, _) in branches.items():
         results.append([next(outcomes) for _ in _result_names(call)])
         for _ in further[name]:
             next(outcomes)

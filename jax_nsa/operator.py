@@ -6,7 +6,7 @@ an axis, parentheses for axes that share a dimension, `*` for the axes of query'
     b  sequences            t  tokens of each sequence       n  packed rows of all sequences
     h  key/value heads      g  query heads of one of these   d  head size      e  value's head size
     p  pages                r  rows of a page                c  columns of the block table
-    k  selected blocks      j  blocks                        l  tokens of a compressed window
+    k  selected blocks      j  blocks                        l  tokens of a compress window
     w  rows of a cache, or its pages                         v  rows of one of these pages
     x  what a row of the pool of keys has for each key/value head: a key, or a key and a value
     y  what one of the pool of values has, likewise

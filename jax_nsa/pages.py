@@ -125,7 +125,7 @@ class PageTables:
     @property
     def compressed_lengths(self) -> jax.Array:
         """int32 `[B]`, compressed positions of each slot."""
-        return self._windows(self.lengths)
+        return self._compressed(self.lengths)
 
     def allocate(self, counts: IntegersLike) -> tuple[PageTables, jax.Array]:
         """Brings each slot its next tokens: from now on they count, and have pages.
@@ -173,13 +173,13 @@ class PageTables:
             raise ValueError(f"slots must have shape {self.lengths.shape}, got {leaving.shape}")
         return _truncate(self, jnp.where(leaving, jnp.int32(0), self.lengths))
 
-    def _windows(self, tokens: jax.Array) -> jax.Array:
+    def _compressed(self, tokens: jax.Array) -> jax.Array:
         return blocks.compressed_length(tokens, self.compress_block_size, self.compress_stride)
 
     def _held(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """How many original and compressed pages sequences of so many tokens hold."""
         page = self.page_block_size
-        return -(-tokens // page), -(-self._windows(tokens) // page)
+        return -(-tokens // page), -(-self._compressed(tokens) // page)
 
     def _per_slot(self, name: str, values: IntegersLike) -> jax.Array:
         integers = checks.Integers(name, values, rank=1)

@@ -110,13 +110,14 @@ def whole_in_front(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
-def check_rows_are_whole(name: str, rows: Any) -> None:
-    """Refuses rows `[slots, tokens, ...]` that a mesh with explicit axes cuts along either."""
-    sharding: Any = jax.typeof(rows).sharding
-    if not sharding.mesh.empty and any(_cut(sharding.mesh, sharding.spec[:2])):
+def check_only_heads_split(name: str, array: Any) -> None:
+    """Refuses rows or pools `[:, :, heads, ...]` that a mesh with explicit axes cuts otherwise."""
+    sharding: Any = jax.typeof(array).sharding
+    cut = [] if sharding.mesh.empty else _cut(sharding.mesh, sharding.spec)
+    if any(cut[:2] + cut[3:]):
         raise ValueError(
-            f"{name} is sharded as {sharding.spec}, and its slots and tokens must be whole on each "
-            "device, as the rows of all are written into one pool; use jax.sharding.reshard"
+            f"{name} is sharded as {sharding.spec}, and only its heads may split: all else must be "
+            "whole on each device, as a pool takes the rows of all slots; use jax.sharding.reshard"
         )
 
 

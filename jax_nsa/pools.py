@@ -121,8 +121,8 @@ def of_both(key: ArrayLike, *, key_value_heads: int, page: int, head_size: int) 
         told = " or ".join(f"[pages, {page}, {', '.join(map(str, row))}]" for row in legal)
         raise ValueError(
             f'key must have shape {told} with kv_layout="interleaved" (page_block_size, and of '
-            f"each of {heads} heads, key_value_head_num, a key and a value as large as query's "
-            f"heads), got {shape}"
+            f"each of {heads} heads, key_value_head_num, two rows as large as query's heads), "
+            f"got {shape}"
         )
     return key.reshape(*shape[:2], 2 * heads * size)
 

@@ -134,8 +134,9 @@ def _jvp(
     """Differentiates the reference; the kernels have no derivative."""
     if implementation != (backends.reference.NAME,):
         raise NotImplementedError(
-            f"{operator.name} is an inference operator: its kernels have no derivative. Call it "
-            'with implementation="reference" to differentiate its attention output.'
+            f"{operator.name} is an inference operator: its kernels have no derivative. Train with "
+            "nsa_attention and nsa_compress, whose rows are what decoding gives; "
+            'implementation="reference" has a derivative, too.'
         )
     is_float = [jnp.issubdtype(p.dtype, jnp.floating) for p in primals]
     integers = [p for p, floating in zip(primals, is_float, strict=True) if not floating]

@@ -196,10 +196,7 @@ def _check_caches(query: ArrayLike, kv_layout: str, **caches: PagedKV | None) ->
 
 @contextlib.contextmanager
 def _told_of(cache: str) -> Iterator[None]:
-    """Has an operator's messages tell where its arguments are in the step's caches.
-
-    Kernels name a bad value as the step does; to a refusal by the front door it is added.
-    """
+    """Has an operator's messages name its arguments as the step's caches do."""
     integers = {
         "actual_cmp_seq_kvlen": "compressed.lengths", "actual_sel_seq_kvlen": "selected.lengths",
         "actual_seq_kvlen": f"{cache}.lengths", "block_table": f"{cache}.block_table",
@@ -214,10 +211,9 @@ def _told_of(cache: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         if type(error) not in (TypeError, ValueError):
             raise
-        told = [f"{n} is {its}" for n, its in means.items() if re.search(rf"\b{n}\b", str(error))]
-        if not told:
-            raise
-        raise type(error)(f"{error}; in nsa_decode_step {', '.join(told)}") from None
+        # Kernels have named theirs so already: `selected.lengths`.
+        names = rf"(?<![\w.])({'|'.join(means)})\b"
+        raise type(error)(re.sub(names, lambda name: means[name[1]], str(error))) from None
 
 
 def _check_tokens(

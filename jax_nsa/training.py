@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nsa import checks
+from jax_nsa import checks, softmax
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.blocks import Blocks, check_block_size, check_stride
 from jax_nsa.checks import ArrayLike, IntegersLike
@@ -35,10 +35,10 @@ def nsa_compress(
     actual_seq_len: IntegersLike | None = None,
     bias: ArrayLike | None = None,
 ) -> jax.Array:
-    """Compresses every window of packed sequences, as `torch_npu.npu_nsa_compress` does.
+    """Compresses packed sequences, all windows of them, as `torch_npu.npu_nsa_compress` does.
 
-    Window `i` of a sequence is its tokens `[i * d, i * d + l)`, and becomes (arXiv 2502.11089, eq.
-    7, with a weighted sum for phi)
+    Compress window `i` of a sequence is its tokens `[i * d, i * d + l)`, and becomes (arXiv
+    2502.11089, eq. 7, with a weighted sum for phi)
 
         sum(input[i * d + t] * weight[t] for t in range(l)) + bias.
 
@@ -52,7 +52,7 @@ def nsa_compress(
         bias: input's dtype or float32 `[N, D]`, or None.
 
     Returns:
-        input's dtype `[windows, N, D]`: the windows of the first sequence, then those of the next.
+        input's dtype `[positions, N, D]`: those of the first sequence, then those of the next.
         Summed in float32 and rounded once. Differentiable in `input`, `weight` and `bias`.
 
     Raises:
@@ -70,7 +70,7 @@ def nsa_compress(
     tokens, heads, head_size = input.shape
     weight = _parameter("weight", weight, (size, heads), input)
     bias = None if bias is None else _parameter("bias", bias, (heads, head_size), input)
-    starts = _window_starts(actual_seq_len, tokens, size, stride)
+    starts = _starts_of_compress_windows(actual_seq_len, tokens, size, stride)
     return _compress(input, weight, bias, starts)
 
 
@@ -81,13 +81,13 @@ def _parameter(name: str, array: Any, shape: tuple[int, ...], input: jax.Array) 
     return array
 
 
-def _window_starts(ends: Any, tokens: int, size: int, stride: int) -> np.ndarray:
-    """The first token of every window."""
+def _starts_of_compress_windows(ends: Any, tokens: int, size: int, stride: int) -> np.ndarray:
+    """The first token of each."""
     integers = checks.Integers("actual_seq_len", [tokens] if ends is None else ends, rank=1)
     if integers.host is None:
         raise TypeError(
-            "actual_seq_len must be known when the call is traced, as it decides how many windows "
-            "there are; pass a list or a NumPy array"
+            "actual_seq_len must be known when the call is traced, as it decides how many "
+            "compress windows there are; pass a list or a NumPy array"
         )
     bounds = np.concatenate([[0], integers.host.astype(np.int64)])
     if bounds[-1] != tokens or (np.diff(bounds) < 0).any():
@@ -143,8 +143,11 @@ def nsa_attention(
 
     The attention of arXiv 2502.11089, eq. 5 and 7-12, in every row at once. Row `t` is what
     `nsa_decode_step` gives for token `t` on the caches that the first `t + 1` tokens leave: it sees
-    the compressed positions whose windows end at or before it, chooses blocks by them, and attends
+    the compressed positions whose tokens end at or before it, chooses blocks by them, and attends
     to what it sees of these blocks and to the `window_size` newest tokens.
+
+    Heads and sizes may be any, as no kernel limits them. `nsa_decode_step` serves models whose
+    `N / Nkv` divides 128, with `D <= 192` and `Dv <= min(D, 128)`.
 
     Memory: rows are computed in chunks, and computed again for the gradient; at any time there are
     a few arrays of float32 `[B, chunk_size, N, S + C]`, and of bool `[B, chunk_size, Nkv, k, S]`.
@@ -226,12 +229,12 @@ def _check_shapes(arrays: dict[str, jax.Array], blocks: Blocks) -> None:
         raise ValueError(
             f"query's heads must be a multiple of key's ({key_value_heads}), got {heads}"
         )
-    windows = blocks.compressed_length(tokens)
+    positions = blocks.compressed_length(tokens)
     for name, shape in (
         ("key", (batch, tokens, key_value_heads, head_size)),
         ("value", (batch, tokens, key_value_heads, value_size)),
-        ("compressed_key", (batch, windows, key_value_heads, head_size)),
-        ("compressed_value", (batch, windows, key_value_heads, value_size)),
+        ("compressed_key", (batch, positions, key_value_heads, head_size)),
+        ("compressed_value", (batch, positions, key_value_heads, value_size)),
     ):
         if arrays[name].shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {arrays[name].shape}")
@@ -272,12 +275,12 @@ def _rows(
     grouped = query.reshape(batch, chunk, problem.key_value_heads, -1, head_size)
     token = first + jnp.arange(chunk, dtype=jnp.int32)
 
-    # The compressed positions whose windows ended, and the blocks that they choose.
+    # The compressed positions whose tokens have come, and the blocks that they choose.
     length = problem.blocks.compressed_length(token + 1)
     position = jnp.arange(arrays["compressed_key"].shape[1], dtype=jnp.int32)
     seen = (position < length[:, None])[None, :, None, None, :]
     scores = _scores(grouped, arrays["compressed_key"], problem)
-    probabilities = _softmax(scores, seen)
+    probabilities, _ = softmax.over_seen(scores, seen)
     compressed = _weigh(probabilities, arrays["compressed_value"], seen)
     chosen = _choose(lax.stop_gradient(probabilities), token, length, problem)
 
@@ -290,7 +293,8 @@ def _rows(
     in_blocks = (in_blocks & (age >= 0)[None, :, None])[:, :, :, None]
     newest = ((age >= 0) & (age < window_size))[None, :, None, None]
     selected, window = (
-        _weigh(_softmax(scores, seen), arrays["value"], seen) for seen in (in_blocks, newest)
+        _weigh(softmax.over_seen(scores, seen)[0], arrays["value"], seen)
+        for seen in (in_blocks, newest)
     )
     branches = (b.reshape(batch, chunk, heads, -1) for b in (compressed, selected, window))
     attention = gated_sum(gates, *branches, dtype=query.dtype)
@@ -305,16 +309,6 @@ def _scores(grouped: jax.Array, key: jax.Array, problem: Problem) -> jax.Array:
         key.astype(jnp.float32),
         precision=_EXACT,
     )
-
-
-def _softmax(scores: jax.Array, seen: jax.Array) -> jax.Array:
-    """Probabilities of the positions that are seen; all 0 where none is."""
-    scores = jnp.where(seen, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
-    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0.0, 1.0, total)
 
 
 def _weigh(probabilities: jax.Array, value: jax.Array, seen: jax.Array) -> jax.Array:
@@ -338,7 +332,7 @@ def _choose(
     """The blocks that each token and key/value head reads: int32[B, chunk, kv heads, k]."""
     blocks = problem.blocks
     count = blocks.universe(token + 1) if problem.aligned else blocks.num_blocks(length)
-    if probabilities.shape[-1] == 0:  # no window ever ends
+    if probabilities.shape[-1] == 0:  # no compress window ever ends
         columns = int(blocks.max_universe(0)) if problem.aligned else 0
         importance = jnp.zeros((*probabilities.shape[:3], columns), jnp.float32)
     else:

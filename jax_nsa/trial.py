@@ -74,7 +74,7 @@ class Agreement:
     jax.tree_util.register_dataclass,
     data_fields=[
         "query", "gates", "key", "value", "block_table", "compressed_key", "compressed_value",
-        "compressed_table", "slots",
+        "compressed_table", "completed",
     ],
     meta_fields=[],
 )  # fmt: skip
@@ -90,7 +90,7 @@ class Trial:
         compressed_key: the pool of compressed keys, which lacks the row that the step completes,
             and has NaN for it; `compressed_value` likewise.
         compressed_table: its block table.
-        slots: int32 `[sequences]`, the row of the compressed pools that is completed.
+        completed: int32 `[sequences]`, the row of the compressed pools that is completed.
     """
 
     query: jax.Array
@@ -101,14 +101,14 @@ class Trial:
     compressed_key: jax.Array
     compressed_value: jax.Array
     compressed_table: jax.Array
-    slots: jax.Array
+    completed: jax.Array
 
     def compress(self, implementation: str) -> tuple[jax.Array, jax.Array]:
         """The compressed pools with the row that the step completes."""
         size = BLOCKS.compress_block_size  # a power of two: the mean's weights are exact
         weight = jnp.full((size, KEY_VALUE_HEADS), 1 / size, self.key.dtype)
         key, value = nsa_compress_infer(
-            (self.key, self.value), (weight, weight), self.slots, BLOCKS.compress_block_size,
+            (self.key, self.value), (weight, weight), self.completed, BLOCKS.compress_block_size,
             BLOCKS.compress_stride, PAGE, block_table=self.block_table,
             actual_seq_len=[TOKENS] * SEQUENCES, implementation=implementation,
             cache=(self.compressed_key, self.compressed_value),
@@ -241,8 +241,8 @@ class Truth:
         before, after = (
             x.reshape(-1, rows).astype(np.float64) for x in (before, np.concatenate(pools, -1))
         )
-        error = _error(after[trial.slots], self.newest)
-        after[trial.slots] = before[trial.slots]
+        error = _error(after[trial.completed], self.newest)
+        after[trial.completed] = before[trial.completed]
         untouched = np.array_equal(after, before, equal_nan=True)
         return Agreement(error if untouched else np.inf, ROW_TOLERANCE)
 
@@ -259,8 +259,8 @@ class Truth:
 
     def judge_step(self, attention: Any, chosen: Any) -> Agreement:
         """Measures the step's attention to what it chose, and the choice."""
-        parts = np.stack(self.branches(np.asarray(chosen)), -1)
-        expected = (parts * self.gates[..., None, :]).sum(-1)
+        branches = np.stack(self.branches(np.asarray(chosen)), -1)
+        expected = (branches * self.gates[..., None, :]).sum(-1)
         error = _error(attention, expected)
         return Agreement(error, ATTENTION_TOLERANCE, *self._judge_choice(chosen))
 
@@ -361,7 +361,7 @@ def checks() -> list[Check]:
         (trial.compressed_key, truth.newest[:, :width]),
         (trial.compressed_value, truth.newest[:, width:]),
     ):
-        flat = pool.reshape(-1, pool.shape[-1]).at[trial.slots].set(rows.astype(pool.dtype))
+        flat = pool.reshape(-1, pool.shape[-1]).at[trial.completed].set(rows.astype(pool.dtype))
         pools.append(flat.reshape(pool.shape))
     chosen = jnp.asarray(truth.chosen, jnp.int32)
     aligned = dataclasses.replace(truth, importance=truth.aligned_importance)

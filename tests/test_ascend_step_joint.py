@@ -229,9 +229,9 @@ class TestProgram:
         text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("ascend",)).as_text()
         assert text.count("stablehlo.custom_call @jax_nsa") == 1
         assert "@jax_nsa_step_ascend(" in text
-        for part in decode_step.PARTS:
-            assert f"{part}_host_lengths = dense<> : tensor<0xi64>" in text
-            assert f"{part}_release" in text
+        for branch in decode_step.BRANCHES:
+            assert f"{branch}_host_lengths = dense<> : tensor<0xi64>" in text
+            assert f"{branch}_release" in text
 
     def test_constant_lengths(self):
         arguments = arguments_of(USUAL)

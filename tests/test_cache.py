@@ -296,6 +296,10 @@ def test_heads_on_devices_of_a_mesh_with_explicit_axes(cache, dtype, flat):
             every.append(append(given[0], *rows, given[3]))
         with pytest.raises(ValueError, match=r"value is sharded as .* must be whole"):
             given[0].append(tables, placed(key[:2], 2), placed(value[:2], 0), None, slots=[0, 1])
+        if not flat:
+            by_size = jax.tree.map(lambda pool: placed(pool, 3), pools)
+            with pytest.raises(ValueError, match=r"pools' key is sharded as .* must be whole"):
+                by_size.append(tables, key, value, None)
     expected = pools.append(tables, key, value, weights(16))
     for on_devices in every:
         jax.tree.map(np.testing.assert_array_equal, on_devices, expected)

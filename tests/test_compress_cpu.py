@@ -103,7 +103,7 @@ EVERYTHING = ("input", "cache", "slot_mapping", "block_table", "actual_seq_len",
         ("actual_seq_len", (1, 2), -7, "actual_seq_len[2] at index 1 of jax.vmap must be in [0, "
          "112] (7 pages of 16 rows), got -7"),
         ("actual_seq_qlen", (2, 3), 17, "actual_seq_qlen[3] at index 2 of jax.vmap must be in [0, "
-         "16] (compress_stride, so that at most one window ends), got 17"),
+         "16] (compress_stride, so that at most one compress window ends), got 17"),
         ("block_table", (2, 2, 4), 17, "block_table[2, 4] at index 2 of jax.vmap must be in [0, "
          "17), the pages of input, got 17"),
         ("block_table", (0, 2, 4), -3, "[0, 17), the pages of input, got -3"),
@@ -130,7 +130,7 @@ def test_one_row_for_two_under_vmap(depth):
     where = "index 1" if depth == 1 else "indices (0, 1)"
     assert (
         f"slot_mapping[3] at {where} of jax.vmap must not be slot_mapping[2] at {where} of "
-        f"jax.vmap, as both sequences complete a window, got {slots[1, 2]} for both"
+        f"jax.vmap, as both sequences complete a compress window, got {slots[1, 2]} for both"
     ) in message_of(many, ("slot_mapping",), depth)
 
 

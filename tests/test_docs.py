@@ -6,6 +6,9 @@ import pathlib
 import re
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jax_nsa
@@ -93,11 +96,75 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/composition.md"])
-def test_snippets_run(page):
+def test_changes_begin_with_those_of_this_version():
+    [first, *_] = re.findall(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert first == jax_nsa.__version__
+
+
+def complete_snippets(page):
     """Those that stand by themselves, as a reader would paste them."""
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     complete = [s for s in snippets if "import jax\n" in s]
     assert complete, "no snippet that stands by itself"
-    for snippet in complete:
-        exec(compile(snippet, page, "exec"), {})
+    return complete
+
+
+def run(snippet, page):
+    """The names that a snippet leaves."""
+    names = {}
+    exec(compile(snippet, page, "exec"), names)
+    return types.SimpleNamespace(**names)
+
+
+def assert_close(actual, expected):
+    """Within what rounding to bfloat16 and sums in another order explain."""
+    actual, expected = (np.asarray(x, np.float32) for x in (actual, expected))
+    np.testing.assert_allclose(actual, expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/start.md", "docs/composition.md"])
+def test_snippets_run(page):
+    for snippet in complete_snippets(page):
+        run(snippet, page)
+
+
+def test_the_step_after_a_prefill_is_the_next_row_of_attention():
+    [snippet] = complete_snippets("docs/caches.md")
+    its = run(snippet, "docs/caches.md")
+    for b, count in enumerate(its.prompts.tolist()):
+        query, key, value, gates = (
+            jnp.concatenate([rows[b, :count], more[b]])
+            for rows, more in (
+                (its.query, its.next_query), (its.key, its.next_key), (its.value, its.next_value),
+                (its.gates, its.next_gates),
+            )
+        )  # fmt: skip
+        compressed = (
+            jax_nsa.nsa_compress(rows, weight, **its.compression)
+            for rows, weight in zip((key, value), its.weight, strict=True)
+        )
+        arrays = (query, key, value, *compressed, gates)
+        rows, blocks = jax_nsa.nsa_attention(
+            *(x[None] for x in arrays), **its.options, return_blocks=True
+        )
+        assert_close(its.attention[b, :count], rows[0, :count])
+        assert_close(its.next_attention[b], rows[0, count:])
+        np.testing.assert_array_equal(its.blocks[b], blocks[0, count:])
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_a_split_step_is_that_of_one_device(axis_type):
+    [snippet] = complete_snippets("docs/scaling.md")
+    assert snippet.count("AxisType.Auto") == 1
+    its = run(snippet.replace("AxisType.Auto", f"AxisType.{axis_type}"), "docs/scaling.md")
+    assert its.sequences * its.heads == len(jax.devices())
+    # One device numbers the pages of all.
+    first = np.arange(its.B)[:, None] // 2 * 2 * its.pages
+    whole = [
+        dataclasses.replace(cache, block_table=first + cache.block_table)
+        for cache in its.arrays[2:]
+    ]
+    its.step.__globals__["heads"] = 1
+    attention, blocks = its.step(*its.arrays[:2], *whole)
+    np.testing.assert_array_equal(its.blocks, blocks)
+    assert_close(its.attention, attention)

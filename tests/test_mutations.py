@@ -1,10 +1,10 @@
 """The contract can fail: each wrong formula in the reference turns one of its tests red."""
 
-import inspect
 import types
 
 import pytest
 from compress_attention.contract import CompressAttentionContract
+from references import with_softmax
 
 from jax_nsa.compress_attention import reference
 from jax_nsa.compress_attention.door import OPERATOR
@@ -114,8 +114,8 @@ MUTANTS = {
         "scores_whose_exponentials_overflow",
     ),
     "probabilities rounded to bfloat16": (
-        "probabilities = weights",
-        "probabilities = weights.astype(jnp.bfloat16).astype(jnp.float32)",
+        "return weights / total",
+        "return weights.astype(jnp.bfloat16).astype(jnp.float32) / total",
         "dtype",
     ),
     "importance is the greatest head's": (
@@ -182,7 +182,7 @@ def use(monkeypatch, source):
 
 @pytest.mark.parametrize(("right", "wrong", "test"), MUTANTS.values(), ids=MUTANTS)
 def test_mutant_is_caught(monkeypatch, right, wrong, test):
-    source = inspect.getsource(reference)
+    source = with_softmax(reference)
     assert source.count(right) == 1, f"the reference no longer says {right!r}"
     use(monkeypatch, source.replace(right, wrong))
     with pytest.raises(AssertionError):
@@ -191,5 +191,5 @@ def test_mutant_is_caught(monkeypatch, right, wrong, test):
 
 @pytest.mark.parametrize("test", sorted({test for _, _, test in MUTANTS.values()}))
 def test_original_passes(monkeypatch, test):
-    use(monkeypatch, inspect.getsource(reference))
+    use(monkeypatch, with_softmax(reference))
     Contract().run(test)

@@ -239,19 +239,33 @@ def test_bad_arguments_are_refused(changes, error, message):
 @pytest.mark.parametrize(
     ("cache", "field", "value", "message"),
     [
-        ("compressed", "lengths", [9999, 1], "actual_cmp_seq_kvlen is compressed.lengths"),
-        ("selected", "lengths", [0.5, 1.0], "actual_sel_seq_kvlen is selected.lengths"),
-        ("compressed", "block_table", None, "block_table is compressed.block_table"),
-        ("selected", "block_table", None, "block_table is selected.block_table"),
-        ("window", "block_table", None, "block_table is window.block_table"),
-        ("window", "lengths", [9999, 1], "actual_seq_kvlen is window.lengths"),
+        ("compressed", "lengths", [9999, 1], r"compressed.lengths\[0\] must be in .* got 9999$"),
+        ("selected", "lengths", [0.5, 1.0], r"selected.lengths must hold .*: \[0.5, 1.0\]$"),
+        ("compressed", "block_table", None, "compressed.block_table is required, got None$"),
+        ("selected", "block_table", None, "selected.block_table is required, got None$"),
+        ("window", "block_table", None, "window.block_table is required, got None$"),
+        ("window", "lengths", [9999, 1], r"window.lengths\[0\] must be in \[0, .* got 9999$"),
+        (
+            "selected", "value", np.zeros((32, 48, 16), np.float32),
+            r"selected.value's second axis must be the second size of selected.key \(16\), got",
+        ),
+        (
+            "compressed", "lengths", [1, 2, 3],
+            r"compressed.lengths must have .* the 2 rows of compressed.block_table, got",
+        ),
     ],
-)
+)  # fmt: skip
 def test_refusals_tell_which_cache(cache, field, value, message):
     arguments = arguments_of(replace(USUAL, window_page=48))
     arguments[cache] = replace(arguments[cache], **{field: value})
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         nsa_decode_step(**arguments)
+
+
+def test_what_a_kernel_has_named_as_the_step_does_stays():
+    told = "selected.block_table[1, 0] must be in [0, 8), the pages, got 99"
+    with pytest.raises(ValueError, match=f"^{re.escape(told)}$"), step_module._told_of("selected"):
+        raise ValueError(told)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from compress.calls import COUNTED
 from compress.contract import CompressContract
+from references import joined, with_softmax
 from select_attention.contract import USUAL, SelectAttentionContract
 
 import jax_nsa.compress.door
@@ -72,8 +73,8 @@ SELECT_MUTANTS = {
     "lse to base 2": ("peak + jnp.log(", "peak + jnp.log2(", "usual"),
     "an empty row's lse is 0": ("jnp.where(empty, -jnp.inf,", "jnp.where(empty, 0.0,", "short"),
     "probabilities rounded to bfloat16": (
-        "probabilities = weights",
-        "probabilities = weights.astype(jnp.bfloat16).astype(jnp.float32)",
+        "return weights / total",
+        "return weights.astype(jnp.bfloat16).astype(jnp.float32) / total",
         "usual",
     ),
     "rows of a page in the next page": ("positions // page", "(positions + 1) // page", "usual"),
@@ -204,13 +205,9 @@ CASES = [(name, mutant) for name, (_, mutants, _) in CONTRACTS.items() for mutan
 def source_of(operator):
     """The reference's source; for compression, with the module that finds the windows in it."""
     if operator == "select_attention":
-        return inspect.getsource(inspect.getmodule(inspect.unwrap(select_attention)))
-    text = inspect.getsource(inspect.getmodule(inspect.unwrap(compress)))
+        return with_softmax(inspect.getmodule(inspect.unwrap(select_attention)))
     imported = "from jax_nsa.compress.window import gather_window, last_window, pages_of\n"
-    future = "from __future__ import annotations\n"
-    assert imported in text
-    own = inspect.getsource(window)
-    return future + own.replace(future, "") + text.replace(future, "").replace(imported, "")
+    return joined(window, inspect.getmodule(inspect.unwrap(compress)), without=imported)
 
 
 def use(monkeypatch, operator, source):

@@ -72,7 +72,7 @@ ffi::Error MakeRequest(const Call& call, PageIds page_ids, Request* request) {
     request->longest = std::max(request->longest, length);
     request->causal |= rows.early > 0;
     // Token t ignores the last position where count - 1 - t > slack, slack being the original
-    // tokens past the last compressed window. The call says `early`, how many tokens do; this
+    // tokens past the last compress window. The call says `early`, how many tokens do; this
     // slack says the same, and as it is below kMaxTokens, thus below every stride, the original
     // length compresses to `length`, without which CANN ignores all tokens but one.
     const int64_t slack = rows.count - 1 - rows.early;

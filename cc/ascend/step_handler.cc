@@ -10,7 +10,7 @@
 #include "ascend/run.h"
 #include "ascend/select_attention_device.h"
 #include "ascend/staging.h"
-#include "parts.h"
+#include "joint_call.h"
 
 namespace jax_nsa::ascend {
 namespace {
@@ -54,17 +54,17 @@ ffi::Error CheckLengths(const CompressAttentionOnDevice& chooses,
 
 ffi::Error HandleOnDevice(aclrtStream stream, int32_t ordinal, ffi::RemainingArgs args,
                           ffi::RemainingRets rets, ffi::Dictionary attributes) {
-  Parts parts(args, rets, attributes);
+  JointCall joint(args, rets, attributes);
   CompressAttentionOnDevice compressed;
   SelectAttentionOnDevice chosen, window;
-  const auto decode_next = [&parts](std::string_view prefix, auto* call) {
-    const Part part = parts.Next(prefix);
-    return call->Decode(part.args, part.rets, part.attributes);
+  const auto decode_next = [&joint](std::string_view prefix, auto* call) {
+    const Branch branch = joint.Next(prefix);
+    return call->Decode(branch.args, branch.rets, branch.attributes);
   };
   JAX_NSA_RETURN_IF_ERROR(decode_next("compressed_", &compressed));
   JAX_NSA_RETURN_IF_ERROR(decode_next("chosen_", &chosen));
   JAX_NSA_RETURN_IF_ERROR(decode_next("window_", &window));
-  if (!parts.Done()) return Refused("there are arrays that belong to none of its branches");
+  if (!joint.Done()) return Refused("there are arrays that belong to none of its branches");
   JAX_NSA_RETURN_IF_ERROR(CheckRows(compressed.call().problem, chosen.problem()));
   chosen.ReadBlocks(compressed.call().arrays.topk_indices);
 

@@ -19,10 +19,10 @@ namespace jax_nsa::cuda::compressed {
 constexpr int kWeightsBefore = kTile, kWeightPairs = 3 * kTile;
 
 __device__ inline uint32_t WeightPair(const Params& params, int entry) {
-  const Blocks& window = params.problem.blocks;
+  const Blocks& blocks = params.problem.blocks;
   const auto weight = [&](int offset) {
     const bool counts = 0 <= offset && offset < params.taps;
-    return counts ? static_cast<float>(static_cast<int>(window.Weight(offset))) : 0.0f;
+    return counts ? static_cast<float>(static_cast<int>(blocks.Weight(offset))) : 0.0f;
   };
   return Pack<__nv_bfloat16>(weight(entry - kWeightsBefore), weight(entry - kWeightsBefore - 1));
 }
@@ -128,8 +128,8 @@ class WarpRows : public AttendedRows<Stage<T, kTile, kHeadSize, kValueSize>> {
     }
     const int first_block = params_.FirstBlock(first_position);
 #pragma unroll 1
-    for (int slots = 0; slots < params_.plan.slots; slots += 8) {
-      const int offset = params_.LastPosition(first_block + slots + g) - first_position;
+    for (int next = 0; next < params_.plan.block_sums; next += 8) {
+      const int offset = params_.LastPosition(first_block + next + g) - first_position;
       const uint32_t* pair = weights + kWeightsBefore + offset - 2 * t;
       float block[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
@@ -142,10 +142,10 @@ class WarpRows : public AttendedRows<Stage<T, kTile, kHeadSize, kValueSize>> {
       }
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int slot = slots + 2 * t + c;
-        if (slot < params_.plan.slots) {
-          if (exists[0]) row[(1 + slot) * record_rows_] = block[c];
-          if (exists[1]) row[(1 + slot) * record_rows_ + 8] = block[2 + c];
+        const int own = next + 2 * t + c;
+        if (own < params_.plan.block_sums) {
+          if (exists[0]) row[(1 + own) * record_rows_] = block[c];
+          if (exists[1]) row[(1 + own) * record_rows_ + 8] = block[2 + c];
         }
       }
     }

@@ -71,13 +71,13 @@ __device__ void Compute(const Params& params, const Ring<T, kHeadSize, kValueSiz
       const int releases = kConsumers / row_groups;
 #pragma unroll 1
       for (int tile = part.begin + own_turn; own_turn < turns && tile < part.end; tile += turns) {
-        const int slot = position.slot;
-        BarrierWait(&ring.barriers->full[slot], position.parity);
+        const int stage = position.stage;
+        BarrierWait(&ring.barriers->full[stage], position.parity);
         // This phase is long over; without the wait, synccheck takes the barrier for misused.
-        BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);
-        faulty |= ring.barriers->faulty[slot] != 0;
-        rows.Attend(ring[slot], tile * kTile, part.sequence.length, shared.state.weights,
-                    &ring.barriers->empty[slot], releases, records.Own(tile));
+        BarrierWait(&ring.barriers->empty[stage], position.parity ^ 1);
+        faulty |= ring.barriers->faulty[stage] != 0;
+        rows.Attend(ring[stage], tile * kTile, part.sequence.length, shared.state.weights,
+                    &ring.barriers->empty[stage], releases, records.Own(tile));
         position.Advance(turns, params.stages);
       }
       start.Advance(part.end - part.begin, params.stages);
@@ -234,7 +234,7 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
                              : ChooseKernel(kKernels<false>, problem);
   params.pools = MakePools(problem, arrays, kernel, kTile, device->has_engine);
   params.aligned_query = IsAligned(arrays.query, problem.head_size, problem.dtype);
-  params.by_record_rows = Divider::By(1 + params.plan.slots);
+  params.by_record_rows = Divider::By(1 + params.plan.block_sums);
   const int room = device->shared_bytes - static_cast<int>(sizeof(Shared));
   if (room < kernel.stage_bytes) return cudaErrorInvalidConfiguration;
   // At least so many stages that memory is kept busy. More of them where the records of a whole
@@ -252,9 +252,10 @@ cudaError_t Launch(const Problem& problem, const Arrays& arrays, void* workspace
       (room - params.stages * kernel.stage_bytes) / static_cast<int>(sizeof(float));
 
   // Each batch may begin with the last tile of the one before.
-  params.batch_tiles = std::min(
-      kMaxBatchTiles, params.ring_floats / 2 /
-                          BatchTileFloats(static_cast<int>(problem.group()), params.plan.slots));
+  params.batch_tiles =
+      std::min(kMaxBatchTiles,
+               params.ring_floats / 2 /
+                   BatchTileFloats(static_cast<int>(problem.group()), params.plan.block_sums));
   if (params.batch_tiles < (params.taps > 1 ? 2 : 1)) return cudaErrorInvalidConfiguration;
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile) * params.plan.items;

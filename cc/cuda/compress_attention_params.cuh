@@ -45,7 +45,7 @@ struct Params {
   int32_t tokens, capacity;
   bool lengths_only;  // whether nothing but its length tells one sequence from another
   Divider by_page_size, by_block_positions, by_select_block_size, by_items_each;
-  Divider by_record_rows;  // 1 + plan.slots
+  Divider by_record_rows;  // 1 + plan.block_sums
   int32_t page_size;
 
   __device__ int group() const { return 1 << group_log2; }

@@ -28,12 +28,12 @@ struct Barriers {
 
 // A place in the ring, and the parity of the phase that its barriers are in there.
 struct RingPosition {
-  int slot = 0;
+  int stage = 0;
   uint32_t parity = 0;
 
   __device__ void Advance(int tiles, int stages) {
-    const int to = slot + tiles;
-    slot = to & (stages - 1);
+    const int to = stage + tiles;
+    stage = to & (stages - 1);
     // Whether the ring's end was passed an odd number of times.
     parity ^= (to & stages) != 0;
   }
@@ -45,7 +45,7 @@ struct Ring {
   char* memory;
   Barriers* barriers;
 
-  __device__ Stage operator[](int slot) const { return {memory + slot * Stage::kBytes}; }
+  __device__ Stage operator[](int stage) const { return {memory + stage * Stage::kBytes}; }
   // What lies behind the stages.
   __device__ float* behind(int stages) const {
     return reinterpret_cast<float*>(memory + stages * Stage::kBytes);
@@ -55,10 +55,10 @@ struct Ring {
 // Prepares the ring, by all threads.
 template <typename T, int kHeadSize, int kValueSize>
 __device__ void InitRing(const Params& params, const Ring<T, kHeadSize, kValueSize>& ring) {
-  if (const int slot = threadIdx.x - (kThreads - 32); slot >= 0 && slot < params.stages) {
-    ring.barriers->faulty[slot] = 0;
-    BarrierInit(&ring.barriers->full[slot], params.pools.boxed ? 1 : 32);
-    BarrierInit(&ring.barriers->empty[slot], 32 * kConsumers);
+  if (const int stage = threadIdx.x - (kThreads - 32); stage >= 0 && stage < params.stages) {
+    ring.barriers->faulty[stage] = 0;
+    BarrierInit(&ring.barriers->full[stage], params.pools.boxed ? 1 : 32);
+    BarrierInit(&ring.barriers->empty[stage], 32 * kConsumers);
     FenceBarrierInit();
   }
   if (threadIdx.x == kThreads - 1) {
@@ -67,8 +67,8 @@ __device__ void InitRing(const Params& params, const Ring<T, kHeadSize, kValueSi
   }
   if (params.pools.boxed || params.head_size == kHeadSize) return;
 #pragma unroll 1
-  for (int slot = 0; slot < params.stages; ++slot) {
-    ring[slot].ClearColumns(params.pools, threadIdx.x, kTile, kThreads);
+  for (int stage = 0; stage < params.stages; ++stage) {
+    ring[stage].ClearColumns(params.pools, threadIdx.x, kTile, kThreads);
   }
 }
 
@@ -129,7 +129,7 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
   const Pools& pools = params.pools;
   const uint64_t policy = ReadOncePolicy();
   RingPosition position;
-  unsigned faulty_slots = 0;  // what lane 0 last wrote of each slot
+  unsigned faulty_stages = 0;  // what lane 0 last wrote of each
   // One thread asks for boxes nearly as fast as they come. Two keep up where shares are long; in
   // short ones they get in each other's way.
   const int askers = work.share_entries() < kLongShare ? 1 : 2;
@@ -154,19 +154,19 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
 #pragma unroll
       for (int run : from) faulty |= run == Runs::kFaulty;
 
-      const int slot = position.slot;
-      const auto stage = ring[slot];
-      uint64_t* const full = &ring.barriers->full[slot];
+      const int stage = position.stage;
+      const auto target = ring[stage];
+      uint64_t* const full = &ring.barriers->full[stage];
       // Where one thread asks, only it waits: others could come too late for a phase.
       if (pools.boxed && lane != 0) {
         position.Advance(loaders, params.stages);
         continue;
       }
-      BarrierWait(&ring.barriers->empty[slot], position.parity ^ 1);  // none in the first round
-      BarrierWait(full, position.parity ^ 1);                         // long over; for synccheck
-      if (lane == 0 && faulty != ((faulty_slots >> slot & 1) != 0)) {
-        ring.barriers->faulty[slot] = faulty;
-        faulty_slots ^= 1u << slot;
+      BarrierWait(&ring.barriers->empty[stage], position.parity ^ 1);  // none in the first round
+      BarrierWait(full, position.parity ^ 1);                          // long over; for synccheck
+      if (lane == 0 && faulty != ((faulty_stages >> stage & 1) != 0)) {
+        ring.barriers->faulty[stage] = faulty;
+        faulty_stages ^= 1u << stage;
       }
       if (pools.boxed) {
         // A box takes one run, or all of the tile's.
@@ -174,11 +174,11 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
         int asked = 0;
 #pragma unroll
         for (int i = 0; i < Runs::kOfTile; ++i) asked += i < boxes && from[i] >= 0;
-        BarrierArriveExpecting(full, asked * pools.box_positions * stage.kPositionBytes);
+        BarrierArriveExpecting(full, asked * pools.box_positions * target.kPositionBytes);
 #pragma unroll
         for (int i = 0; i < Runs::kOfTile; ++i) {
           if (i < boxes && from[i] >= 0) {
-            CopyBoxes(pools, stage, i * kRun, from[i], part.head, full, policy);
+            CopyBoxes(pools, target, i * kRun, from[i], part.head, full, policy);
           }
         }
       } else {
@@ -188,7 +188,7 @@ __device__ bool Load(const Params& params, const Ring<T, kHeadSize, kValueSize>&
         for (int i = 0; i < Runs::kOfTile; ++i) {
           if (from[i] < 0) continue;
           const int end = min(kRun, part.sequence.length - tile * kTile - i * kRun);
-          CopyRun(pools, stage, i * kRun, from[i], part.head, 0, end, policy);
+          CopyRun(pools, target, i * kRun, from[i], part.head, 0, end, policy);
         }
         if (pools.aligned) {
           BarrierArriveAfterCopies(full);

@@ -16,10 +16,10 @@
 //            and for the records that shared memory has no room for. A thread block has two: 0
 //            for an item that began in an earlier share, 1 for any other
 //   record   what a tile leaves behind for the scores of blocks: each row's greatest score so far
-//            and, relative to it, the weighted sums of its exponentials in each slot (block sums)
-//   joint    of a cut item: each part's thread block merges a part of its results. Otherwise the
-//            one that has the last part merges all of them
-//   slot     a block that the tile's positions add to, counted from the first of them
+//            and, relative to it, block sums: of its exponentials, weighted, for each block that
+//            the tile's positions add to, counted from the first of these
+//   joint    of a cut item: each part's thread block merges some of its results. Otherwise the one
+//            that has the last part merges all of them
 //
 // An example: items of 24 and 12 tiles, and three thread blocks. The items have 33 and 20 entries,
 // 53 in all, so shares have 18. The thread block with the last part of a cut item finishes it.
@@ -92,7 +92,7 @@ struct Plan {
   int32_t tokens_per_chunk;  // at most
   int32_t rows;              // of a chunk, padded, at most
   int32_t record_floats;     // of a record, at most
-  int32_t slots;             // of a record, at most
+  int32_t block_sums;        // of a record's row, at most
   int32_t region_tiles;      // of a part, at most
   int32_t whole_tiles;       // of the longest item that is not cut, or 0 if all may be
 
@@ -110,7 +110,7 @@ struct Plan {
 
 // The most blocks that a tile's positions can add to. They are those whose last position is one of
 // the tile's or one of the num_taps() - 1 after it: of so many positions in a row, every M-th one.
-constexpr int Slots(const Blocks& blocks) {
+constexpr int BlockSums(const Blocks& blocks) {
   const int64_t m = blocks.strides_per_select_block();
   return static_cast<int>((kTile - 1 + blocks.num_taps() - 1) / m + 1);
 }
@@ -118,11 +118,11 @@ constexpr int Slots(const Blocks& blocks) {
 constexpr int64_t AlignUp(int64_t bytes) { return RoundUp(bytes, 256); }
 
 // How many rows a record has for an item of so many rows, and how many floats: the maxima [rows]
-// and the sums [slots, rows]. In shared memory a gap lies between records, so that they begin in
-// different banks.
+// and the sums [block_sums, rows]. In shared memory a gap lies between records, so that they begin
+// in different banks.
 JAX_NSA_HOST_DEVICE constexpr int RecordRows(int rows) { return (rows + 3) / 4 * 4; }
-JAX_NSA_HOST_DEVICE constexpr int RecordFloats(int rows, int slots) {
-  return RecordRows(rows) * (1 + slots);
+JAX_NSA_HOST_DEVICE constexpr int RecordFloats(int rows, int block_sums) {
+  return RecordRows(rows) * (1 + block_sums);
 }
 constexpr int kRecordGap = 4;
 
@@ -131,8 +131,8 @@ constexpr int kRecordGap = 4;
 // too.
 constexpr int kMaxBatchTiles = 128;
 JAX_NSA_HOST_DEVICE constexpr int BatchRows(int group) { return group > 4 ? group : 4; }
-JAX_NSA_HOST_DEVICE constexpr int BatchTileFloats(int group, int slots) {
-  return RecordFloats(BatchRows(group), slots) + kRecordGap;
+JAX_NSA_HOST_DEVICE constexpr int BatchTileFloats(int group, int block_sums) {
+  return RecordFloats(BatchRows(group), block_sums) + kRecordGap;
 }
 
 // Entries of the list for an item of so many tiles: its tiles and, for the work at its end, some
@@ -173,8 +173,8 @@ constexpr Plan MakePlan(const Problem& problem, int ctas) {
   plan.tokens_per_chunk = static_cast<int32_t>(per_chunk);
   const int rows = static_cast<int>((tokens < per_chunk ? tokens : per_chunk) * group);
   plan.rows = kRowTile * RowGroups(rows);
-  plan.slots = Slots(problem.blocks);
-  plan.record_floats = RecordFloats(rows, plan.slots);
+  plan.block_sums = BlockSums(problem.blocks);
+  plan.record_floats = RecordFloats(rows, plan.block_sums);
 
   const int64_t tiles = CeilDiv(problem.capacity(), kTile);
   const int64_t total = MaxEntries(problem);

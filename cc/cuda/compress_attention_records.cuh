@@ -35,7 +35,7 @@ class Records {
         part_(part),
         shared_(shared),
         rows_(RecordRows(part.rows(params))),
-        tile_floats_(RecordFloats(rows_, params.plan.slots)),
+        tile_floats_(RecordFloats(rows_, params.plan.block_sums)),
         shared_tiles_(part.is_cut() ? 0 : Quotient(shared_floats, tile_floats_ + kRecordGap)),
         begin_(is_joint ? part.begin : 0),
         end_(is_joint ? part.end : part.sequence.tiles) {}
@@ -56,14 +56,14 @@ class Records {
   // consumers.
   __device__ void Fetch(const Batch& batch) const {
     const int thread = ThreadIndex(), first = batch.fetched, end = batch.end;
-    const int quads_log2 = max(params_.group_log2, 2) - 2, rows_each = 1 + params_.plan.slots;
+    const int quads_log2 = max(params_.group_log2, 2) - 2, rows_each = 1 + params_.plan.block_sums;
     const int first_part = part_.PartOf(first), last_part = part_.PartOf(end - 1);
     // So many lanes for each part: a warp, or more while there are fewer parts than warps.
     const int parts = last_part - first_part + 1;
     const int lanes_log2 = kComputeThreadsLog2 - (parts > 4 ? 3 : parts > 2 ? 2 : parts - 1);
     const int lane = thread & ((1 << lanes_log2) - 1);
     const int quad = lane & ((1 << quads_log2) - 1);
-    const int pitch = BatchTileFloats(params_.group(), params_.plan.slots);
+    const int pitch = BatchTileFloats(params_.group(), params_.plan.block_sums);
     const uint32_t to = SharedAddress(In(batch, first) + 4 * quad);
 #pragma unroll 1
     for (int part = first_part + (thread >> lanes_log2); part <= last_part;
@@ -89,9 +89,11 @@ class Records {
     if (!part_.is_cut()) return Own(tile) + FirstRow(batch.token);
     return In(batch, tile);
   }
-  // The distance from what Read returns, the maxima, to the first slot's sums, and from one slot's
-  // to the next one's.
-  __device__ int slot_floats() const { return part_.is_cut() ? BatchRows(params_.group()) : rows_; }
+  // The distance from what Read returns, the maxima, to the first block's sums, and from one
+  // block's to the next one's.
+  __device__ int block_floats() const {
+    return part_.is_cut() ? BatchRows(params_.group()) : rows_;
+  }
 
   // Gives up all of them, once read, by `threads` threads of which this is one.
   __device__ void Discard(int thread, int threads) const {
@@ -122,7 +124,7 @@ class Records {
   // Where a tile of a batch lies.
   __device__ float* In(const Batch& batch, int tile) const {
     const int index = (batch.number & 1) * params_.batch_tiles + tile - batch.fetched;
-    return shared_ + index * BatchTileFloats(params_.group(), params_.plan.slots);
+    return shared_ + index * BatchTileFloats(params_.group(), params_.plan.block_sums);
   }
   __device__ int FirstRow(int token) const { return token * params_.group() & ~3; }
 

@@ -55,7 +55,7 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
   const int own = thread % kHalf, ones = thread < kHalf ? tiles : 0, twos = tiles - ones;
   const int sharers_log2 = tiles <= 16 ? 3 : tiles <= 32 ? 2 : tiles <= 64 ? 1 : 0;
   const int sharers = 1 << sharers_log2;
-  const int slot_floats = records.slot_floats();
+  const int block_floats = records.block_floats();
   const auto load = [](const float* from, int step) {
     return *reinterpret_cast<const float4*>(from + 4 * step);
   };
@@ -93,11 +93,11 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
       const bool is_last = tile + 1 == part.sequence.tiles;
       const int first_block = params.FirstBlock(position);
       const int begin = tile > 0 ? params.FirstBlock(position + params.taps - 1) : 0;
-      const int end = min(num_blocks, is_last ? first_block + params.plan.slots
+      const int end = min(num_blocks, is_last ? first_block + params.plan.block_sums
                                               : params.FirstBlock(position + kTile));
 #pragma unroll 2
       for (int block = begin + (own & (sharers - 1)); block < end; block += sharers) {
-        const float* sums = record + (1 + block - first_block) * slot_floats;
+        const float* sums = record + (1 + block - first_block) * block_floats;
         float4 terms = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
@@ -120,9 +120,9 @@ __device__ inline void SumImportances(const Params& params, const Part& part,
       if (tile == 0 || params.FirstPosition(block) >= position) continue;
       const float* here = records.Read(batch, tile) + head;
       const float* before = records.Read(batch, tile - 1) + head;
-      const float* sums_here = here + (1 + own % 2) * slot_floats;
+      const float* sums_here = here + (1 + own % 2) * block_floats;
       const float* sums_before =
-          before + (1 + block - params.FirstBlock(position - kTile)) * slot_floats;
+          before + (1 + block - params.FirstBlock(position - kTile)) * block_floats;
       float4 terms = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -141,7 +141,7 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part,
                                         const Records& records, const Batch& batch,
                                         const RowNorms& norms) {
   const int group = params.group(), first_row = batch.token * group;
-  const int slot_floats = records.slot_floats();
+  const int block_floats = records.block_floats();
   const int64_t row = part.sequence.first_row + part.first_token + batch.token;
   float* scores =
       params.arrays.block_scores + (row * params.heads + part.head * group) * params.max_blocks;
@@ -160,7 +160,7 @@ __device__ inline void StoreBlockScores(const Params& params, const Part& part,
     for (int i = 0; i < 2; ++i) {
       const int tile = i < tiles ? first / kTile + i : batch.first;
       records_of[i] = records.Read(batch, tile) + (first_row & 3);
-      sums_at[i] = i < tiles ? (1 + j - params.FirstBlock(tile * kTile)) * slot_floats : 0;
+      sums_at[i] = i < tiles ? (1 + j - params.FirstBlock(tile * kTile)) * block_floats : 0;
     }
 #pragma unroll 4
     for (int g = 0; g < group; ++g) {

@@ -145,18 +145,18 @@ __device__ inline WarpRows<T, kHeadSize, kValueSize> AttendPart(
   WaitForCopies<0>();
   __syncthreads();  // the queries are there
 
-  int slot = 0;
+  int stage = 0;
 #pragma unroll 1
   for (int left = tiles.count(); left > 0; --left, ++next) {
-    const int range = static_cast<int>(ranges >> 16 * slot & 0xffff);
-    ring.Await(slot, range != 0);
-    if (range != 0) rows.Attend(ring[slot], range & 255, range >> 8);
+    const int range = static_cast<int>(ranges >> 16 * stage & 0xffff);
+    ring.Await(stage, range != 0);
+    if (range != 0) rows.Attend(ring[stage], range & 255, range >> 8);
     team.Sync();
     const Tile tile = tiles.Get(row, next);
-    ring.Load(tile, slot);
-    ranges = (ranges & ~(uint64_t{0xffff} << 16 * slot)) |
-             static_cast<uint64_t>(tile.begin | tile.end << 8) << 16 * slot;
-    slot = slot + 1 == stages ? 0 : slot + 1;
+    ring.Load(tile, stage);
+    ranges = (ranges & ~(uint64_t{0xffff} << 16 * stage)) |
+             static_cast<uint64_t>(tile.begin | tile.end << 8) << 16 * stage;
+    stage = stage + 1 == stages ? 0 : stage + 1;
   }
   WaitForCopies<0>();
   if (ids_later) {

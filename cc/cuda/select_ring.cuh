@@ -117,32 +117,32 @@ class Ring {
         policy_(ReadOncePolicy()) {
     if (params.pools.boxed && asks()) {
 #pragma unroll 1
-      for (int slot = 0; slot < params.stages; ++slot) BarrierInit(&full_[slot], 1);
+      for (int stage = 0; stage < params.stages; ++stage) BarrierInit(&full_[stage], 1);
       FenceBarrierInit();
     }
   }
 
-  __device__ Stage operator[](int slot) const { return {memory_ + slot * Stage::kBytes}; }
+  __device__ Stage operator[](int stage) const { return {memory_ + stage * Stage::kBytes}; }
 
   // The team must meet before it reads what this has cleared.
   __device__ void Clear() const {
     if (params_.pools.key.size == kHeadSize || params_.pools.boxed) return;
 #pragma unroll 1
-    for (int slot = 0; slot < params_.stages; ++slot) {
-      (*this)[slot].ClearColumns(params_.pools, first() + threadIdx.x % 32, end(), 32);
+    for (int stage = 0; stage < params_.stages; ++stage) {
+      (*this)[stage].ClearColumns(params_.pools, first() + threadIdx.x % 32, end(), 32);
     }
   }
 
   // This warp's share of bringing a tile into a stage, as one batch of copies; or one thread of the
   // team has it brought.
-  __device__ void Load(const Tile& tile, int slot) const {
+  __device__ void Load(const Tile& tile, int stage) const {
     const Pools& pools = params_.pools;
     if (pools.boxed) {
       if (tile.end == 0 || !asks()) return;
-      BarrierArriveExpecting(&full_[slot], Stage::kBytes);
-      CopyBoxes(pools, (*this)[slot], 0, tile.source, head_, &full_[slot], policy_);
+      BarrierArriveExpecting(&full_[stage], Stage::kBytes);
+      CopyBoxes(pools, (*this)[stage], 0, tile.source, head_, &full_[stage], policy_);
     } else {
-      CopyRun(pools, (*this)[slot], 0, tile.source, head_, max(tile.begin, first()),
+      CopyRun(pools, (*this)[stage], 0, tile.source, head_, max(tile.begin, first()),
               min(tile.end, end()), policy_);
       CommitCopies();
     }
@@ -150,13 +150,13 @@ class Ring {
 
   // Waits for the tile that was loaded into a stage before as many others as there are stages, if
   // it has any positions. By all of the team.
-  __device__ void Await(int slot, bool any) {
+  __device__ void Await(int stage, bool any) {
     if (!params_.pools.boxed) {
       WaitForAllBut(params_.stages - 1);
       team_.Sync();
     } else if (any) {
-      BarrierWait(&full_[slot], phases_ >> slot & 1);
-      phases_ ^= 1u << slot;
+      BarrierWait(&full_[stage], phases_ >> stage & 1);
+      phases_ ^= 1u << stage;
     }
   }
 

@@ -143,10 +143,10 @@ def defaults(platform: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def _warn_of(name: str, platform: str, reason: str) -> None:
+def _warn_of(what: str, platform: str, name: str, reason: str) -> None:
     """Tells once that a platform does without the kernels that it would get unasked."""
     warnings.warn(
-        f"jax_nsa runs on {platform} without its kernels, which is slow ({name}: {reason})",
+        f"{what} runs on {platform} without its kernels, which is slow ({name}: {reason})",
         RuntimeWarning,
         stacklevel=1,
     )
@@ -155,7 +155,7 @@ def _warn_of(name: str, platform: str, reason: str) -> None:
 def choose(platform: str, names: Sequence[str] | None, call: Call) -> Backend:
     """Returns the first of `names` (of the platform's defaults if None) that can serve `call`.
 
-    Warns where a default is passed over because the installed library has none of its kernels.
+    Warns where a default is passed over.
 
     Raises:
         NotImplementedError: none can; the message gives each one's reason.
@@ -165,8 +165,9 @@ def choose(platform: str, names: Sequence[str] | None, call: Call) -> Backend:
         reason = why_not(ALL[name], call.operator, platform, call)
         if reason is None:
             return ALL[name]
-        if names is None and name not in native.compiled():
-            _warn_of(name, platform, reason)
+        if names is None:
+            what = call.operator.name if name in native.compiled() else "jax_nsa"
+            _warn_of(what, platform, name, reason)
         reasons.append(f'implementation="{name}": {reason}')
     raise NotImplementedError(
         f"No implementation can serve this {call.operator.name} call.\n" + "\n".join(reasons)

@@ -86,10 +86,10 @@ def joint(
     read = calls[1].operand(_CHOSEN)
     if (read.shape, read.dtype) != (chosen.shape, chosen.dtype):
         return None
-    named = dict(zip(decode_step.PARTS, calls, strict=False))
+    named = dict(zip(decode_step.BRANCHES, calls, strict=False))
 
     def run(operands: Sequence[Sequence[jax.Array]]) -> Sequence[Sequence[jax.Array]]:
-        parts = {
+        branches = {
             name: (
                 call,
                 [None if n == _CHOSEN else x for n, x in zip(call.names, its, strict=True)],
@@ -98,6 +98,6 @@ def joint(
             for (name, call), its in zip(named.items(), operands, strict=True)
         }
         workspaces = {name: _workspace(call) for name, call in named.items()}
-        return native.joint_call(NAME, decode_step.TARGET, parts, workspaces)
+        return native.joint_call(NAME, decode_step.TARGET, branches, workspaces)
 
     return run

@@ -8,8 +8,8 @@ from jax_nsa.backends import Call
 
 TARGET = "step"
 # What the attributes of each call begin with. A window that reads the same pools as the chosen
-# blocks is part of their call.
-PARTS = ("compressed", "chosen", "window")
+# blocks is in their call.
+BRANCHES = ("compressed", "chosen", "window")
 
 
 def is_one(calls: Sequence[Call]) -> bool:

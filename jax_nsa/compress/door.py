@@ -166,7 +166,7 @@ def nsa_compress_infer(
     counts = None
     if actual_seq_qlen is not None:
         counts = paged.per_sequence("actual_seq_qlen", actual_seq_qlen, sequences)
-        counts.check_range(stride, " (compress_stride, so that at most one window ends)")
+        counts.check_range(stride, " (compress_stride, so that at most one compress window ends)")
     check_windows(
         table, lengths, counts, slots, problem,
         page=page, pages=pages[0], rows=rows[0],

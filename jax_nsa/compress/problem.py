@@ -127,5 +127,5 @@ def _check_slots(slots: np.ndarray, completes: np.ndarray, *, rows: int) -> None
         b, of = int(named[repeated][0]), int(named[first[inverse]][repeated][0])
         raise ValueError(
             f"slot_mapping[{b}] must not be slot_mapping[{of}], as both sequences complete a "
-            f"window, got {int(slots[b])} for both"
+            f"compress window, got {int(slots[b])} for both"
         )

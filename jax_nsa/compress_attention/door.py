@@ -115,7 +115,7 @@ def nsa_compress_attention_infer(
         score[j] = sum(p[M * j + m - n] for m in range(M) for n in range(L))
 
     and count `ceil(T_b / l')` blocks, with `T_b` the original tokens, so that tokens that no
-    compress block has reached yet are in a block too. `importance="aligned"` takes that rule.
+    compress window has reached yet are in a block too. `importance="aligned"` takes that rule.
 
     It is pure: it works eagerly, under `jax.jit`, `jax.vmap` and in control flow. (Environment
     variables choose defaults when a program is traced; a compiled one keeps them.) Lists, tuples
@@ -141,7 +141,7 @@ def nsa_compress_attention_infer(
             up to 128, at least `compress_stride`.
         compress_stride: `d`, original tokens between two compressed positions: 16, 32, 48 or 64.
         atten_mask: anything but None makes tokens causal (its content is not read): a token
-            ignores the last compressed position if that position's window ends after the token,
+            ignores the last compressed position if its compress window ends after the token,
             which is all that it must not see if a sequence has at most `d` tokens. Needs
             `actual_sel_seq_kvlen`.
         block_table: integers `[B, P]`: position `i` of sequence `b` lives in page
@@ -330,7 +330,7 @@ def _early_counts(
     token_counts: jax.Array, lengths: jax.Array, select_lengths: jax.Array, *, blocks: Blocks
 ) -> jax.Array:
     """How many leading tokens ignore a sequence's last position; -1 where lengths disagree."""
-    # Original tokens past the last compressed window: so many trailing tokens see it all.
+    # Original tokens past the last compress window: so many trailing tokens see it all.
     slack = select_lengths - blocks.original_length(lengths)
     early_counts = jnp.clip(token_counts - 1 - slack, 0, jnp.maximum(token_counts, 0))
     consistent = jnp.where(

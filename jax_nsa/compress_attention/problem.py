@@ -26,7 +26,7 @@ class Problem:
             that of open training codes.
         init_blocks: how many of the first blocks are always chosen.
         local_blocks: how many of the last blocks are always chosen.
-        causal: whether a token sees only what compress blocks that ended before it hold.
+        causal: whether a token sees only what compress windows that ended before it hold.
         return_lse: whether the log-sum-exp is a result.
         return_block_scores: whether each head's block scores are a result, after the log-sum-exp,
             which they need, and attention is float32: what merging sequences that are split over

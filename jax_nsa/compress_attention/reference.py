@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa import pools, tokens
+from jax_nsa import pools, softmax, tokens
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.axes import is_packed
 from jax_nsa.compress_attention.problem import Problem
@@ -155,20 +155,13 @@ def _attend(
     is_early = sequences.token < sequences.early[:, None]
     visible = sequences.lengths[:, None] - is_early
     seen = (position < visible[:, :, None])[:, :, None, None, :]
-    scores = jnp.where(seen, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True)
-    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
-    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    empty = total == 0.0
-    probabilities = weights / jnp.where(empty, 1.0, total)
-    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))
+    probabilities, lse = softmax.over_seen(scores, seen)
 
     # 4. The attention.
     attention = jnp.einsum(
         "bthgi,bihd->bthgd", probabilities, value_rows, precision=lax.Precision.HIGHEST
     )
-    return attention, probabilities, lse[..., 0]
+    return attention, probabilities, lse
 
 
 def blocks_of_tokens(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax_nsa import pools, tokens
+from jax_nsa import pools, softmax, tokens
 from jax_nsa._compat import with_usual_promotion
 from jax_nsa.axes import is_packed
 from jax_nsa.select_attention.problem import Problem
@@ -53,8 +53,8 @@ def select_attention(operands: Mapping[str, jax.Array], problem: Problem) -> dic
 
     results, lses = {}, {}
     for name, positions in reads.items():
-        slot = jnp.minimum(positions // page, operands["block_table"].shape[1] - 1)
-        pages = operands["block_table"][rows["sequence"][:, None, None], slot]
+        column = jnp.minimum(positions // page, operands["block_table"].shape[1] - 1)
+        pages = operands["block_table"][rows["sequence"][:, None, None], column]
         is_read = (positions < capacity) & ~bad[:, :, None]
         bad = bad | jnp.any(is_read & ((pages < 0) | (pages >= num_pages)), axis=-1)
         attention, lse = _attend(operands, problem, positions, pages, is_read)
@@ -164,19 +164,11 @@ def _attend(
         keys,
         precision=lax.Precision.HIGHEST,
     )
-    seen = is_read[:, :, None, :]
-    scores = jnp.where(seen, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
-    peak = lax.stop_gradient(jnp.where(peak == -jnp.inf, 0.0, peak))
-    weights = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    empty = total == 0.0
-    probabilities = weights / jnp.where(empty, 1.0, total)
+    probabilities, lse = softmax.over_seen(scores, is_read[:, :, None, :])
     attention = jnp.einsum(
         "rhgn,rhne->rhge",
         probabilities,
         values,
         precision=lax.Precision.HIGHEST,
     )
-    lse = jnp.where(empty, -jnp.inf, peak + jnp.log(jnp.where(empty, 1.0, total)))
-    return attention, lse[..., 0]
+    return attention, lse

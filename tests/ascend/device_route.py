@@ -210,17 +210,17 @@ class DeviceRoute:
         if not decode_step.is_one(calls):
             return None
 
-        def run(parts: Sequence[step.Part]) -> Sequence[Sequence[jax.Array]]:
-            prefixes = [f"{name}_" for name in decode_step.PARTS]
-            inner = [call for call, _ in parts]
+        def run(branches: Sequence[step.Branch]) -> Sequence[Sequence[jax.Array]]:
+            prefixes = [f"{name}_" for name in decode_step.BRANCHES]
+            inner = [call for call, _ in branches]
 
             def handle(*operands: Any) -> list[list[np.ndarray]]:
                 arrays = [list(map(np.asarray, its)) for its in operands]
-                part_of = zip(prefixes, zip(inner, arrays, strict=True), strict=True)
-                return self.harness.run_joint(decode_step.TARGET, dict(part_of))
+                branch_of = zip(prefixes, zip(inner, arrays, strict=True), strict=True)
+                return self.harness.run_joint(decode_step.TARGET, dict(branch_of))
 
             results = [call.results() for call in inner]
-            return jax.pure_callback(handle, results, *(list(its) for _, its in parts))
+            return jax.pure_callback(handle, results, *(list(its) for _, its in branches))
 
         return lambda operands: step.joint(calls, operands, run)
 

@@ -62,7 +62,8 @@ def main() -> int:
             part = done / max(1, arguments.problems)
         if sys.stderr.isatty() or done % 100 == 0:
             bar = "#" * int(20 * min(1, part))
-            print(f"\r[{bar:20}] {done} problems, {passed:.0f} s", end="", file=sys.stderr,
+            start, end = ("\r", "") if sys.stderr.isatty() else ("", "\n")
+            print(f"{start}[{bar:20}] {done} problems, {passed:.0f} s", end=end, file=sys.stderr,
                   flush=True)  # fmt: skip
         if part >= 1:
             break

@@ -27,13 +27,13 @@ EMULATED = {
 
 # Programs of the build that are linked with the source.
 PROGRAMS = {
-    "cc/parts.cc": "tests/ffi/step_frames_test",
+    "cc/joint_call.cc": "tests/ffi/step_frames_test",
     "cc/step_call.cc": "tests/ffi/step_frames_test",
 }
 
 _REFUSES = "refuses or unchanged"
 _ALL_REFUSALS = (
-    "test_native.py", "test_compress_cpu.py", "test_select_attention.py", "-k",
+    "test_native_calls.py", "test_compress_cpu.py", "test_select_attention.py", "-k",
     f"{_REFUSES} or fault",
 )  # fmt: skip
 
@@ -42,11 +42,11 @@ TESTS = {
     "cc/ffi_call.cc": (*_ALL_REFUSALS[:3], "test_fault_messages.py", "-k",
                        f"{_REFUSES} or fault or vmap"),
     "cc/paged_call.cc": (
-        "test_native.py", "test_fault_messages.py", "test_select_attention.py", "-k",
+        "test_native_calls.py", "test_fault_messages.py", "test_select_attention.py", "-k",
         f"{_REFUSES} or fault or fails or vmap",
     ),
     "cc/compress_attention_call.cc": (
-        "test_native.py", "test_fault_messages.py", "-k", f"{_REFUSES} or fails",
+        "test_native_calls.py", "test_fault_messages.py", "-k", f"{_REFUSES} or fails",
     ),
     "cc/select_attention_call.cc": ("test_select_native.py", "test_select_attention.py",
                                     "test_fault_messages.py", "-k",
@@ -92,6 +92,7 @@ TESTS = {
     "jax_nsa/select_attention/reference.py": (
         "test_select_attention.py", "-k", "Reference and not (any_legal or heads or dtype)",
     ),
+    "jax_nsa/softmax.py": ("test_reference.py", "test_training.py"),
     "jax_nsa/gates.py": ("test_step.py", "test_step_devices.py"),
     "jax_nsa/step.py": ("test_step.py",),
     "jax_nsa/training.py": ("test_training.py",),

@@ -34,14 +34,14 @@ DEVICE_VARIABLE = "JAX_NSA_ASCEND_DEVICE"
 Run = Callable[[Call, Sequence[jax.Array]], Sequence[jax.Array]]
 
 
-class Part(Protocol):
+class CannOperator(Protocol):
     """What this backend knows of one operator."""
 
     def refuses(self, call: Call, platform: str) -> str | None:
         """Why CANN's operator cannot serve the call, as far as its shapes and constants tell."""
 
 
-_PARTS: dict[str, Part] = {
+_OPERATORS: dict[str, CannOperator] = {
     "compress": compress,
     "compress_attention": compress_attention,
     "select_attention": select_attention,
@@ -56,7 +56,7 @@ _ON_DEVICE: dict[str, Callable[[Call, Sequence[jax.Array], Run], Sequence[jax.Ar
 def unavailable(operator: Operator, platform: str) -> str | None:
     """Why CANN, its operator or an NPU cannot be used, if so."""
     del platform
-    if operator.target not in _PARTS:
+    if operator.target not in _OPERATORS:
         return f"jax_nsa does not yet call CANN's own operator for {operator.name}"
     return native.unavailable(NAME, operator.target) or native.module().ascend_unavailable(
         operator.target
@@ -76,7 +76,7 @@ def refuses(call: Call, platform: str) -> str | None:
             "CANN's kernel takes keys and values in pools of their own, "
             'got kv_layout="interleaved"'
         )
-    return _PARTS[call.operator.target].refuses(call, platform)
+    return _OPERATORS[call.operator.target].refuses(call, platform)
 
 
 def configuration(call: Call) -> Mapping[str, Any]:
@@ -103,7 +103,7 @@ def compute(call: Call, *operands: jax.Array) -> Sequence[jax.Array]:
         *operands,
         cpu=lambda *arrays: run("ascend_host", call, arrays),
         default=lambda *arrays: tuple(
-            on_device(call, arrays, lambda part, its: run(NAME, part, its))
+            on_device(call, arrays, lambda served, its: run(NAME, served, its))
         ),
     )
 
@@ -129,13 +129,13 @@ def joint(
     if platform != "ascend" or not decode_step.is_one(calls):
         return None
 
-    def run(parts: Sequence[step.Part]) -> Sequence[Sequence[jax.Array]]:
+    def run(branches: Sequence[step.Branch]) -> Sequence[Sequence[jax.Array]]:
         return native.joint_call(
             NAME,
             decode_step.TARGET,
             {
-                name: (*part, configuration(part[0]))
-                for name, part in zip(decode_step.PARTS, parts, strict=True)
+                name: (*branch, configuration(branch[0]))
+                for name, branch in zip(decode_step.BRANCHES, branches, strict=True)
             },
         )
 

@@ -27,9 +27,9 @@ from jax_nsa.backends.ascend import select_attention
 from jax_nsa.select_attention.reference import rows_of_query
 
 # A call and its operands.
-Part = tuple[Call, Sequence[jax.Array]]
-# From the parts of one custom call to the results of each.
-Run = Callable[[Sequence[Part]], Sequence[Sequence[jax.Array]]]
+Branch = tuple[Call, Sequence[jax.Array]]
+# From the branches of one custom call to the results of each.
+Run = Callable[[Sequence[Branch]], Sequence[Sequence[jax.Array]]]
 Operands = Sequence[Sequence[jax.Array]]
 
 
@@ -44,7 +44,7 @@ def joint(calls: Sequence[Call], operands: Operands, run: Run) -> list[list[jax.
         run: runs the custom call.
     """
     (first, *later), (first_operands, *later_operands) = calls, operands
-    safe_of: list[list[Part]] = [
+    safe_of: list[list[Branch]] = [
         [*select_attention.safe_calls(call, its)]
         for call, its in zip(later, later_operands, strict=True)
     ]
@@ -52,8 +52,8 @@ def joint(calls: Sequence[Call], operands: Operands, run: Run) -> list[list[jax.
     rows = rows_of_query(named, later[0].problem)
     reach = _reach(first, first_operands, rows["sequence"])
     safe_of[0][0] = _reaching(safe_of[0][0], first, reach)
-    parts = [(first, first_operands), *itertools.chain.from_iterable(safe_of)]
-    (attention, indices), *results = run(parts)
+    branches = [(first, first_operands), *itertools.chain.from_iterable(safe_of)]
+    (attention, indices), *results = run(branches)
 
     absent = rows["absent"].reshape(*indices.shape[:-2], 1, 1)
     indices = jnp.where(absent, -1, indices)
@@ -85,12 +85,12 @@ def _first_of_last(call: Call, lengths: jax.Array | np.ndarray) -> jax.Array | n
     return (blocks.num_blocks(lengths) - 1) * blocks.select_block_size
 
 
-def _reaching(part: Part, first: Call, reach: jax.Array) -> Part:
+def _reaching(branch: Branch, first: Call, reach: jax.Array) -> Branch:
     """The call that reads chosen blocks, its sequences no shorter than `reach`.
 
     Of its blocks, which the kernel takes from the first call, nothing is computed here.
     """
-    call, operands = part
+    call, operands = branch
     named = dict(zip(call.names, operands, strict=True))
     capacity = named["block_table"].shape[1] * named["key"].shape[1]
     named["topk_indices"] = jnp.zeros_like(named["topk_indices"])

@@ -1,9 +1,10 @@
-// One custom call that is several: each of them as a call of its own, as its operator decodes it.
+// One custom call that is several: its branches, each a call of its own, as its operator decodes
+// it.
 //
-// Arrays lie one call after the other. An attribute belongs to the call whose prefix its name has.
+// Arrays lie one branch after the other. An attribute belongs to the one whose prefix its name has.
 
-#ifndef JAX_NSA_PARTS_H_
-#define JAX_NSA_PARTS_H_
+#ifndef JAX_NSA_JOINT_CALL_H_
+#define JAX_NSA_JOINT_CALL_H_
 
 #include <cstddef>
 #include <deque>
@@ -14,23 +15,23 @@
 
 namespace jax_nsa {
 
-struct Part {
+struct Branch {
   xla::ffi::RemainingArgs args;
   xla::ffi::RemainingRets rets;
   xla::ffi::Dictionary attributes;
 };
 
-// What parts refer to is this object's.
-class Parts {
+// What branches refer to is this object's.
+class JointCall {
  public:
-  Parts(const xla::ffi::RemainingArgs& args, const xla::ffi::RemainingRets& rets,
-        const xla::ffi::Dictionary& attributes);
-  Parts(const Parts&) = delete;
-  Parts& operator=(const Parts&) = delete;
+  JointCall(const xla::ffi::RemainingArgs& args, const xla::ffi::RemainingRets& rets,
+            const xla::ffi::Dictionary& attributes);
+  JointCall(const JointCall&) = delete;
+  JointCall& operator=(const JointCall&) = delete;
 
-  // The next call: of what is left as many arrays as its attributes name. With `earlier`, an
+  // The next one: of what is left as many arrays as its attributes name. With `earlier`, an
   // operand that has the name of one of that call's results is this result, and not among them.
-  Part Next(std::string_view prefix, const Part* earlier = nullptr);
+  Branch Next(std::string_view prefix, const Branch* earlier = nullptr);
   // Whether no array is left.
   bool Done() const { return args_.size == 0 && rets_.size == 0; }
 
@@ -55,4 +56,4 @@ class Parts {
 
 }  // namespace jax_nsa
 
-#endif  // JAX_NSA_PARTS_H_
+#endif  // JAX_NSA_JOINT_CALL_H_

@@ -1,4 +1,4 @@
-#include "parts.h"
+#include "joint_call.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -61,9 +61,9 @@ std::vector<std::string_view> Names(const ffi::Dictionary& attributes, std::stri
 
 using Named = std::vector<std::pair<std::string_view, void*>>;
 
-Named ResultsOf(const Part& part) {
-  const std::vector<std::string_view> names = Names(part.attributes, "results");
-  const XLA_FFI_Rets rets = Rets(part.rets).list();
+Named ResultsOf(const Branch& branch) {
+  const std::vector<std::string_view> names = Names(branch.attributes, "results");
+  const XLA_FFI_Rets rets = Rets(branch.rets).list();
   Named results;
   for (int64_t i = 0; i < std::min<int64_t>(names.size(), rets.size); ++i) {
     results.emplace_back(names[i], rets.rets[i]);
@@ -92,11 +92,11 @@ struct xla::ffi::AttrDecoding<jax_nsa::AnyAttribute> {
 
 namespace jax_nsa {
 
-Parts::Parts(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
-             const ffi::Dictionary& attributes)
+JointCall::JointCall(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets,
+                     const ffi::Dictionary& attributes)
     : args_(Args(args).list()), rets_(Rets(rets).list()), attributes_(attributes) {}
 
-Part Parts::Next(std::string_view prefix, const Part* earlier) {
+Branch JointCall::Next(std::string_view prefix, const Branch* earlier) {
   Frame& frame = frames_.emplace_back();
   // In the order of their names, which a prefix that they share leaves.
   for (auto it = attributes_.begin(); it != attributes_.end(); ++it) {
