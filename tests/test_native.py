@@ -338,11 +338,19 @@ LIES = {
         'has "lengths" twice among its operands',
     ),
     "too_few_names": ({"operands": "query key value block_table lengths"}, "names 5 operands and"),
+    "too_many_names": (
+        {"operands": f"{' '.join(ARRAYS | TOKENS)} select_lengths"},
+        "names 8 operands and has 7",
+    ),
     "too_many_results": (
         {"more": result(1)},
         'does not know "more" among its results',
     ),
     "too_few_results": ({"results": "attention topk_indices"}, "names 2 results and has 4"),
+    "too_many_names_of_results": (
+        {"block_scores": None, "results": " ".join(RESULTS)},
+        "names 4 results and has 3",
+    ),
     "scores_without_lse": ({"lse": None}, "gives block_scores beside lse only"),
     "value_dtype": ({"value": np.zeros((5, 16, 12), np.float16)}, "value has an unexpected"),
     "page_of_272_rows": (
