@@ -205,7 +205,6 @@ def prepared(build: pathlib.Path) -> Iterator[Runner]:
     """A runner in a process that its children may start from."""
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    os.environ["ASAN_OPTIONS"] = "max_malloc_fill_size=4294967296:malloc_fill_byte=255"  # NaN
     # Most of a test's programs are those of the test before.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(build / "jax-cache"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
