@@ -110,7 +110,8 @@ class TestContextParallel:
         assert_agrees(results, expected, attention_tolerance=1e-5)
 
     @pytest.mark.parametrize("layout", ["TND", "BSND"])
-    @pytest.mark.parametrize("lengths", [(65, 64, 1), (33, 96, 97)])
+    # The last position is its device's first, or one of several there.
+    @pytest.mark.parametrize("lengths", [(65, 64, 1), (33, 96, 97), (40, 64, 78), (51, 96, 105)])
     def test_several_tokens(self, implementation, layout, lengths):
         geometry = replace(
             USUAL, lengths=lengths, page=16, layout=layout, tokens=4, token_counts=(3, 0, 4),

@@ -139,6 +139,20 @@ def test_host_lengths_are_constants_of_a_traced_program():
     assert traced.params["constants"] == ()
 
 
+@pytest.mark.parametrize(
+    ("geometry", "expected"),
+    [(GEOMETRY, (40, 40, 40, 7, 7, 7)), (SEVERAL_TOKENS, (40, 7, 40, 7, 40, 7))],
+    ids=["sequences outermost", "packed rows in their query's order"],
+)
+def test_host_lengths_of_mapped_calls_are_constants(geometry, expected):
+    """In the order in which `jax.vmap` folds what they belong to."""
+    host = ("actual_cmp_seq_kvlen",)
+    function, (query, *rest) = bound(geometry, host=host, implementation="reference")
+    mapped = jax.vmap(lambda query: function(query, *rest))
+    [call] = primitives(mapped, (jnp.stack([query] * 3),))
+    assert call.params["constants"] == (("lengths", expected),)
+
+
 def test_growing_host_lengths_share_one_eager_program(monkeypatch):
     """A decode loop that passes lists must not compile at each step."""
     arguments = build(dataclasses.replace(GEOMETRY, lengths=(40, 8), k=5))

@@ -19,7 +19,7 @@ import sys
 
 from mutation import mutants
 from mutation.runner import ROOT, prepared
-from mutation.targets import HEADERS, PROGRAMS, TESTS
+from mutation.targets import HEADERS, LINKED, TESTS
 
 FATES = ("killed", "survived", "invalid")
 
@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m mutation", description=__doc__.partition("\n")[0]
     )
-    parser.add_argument("files", nargs="*", default=[*HEADERS, *PROGRAMS, *TESTS])
+    parser.add_argument("files", nargs="*", default=[*HEADERS, *LINKED, *TESTS])
     parser.add_argument("--sample", type=int, help="mutants of each file, drawn; else all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--build", type=pathlib.Path, default=ROOT / "build" / "mutation",

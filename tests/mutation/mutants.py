@@ -157,7 +157,8 @@ _INCREMENT = re.compile(r"([+-])=")
 def _in_cc(source: str) -> Iterator[Change]:
     code = _SILENT.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), source)
     for found in _BINARY.finditer(code):
-        yield found.start(), found.end(), OPERATORS[found[0]]
+        # What Python divides by begins a comment here.
+        yield found.start(), found.end(), "/" if found[0] == "%" else OPERATORS[found[0]]
     for found in _INTEGER.finditer(code):
         yield found.start(), found.end(), str(int(found[0]) + 1)
     for found in _INCREMENT.finditer(code):

@@ -22,7 +22,7 @@ import types
 from collections.abc import Iterator, Sequence
 
 from mutation.mutants import Mutant
-from mutation.targets import EMULATED, HEADERS, PROGRAMS, TESTS
+from mutation.targets import HEADERS, LINKED, PROGRAMS, TESTS, Program
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECONDS, PROGRAM_SECONDS = 300, 20  # of processor time that pytest and a program may take
@@ -42,6 +42,7 @@ class Runner:
     def __init__(self, build: pathlib.Path) -> None:
         self.build = build
         self.scratch = pathlib.Path(tempfile.mkdtemp(prefix="mutation"))
+        self.clean: set[pathlib.Path] = set()  # objects without a mutant in them
 
     def close(self) -> None:
         """Removes what was compiled."""
@@ -57,8 +58,8 @@ class Runner:
             source = mutant.apply(source)
         if path in HEADERS:
             return self._run_programs(path, source)
-        if path in PROGRAMS:
-            program = self._link(path, source, PROGRAMS[path])
+        if path in LINKED:
+            program = self._link(path, source, LINKED[path])
             if program is None:
                 return "invalid"
             failed = _quietly(str(program), seconds=PROGRAM_SECONDS, kilobytes=PROGRAM_KILOBYTES)
@@ -75,27 +76,37 @@ class Runner:
         return "invalid" if module is None else self._run_pytest(arguments, {NATIVE: module})
 
     def _run_programs(self, path: str, source: str) -> str:
-        tree = self.scratch / "cc"
-        shutil.copytree(ROOT / "cc", tree, dirs_exist_ok=True)
-        (tree / pathlib.Path(path).relative_to("cc")).write_text(source)
-        tests = ROOT / "tests" / "cc"
-        for name in HEADERS[path]:
-            program = self.scratch / name
-            sources = [
-                str(tests / source) for source in (f"{name}_test.cc", *EMULATED.get(name, ()))
-            ]
-            options = ["-O0", "-fsanitize=undefined,address", "-fno-sanitize-recover"]
-            if name in EMULATED:  # its threads jump between stacks, which sanitizers do not know
-                options = ["-O1", "-fno-strict-aliasing", f"-I{tests / 'emulated_cuda'}"]
-            compiled = _quietly(
-                "g++", "-std=c++17", *options, f"-I{tests}", f"-I{tree}", *sources,
-                "-o", str(program),
-            )  # fmt: skip
-            if compiled:
+        for program in map(PROGRAMS.get, HEADERS[path]):
+            made = self._build(program, path, source)
+            if made is None:
                 return "invalid"
-            if _quietly(str(program), seconds=PROGRAM_SECONDS):
+            sanitized = any("sanitize" in option for option in program.options)
+            limit = "unlimited" if sanitized else PROGRAM_KILOBYTES
+            if _quietly(str(made), seconds=PROGRAM_SECONDS, kilobytes=limit):
                 return "killed"
         return "survived"
+
+    def _build(self, program: Program, path: str, source: str) -> pathlib.Path | None:
+        """A program of tests/cc, one file changed; None where it does not compile."""
+        tree, objects = self.scratch / "tree", []
+        for directory in ("cc", "tests/cc"):
+            shutil.copytree(ROOT / directory, tree / directory, dirs_exist_ok=True)
+        (tree / path).write_text(source)
+        gxx = ("g++", "-std=c++17", *program.options)
+        for unit in (f"tests/cc/{program.test}", *program.sources):
+            made = self.scratch / f"{hash(program)}" / f"{unit}.o"
+            objects.append(str(made))
+            if made in self.clean and not _includes(made, path):
+                continue
+            self.clean.discard(made)
+            made.parent.mkdir(parents=True, exist_ok=True)
+            command = (*gxx, "-Itests/cc", "-Icc", "-MD", "-c", unit, "-o", str(made))
+            if _quietly(*command, cwd=tree):
+                return None
+            if not _includes(made, path):
+                self.clean.add(made)
+        linked = self.scratch / "program"
+        return None if _quietly(*gxx, *objects, "-o", str(linked)) else linked
 
     def _link(self, path: str, source: str, target: str) -> pathlib.Path | None:
         """What the build links as `target`, one source changed; None where it does not compile."""
@@ -172,6 +183,11 @@ class _Loader:
 
     def exec_module(self, module: types.ModuleType) -> None:
         exec(self.code, module.__dict__)
+
+
+def _includes(made: pathlib.Path, path: str) -> bool:
+    """Whether an object is made of a file, by the list that its compiler wrote beside it."""
+    return path in made.with_suffix(".d").read_text().split()
 
 
 def _quietly(
