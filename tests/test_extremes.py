@@ -116,6 +116,32 @@ def test_log_sum_exp_is_of_the_products_alone(implementation, spread):
     np.testing.assert_allclose(np.ravel(lse), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_one_position_stands_out(implementation, group):
+    """Wherever it lies, it has all the weight: none may be overlooked when peaks are searched."""
+    positions, page = 192, 64  # one sequence for each, which prefers it; all share the pages
+    keys = jnp.eye(positions).reshape(-1, page, positions) * 100
+    arguments = {
+        "query": jnp.repeat(100 * jnp.eye(positions)[:, None, None], group, 2), "key": keys,
+        "value": jnp.arange(positions, dtype=jnp.float32).reshape(-1, page, 1),
+        "block_table": jnp.tile(jnp.arange(positions // page), (positions, 1)), "scale_value": 1.0,
+        "head_num": group, "key_value_head_num": 1, "select_block_size": page,
+        "select_block_count": 3, "page_block_size": page, "layout": "BSND",
+        "implementation": implementation,
+    }  # fmt: skip
+    lengths = jnp.full(positions, positions)
+    compressed, _ = jax_nsa.nsa_compress_attention_infer(
+        **arguments, actual_cmp_seq_kvlen=lengths, compress_block_size=32, compress_stride=16
+    )
+    blocks = jnp.tile(jnp.arange(3), (positions, 1, 1, 1))
+    selected, window = jax_nsa.nsa_select_attention_infer(
+        **arguments, topk_indices=blocks, actual_seq_kvlen=lengths, window_size=positions
+    )
+    expected = np.broadcast_to(np.arange(positions)[:, None, None, None], compressed.shape)
+    for attention in (compressed, selected, window):
+        np.testing.assert_array_equal(attention, expected)
+
+
 def test_the_last_positions_that_int32_counts(implementation):
     """The last block ends past them, where a sum with its size would be negative."""
     page, block, window = 112, 96, 40
