@@ -322,7 +322,7 @@ def _write(pool: jax.Array, rows: ArrayLike, tables: PageTables, **options: Any)
     def scatter(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
         page = jnp.where(at < 0, len(pool), at // tables.page_block_size)  # past the end: dropped
         new = new.reshape(*new.shape[:2], *pool.shape[2:])
-        return pool.at[page, at % tables.page_block_size].set(new, mode="drop")
+        return jnp.asarray(pool).at[page, at % tables.page_block_size].set(new, mode="drop")
 
     if pool.dtype == jnp.bfloat16 and not updates_bfloat16_in_place():
         return _write_as_compress_windows(pool, new, at, **options)

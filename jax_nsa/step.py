@@ -209,11 +209,19 @@ def _told_of(cache: str) -> Iterator[None]:
         with arguments_known_as(integers):
             yield
     except (TypeError, ValueError) as error:
-        if type(error) not in (TypeError, ValueError):
-            raise
-        # Kernels have named theirs so already: `selected.lengths`.
-        names = rf"(?<![\w.])({'|'.join(means)})\b"
-        raise type(error)(re.sub(names, lambda name: means[name[1]], str(error))) from None
+        if type(error) in (TypeError, ValueError):
+            told, got, value = str(error).partition(", got ")
+            told = _NAMES.sub(lambda name: means[name[0]], told)
+            error.args = (told + got + value,)
+        raise
+
+
+# As operators' messages name them. Kernels tell `selected.lengths` themselves; keys and values, not
+# the arguments, are words of their own, as in "key/value heads".
+_NAMES = re.compile(
+    r"(?<![\w./])(?:actual_(?:cmp_|sel_)?seq_kvlen\b|block_table\b|page_block_size\b"
+    r"|(?:key|value)(?=(?: and value)? must|'s))"
+)
 
 
 def _check_tokens(

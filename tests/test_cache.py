@@ -84,6 +84,21 @@ def test_any_history_leaves_what_lists_hold(window, history, seed):
     assert all(most >= n for n, most in zip(programs.compiled(), (2, 1, 1), strict=True))
 
 
+def test_pools_may_be_numpy_arrays():
+    """As they are when they come from a file."""
+    tables, pools = empty(32, 16)
+    slots = SIZES["slots"]
+    tables, _ = tables.allocate(np.full(slots, 5, np.int32))
+    random = np.random.default_rng(0)
+    key, value = (
+        random.normal(size=(slots, 5, KEY_VALUE_HEADS, size)).astype(np.float32)
+        for size in (HEAD_SIZE, VALUE_SIZE)
+    )
+    of_jax = pools.append(tables, key, value, weights(32))
+    of_numpy = jax.tree.map(np.asarray, pools).append(tables, key, value, weights(32))
+    jax.tree.map(np.testing.assert_array_equal, of_numpy, of_jax)
+
+
 def sequences(tokens, block, stride, seed=0):
     """Whole sequences of random rows, one for each slot, and their dense attention."""
     random = np.random.default_rng(seed)

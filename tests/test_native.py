@@ -85,7 +85,7 @@ def attend_to_window(**options):
 
 def test_a_platform_without_its_kernels_is_warned_of_once(reload):
     reload(None)
-    backends._warn_of.cache_clear()
+    backends._warned_of.clear()
     with pytest.warns(
         RuntimeWarning, match=r"^jax_nsa runs on cpu without its kernels, .* \(cpu: "
     ):
@@ -94,10 +94,10 @@ def test_a_platform_without_its_kernels_is_warned_of_once(reload):
         warnings.simplefilter("error")
         jax.jit(lambda: attend_to_window()).lower()
         jax.jit(functools.partial(attend_to_window, implementation="reference")).lower()
-    backends._warn_of.cache_clear()
+    backends._warned_of.clear()
 
 
-def test_a_call_that_the_kernels_refuse_is_warned_of(reload, monkeypatch):
+def test_a_call_that_the_kernels_refuse_is_warned_of_once(reload, monkeypatch):
     """As those for GPUs refuse symbolic shapes."""
     reload(library(RUNTIME, cpu={"jax_nsa_select_attention_cpu": ("cpu", object())}))
     monkeypatch.setattr(backends.cpu, "refuses", lambda call, platform: "it is symbolic")
@@ -106,7 +106,11 @@ def test_a_call_that_the_kernels_refuse_is_warned_of(reload, monkeypatch):
     )
     with pytest.warns(RuntimeWarning, match=told):
         jax.jit(functools.partial(attend_to_window)).lower()
-    backends._warn_of.cache_clear()
+    monkeypatch.setattr(backends.cpu, "refuses", lambda call, platform: "so is this one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jax.jit(lambda: attend_to_window()).lower()
+    backends._warned_of.clear()
 
 
 def test_missing_kernel_is_told_from_a_missing_library(reload):

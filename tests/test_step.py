@@ -262,10 +262,30 @@ def test_refusals_tell_which_cache(cache, field, value, message):
         nsa_decode_step(**arguments)
 
 
-def test_what_a_kernel_has_named_as_the_step_does_stays():
-    told = "selected.block_table[1, 0] must be in [0, 8), the pages, got 99"
+@pytest.mark.parametrize(
+    "told",
+    [
+        "selected.block_table[1, 0] must be in [0, 8), the pages, got 99",  # named by a kernel
+        "scale_value must be a real number, got 'value must' of type str",
+        "importance must be one of ('cann', 'aligned'), got 'key'",
+        "query's head size must be at most 128, where a value is as large as a key, got 160",
+        "there are 2 key/value heads to go with them: these must be a multiple",
+    ],
+)
+def test_what_names_no_argument_of_an_operator_stays(told):
     with pytest.raises(ValueError, match=f"^{re.escape(told)}$"), step_module._told_of("selected"):
         raise ValueError(told)
+
+
+def test_what_an_argument_raises_itself_comes_through_whole():
+    class Loaded:
+        def __jax_array__(self):
+            raise ValueError("cannot be read") from OSError("disk")
+
+    with pytest.raises(ValueError, match=r"^cannot be read$") as raised:
+        nsa_decode_step(**arguments_of(USUAL) | {"query": Loaded()})
+    assert isinstance(raised.value.__cause__, OSError)
+    assert raised.traceback[-1].name == "__jax_array__"
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ class SelectAttention {
     Walk(*unit).Next(PoolsOf(*unit), tile);
   }
 
-  // Attends to the tile and fetches the next.
+  // Attends to the tile and fetches as much of the next.
   void Attend(const Tile& tile, const Tile& next, const select::Partial& partial) {
     for (int64_t p = 0; p < tile.count; p += kGranule) {
       Score(tile.keys + p, next.keys + p, scratch_.scores + p * rows_);

@@ -7,7 +7,6 @@ another. `decode_step` says which calls are a step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -142,9 +141,14 @@ def defaults(platform: str) -> tuple[str, ...]:
     )
 
 
-@functools.cache
+_warned_of: set[tuple[str, str, str]] = set()
+
+
 def _warn_of(what: str, platform: str, name: str, reason: str) -> None:
     """Tells once that a platform does without the kernels that it would get unasked."""
+    if (what, platform, name) in _warned_of:
+        return
+    _warned_of.add((what, platform, name))
     warnings.warn(
         f"{what} runs on {platform} without its kernels, which is slow ({name}: {reason})",
         RuntimeWarning,

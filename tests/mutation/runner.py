@@ -43,6 +43,7 @@ class Runner:
         self.build = build
         self.scratch = pathlib.Path(tempfile.mkdtemp(prefix="mutation"))
         self.clean: set[pathlib.Path] = set()  # objects without a mutant in them
+        self.sound: set[Program] = set()  # programs that ran here without one
 
     def close(self) -> None:
         """Removes what was compiled."""
@@ -77,14 +78,23 @@ class Runner:
 
     def _run_programs(self, path: str, source: str) -> str:
         for program in map(PROGRAMS.get, HEADERS[path]):
-            made = self._build(program, path, source)
-            if made is None:
-                return "invalid"
-            sanitized = any("sanitize" in option for option in program.options)
-            limit = "unlimited" if sanitized else PROGRAM_KILOBYTES
-            if _quietly(str(made), seconds=PROGRAM_SECONDS, kilobytes=limit):
-                return "killed"
+            if program not in self.sound:
+                if self._fate(program, path, (ROOT / path).read_text()) != "survived":
+                    raise RuntimeError(f"{program.test} fails here without a mutant")
+                self.sound.add(program)
+            fate = self._fate(program, path, source)
+            if fate != "survived":
+                return fate
         return "survived"
+
+    def _fate(self, program: Program, path: str, source: str) -> str:
+        made = self._build(program, path, source)
+        if made is None:
+            return "invalid"
+        sanitized = any("sanitize" in option for option in program.options)
+        limit = "unlimited" if sanitized else PROGRAM_KILOBYTES
+        failed = _quietly(str(made), seconds=PROGRAM_SECONDS, kilobytes=limit)
+        return "killed" if failed else "survived"
 
     def _build(self, program: Program, path: str, source: str) -> pathlib.Path | None:
         """A program of tests/cc, one file changed; None where it does not compile."""
