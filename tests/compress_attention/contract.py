@@ -60,6 +60,14 @@ class CompressAttentionContract(ChoicesOfBlocks, Programs, Faults):
     def test_a_long_sequence_beside_short_ones(self):
         self.check(self.usual(lengths=(1, 3000, 2), page=128, k=1))
 
+    def test_tiles_do_not_divide_a_page(self):
+        """Two heads' 176 rows are 451 KB: the CPU kernels cut them at row 96, two pages in turn."""
+        geometry = self.usual(
+            dtype="float32", lengths=(500, 176, 1), page=176, head_size=192, value_size=128
+        )
+        self.require(geometry)
+        self.check(geometry)
+
     def test_length_zero(self):
         geometry = self.usual(lengths=(0, 40, 0), return_lse=True)
         attention, indices, lse = self.check(geometry)
