@@ -211,8 +211,9 @@ def _told_of(cache: str) -> Iterator[None]:
     except (TypeError, ValueError) as error:
         if type(error) in (TypeError, ValueError):
             told, got, value = str(error).partition(", got ")
-            told = _NAMES.sub(lambda name: means[name[0]], told)
-            error.args = (told + got + value,)
+            renamed = _NAMES.sub(lambda name: means[name[0]], told)
+            if renamed != told:
+                error.args = (renamed + got + value,)
         raise
 
 
